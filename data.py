@@ -429,7 +429,7 @@ SETTINGS = {  # labelled source -> domains of the table row
     "cityscapes": ("cityscapes", ("acdc-night", "acdc-snow", "acdc-fog", "acdc-rain")),
     "potsdam-rgb": ("potsdam-rgb", ("potsdam-irrg", "vaihingen-irrg")),
     "endovis18": ("endovis18", ("endovis18",)),  # its val split is the unseen domain: other sequences
-    "camvid": ("camvid", ("camvid", "camvid-dusk")),
+    "camvid": ("camvid", ("camvid-dusk",)),
     "toy": ("toy", ("toy-night", "toy-fog", "toy-snow", "toy-rain")),
 }
 
@@ -772,6 +772,14 @@ def normalize(image, mean=MEAN, std=STD):
     """uint8 (B, 3, H, W) to floats of mean 0 and deviation 1."""
     mean, std = (255 * torch.tensor(values, device=image.device)[:, None, None] for values in (mean, std))
     return (image - mean) / std
+
+
+def restate(x, model, other):
+    """Images normalised for one encoder, normalised for another instead."""
+    if (model.mean, model.std) == (other.mean, other.std):
+        return x
+    scale, shift = ([(a / b) for a, b in zip(model.std, other.std)], [(a - b) / c for a, b, c in zip(model.mean, other.mean, other.std)])
+    return x * x.new_tensor(scale)[:, None, None] + x.new_tensor(shift)[:, None, None]
 
 
 def erase(x, draws, seed=0, p=0.25, area=(0.02, 1 / 3), ratio=(0.3, 3.3)):

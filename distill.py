@@ -37,6 +37,7 @@ class Config(qsd.LossConfig):
     # images
     size: int = 512                # side of the square crop, pixels (proxy 224)
     patch: int = 16                # patch side of both ViTs, pixels (proxy 14); checkpoints are resized to it
+    cache: int = 0                 # read the copy that `python data.py --cache SIZE` made with this short side; 0 = the originals
     randaugment: bool = True       # as the official code, in both stages
     erase: float = 0.25            # probability of RandomErasing
     repeats: int = 3               # draws of an image in a row (repeated augmentation, official); 1 = none
@@ -62,7 +63,7 @@ class Config(qsd.LossConfig):
 FREE = {"root", "workers", "micro", "log_every", "save_minutes", "max_skips"}  # may change when a run resumes; all else is mathematics
 
 PROXY = dict(size=224, patch=14, batch=512, budget="100ep")
-TOY = dict(teacher="runs/toy/teacher/segmenter.pt", student="toy_small", size=64, patch=8, batch=16, budget="800", repeats=1, workers=0,
+TOY = dict(teacher="runs/toy/teacher/segmenter.pt", student="toy_small", size=64, patch=8, batch=16, budget="800", repeats=1, workers=1,
            lr=2e-3, lr_rule="constant", dcd_pool=1, log_every=20)
 PRESETS = {"imagenet": PROXY, "toy-proxy": TOY, "toy": TOY | dict(lr=1e-3)}  # every other set has the defaults above: the source stage of the paper
 
@@ -103,7 +104,7 @@ def main(argv=None):
 
     # the images, the two encoders, the objective
     torch.manual_seed(cfg.seed)
-    dataset = data.images(cfg.data, cfg.root, data.distill_transform(cfg.size, cfg.randaugment))
+    dataset = data.images(cfg.data, cfg.root, data.distill_transform(cfg.size, cfg.randaugment), cache=cfg.cache or None)
     teacher = qsd.load_vit(cfg.teacher, cfg.size, cfg.patch).to(device).eval().requires_grad_(False)
     student = qsd.load_vit(cfg.student, cfg.size, cfg.patch, depth=cfg.student_depth, pretrained=cfg.pretrained).to(device)
     objective = qsd.LOSSES[cfg.loss](student, teacher, cfg).to(device)
@@ -112,16 +113,20 @@ def main(argv=None):
         objective.load_state_dict(heads)
     pair, run_teacher, autocast = Pair(student, objective), teacher.run, data.precision(cfg.precision, device)
     N = (cfg.size // cfg.patch) ** 2
+    statistics = None
+    if cfg.target_norm == "phis":
+        first = torch.stack([dataset[i, i][0] for i in range(min(64, len(dataset)))])
+        statistics = qsd.target_statistics(teacher, first.to(device))
 
     def distil(model, images, draws):
         """The objective's losses on one batch of uint8 images (B, 3, H, W), their draw numbers (B) naming all randomness."""
         x = data.normalize(images.to(device, non_blocking=True), student.mean, student.std)
-        x = data.erase(x, draws, cfg.seed, cfg.erase)                    # teacher and student see the same pixels
+        x = data.erase(x, draws, cfg.seed, cfg.erase)                    # before both: teacher and student see the same pixels
         noise = data.noise(draws, N, cfg.seed).to(device)                # (B, N): decides which patches are hidden
         with autocast:
             with torch.no_grad():
-                t = run_teacher(x, layers=objective.layers_t)            # cls (B, C_t), patches (B, N, C_t), block outputs
-            return model(x, t, noise)
+                t = run_teacher(data.restate(x, student, teacher), layers=objective.layers_t)  # cls (B, C_t), patches (B, N, C_t), outs
+            return model(x, qsd.normalize_targets(t, cfg.target_norm, statistics), noise)
 
     # two images through one step: what it costs, and which parameters this objective does not touch
     flops = data.count_flops(lambda: distil(pair, torch.zeros(2, 3, cfg.size, cfg.size, dtype=torch.uint8), torch.arange(2))["loss"].backward()) / 2

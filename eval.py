@@ -42,7 +42,7 @@ class Config:
     workers: int = 2               # image-loading processes
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "fp32"  # official: fp32
     # the paper in the toy world
-    demo: bool = False             # train and compare the rows of DEMO, draw the picture
+    demo: bool = False             # train and compare the rows of small_world for --data toy or camvid; toy: draw the picture
     seed: int = 0                  # of the demo's runs
     out: str = "runs/demo"         # the demo's folder; results.json and demo.png lie there
 
@@ -141,22 +141,31 @@ class Row(NamedTuple):
     runs: list
 
 
-def demo_rows(out, seed):
-    """The paper's comparison in the toy world: one teacher, one student, and what is done with them."""
-    teacher, common = f"{out}/teacher/segmenter.pt", f"--seed {seed}"
+def small_world(world, out, seed, root):
+    """The paper's comparison on a small scale: one teacher, one student, and what is done with them; each row starts where its name says."""
+    common = f"--root {root} --seed {seed}"
+    if world == "toy":  # the teacher is trained on a wide world of looks, the student starts from random weights
+        teacher, student, proxy, source = f"{out}/teacher/segmenter.pt", "toy_small", "toy-proxy", "toy"
+        before = [f"segment.py --data toy-wide --encoder toy_base --freeze no --decoder linear --out {out}/teacher {common}"]
+    else:  # camvid: real images, an ImageNet ViT-Ti as teacher and the first 3 of 12 blocks of another as student
+        teacher, student, before = "vit_tiny_augreg", "deit_tiny --depth 3", []
+        small = "--patch 16 --batch 16 --lr 5e-4 --lr_rule constant --repeats 1 --workers 1 --target_norm layernorm"
+        proxy, source = f"imagenet --size 128 --budget 400 {small}", f"camvid --size 160 --budget 200 {small}"
 
-    def stages(loss):  # stage 1 on the proxy set, then on source images; stage 2 with the encoder frozen
-        return [f"distill.py --data toy-proxy --loss {loss} --teacher {teacher} --out {out}/{loss}-proxy {common}",
-                f"distill.py --data toy --loss {loss} --teacher {teacher} --student {out}/{loss}-proxy/student.pt --out {out}/{loss}-source {common}",
-                f"segment.py --data toy --encoder {out}/{loss}-source/student.pt --out {out}/{loss} {common}"]
+    def two_stages(loss):  # stage 1 on the proxy set, then on source images; stage 2 with the encoder frozen
+        first = student.replace("--depth", "--student_depth")
+        return before + [
+            f"distill.py --data {proxy} --loss {loss} --teacher {teacher} --student {first} --out {out}/{loss}-proxy {common}",
+            f"distill.py --data {source} --loss {loss} --teacher {teacher} --student {out}/{loss}-proxy/student.pt --out {out}/{loss}-source {common}",
+            f"segment.py --data {world} --encoder {out}/{loss}-source/student.pt --out {out}/{loss} {common}"]
 
-    foundation = f"segment.py --data toy-wide --encoder toy_base --freeze no --decoder linear --out {out}/teacher {common}"
+    one_stage = f"--freeze no --kd 1 --loss mse --target_norm {'none' if world == 'toy' else 'layernorm'} --teacher {teacher}"
     return [
-        Row("no KD", [f"segment.py --data toy --freeze no --out {out}/no-kd {common}"]),
-        Row("one-stage MSE", [foundation, f"segment.py --data toy --freeze no --kd 1 --loss mse --teacher {teacher} --out {out}/one-stage {common}"]),
-        Row("two-stage MSE", [foundation, *stages("mse")]),
-        Row("GKD (QSD)", [foundation, *stages("qsd")]),
-        Row("teacher", [foundation, f"segment.py --data toy --encoder {teacher} --out {out}/teacher-frozen {common}"]),
+        Row("no KD", [f"segment.py --data {world} --encoder {student} --freeze no --out {out}/no-kd {common}"]),
+        Row("one-stage MSE", before + [f"segment.py --data {world} --encoder {student} {one_stage} --out {out}/one-stage {common}"]),
+        Row("two-stage MSE", two_stages("mse")),
+        Row("GKD (QSD)", two_stages("qsd")),
+        Row("teacher", before + [f"segment.py --data {world} --encoder {teacher} --out {out}/teacher-frozen {common}"]),
     ]
 
 
@@ -171,13 +180,10 @@ def execute(command):
     return out
 
 
-def demo(cfg, device):
-    """Train the rows of the toy world, print their table, draw the picture."""
-    source, unseen = data.SETTINGS["toy"]
-    rows, results = demo_rows(cfg.out, cfg.seed), {}
-    cfg = replace(cfg, data="+".join([source, *unseen]), **PRESETS["toy"])
+def table(cfg, rows, source, unseen, device):
+    """Run what is missing of a table's rows, measure them, print the table; a second start reuses what is finished."""
+    results, cfg = {}, replace(cfg, data="+".join([source, *unseen]))
     for row in rows:
-        began = time.time()
         folder = [execute(command) for command in row.runs][-1]
         path = folder / "eval.json"
         if not path.exists():
@@ -188,8 +194,7 @@ def demo(cfg, device):
             "unseen": sum(scores[name] for name in unseen) / len(unseen), "seconds": f"{sum(stage['seconds'] for stage in ledger):.0f}"}
     print()
     show(results, [source, *unseen, "unseen", "seconds"])
-    print(json.dumps({"table": "demo", "seed": cfg.seed, "rows": results}))
-    print(f"picture: {picture(cfg, rows, Path(cfg.out) / 'demo.png')}")
+    print(json.dumps({"table": cfg.out, "seed": cfg.seed, "rows": results}))
 
 
 # --- Pictures -----------------------------------------------------------------------------------------------------------
@@ -263,9 +268,13 @@ def main(argv=None):
     cfg = data.configure(Config, PRESETS, argv)
     rank, world, device = data.launch()
     if cfg.demo:
-        return demo(cfg, device)
+        rows = small_world(cfg.data, cfg.out, cfg.seed, cfg.root)
+        table(cfg, rows, *data.SETTINGS[cfg.data], device)
+        if cfg.data == "toy":
+            print(f"picture: {picture(cfg, rows, Path(cfg.out) / 'demo.png')}")
+        return
     if not cfg.checkpoint:
-        data.fail("give --checkpoint segmenter.pt and --data, or --demo yes")
+        data.fail("give --checkpoint segmenter.pt and --data, or --demo")
     result = measure(cfg.checkpoint, cfg, device)
     if rank == 0:
         show({cfg.checkpoint: result}, list(result))

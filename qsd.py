@@ -553,6 +553,49 @@ def matching_layers(depth_s, depth_t, layers):
     return [max(round(f * depth_s) - 1, 0) for f in fractions], [max(round(f * depth_t) - 1, 0) for f in fractions]
 
 
+def normalize_targets(t, how, statistics=None):
+    """The teacher's tokens as an objective sees them: t = (cls, patches, outs) in fp32, cls and patches normalised by target_norm."""
+    cls, patches, outs = t[0].float(), t[1].float(), [o.float() for o in t[2]]
+    if how == "layernorm":
+        cls, patches = (F.layer_norm(x, x.shape[-1:]) for x in (cls, patches))
+    elif how == "phis":
+        mean, rotation = statistics
+        cls, patches = (cls - mean) @ rotation, (patches - mean) @ rotation
+    return cls, patches, outs
+
+
+def phi_s(tokens):
+    """PHI-S statistics (Ranzinger et al., arXiv:2410.01680) of tokens (M, C): mean (C,) and matrix (C, C).
+
+    The principal axes, rotated by a Hadamard matrix so that all channels have one variance, over that deviation."""
+    mean = tokens.mean(0)
+    variance, axes = torch.linalg.eigh((tokens - mean).T @ (tokens - mean) / len(tokens))
+    return mean, axes @ hadamard(tokens.shape[1]).to(tokens) / variance.mean().sqrt()
+
+
+@torch.no_grad()
+def target_statistics(teacher, images):
+    """PHI-S statistics of the teacher's patches on some uint8 images (B, 3, H, W): every process gives the same images."""
+    mean, std = (255 * torch.tensor(values, device=images.device)[:, None, None] for values in (teacher.mean, teacher.std))
+    return phi_s(teacher((images - mean) / std)[1].flatten(0, 1).float())
+
+
+def hadamard(n):
+    """Orthogonal (n, n) matrix with entries +-n^-1/2, for n = 2^k or 12 * 2^k (Sylvester; Paley's construction for 12)."""
+    H = torch.ones(1, 1)
+    if n % 3 == 0:  # I + S with S from the squares modulo 11
+        squares = {i * i % 11 for i in range(1, 11)}
+        S = torch.zeros(12, 12)
+        S[0, 1:], S[1:, 0] = 1, -1
+        S[1:, 1:] = torch.tensor([[0 if i == j else 1 if (j - i) % 11 in squares else -1 for j in range(11)] for i in range(11)])
+        H = torch.eye(12) + S
+    while len(H) < n:
+        H = torch.cat([torch.cat([H, H], 1), torch.cat([H, -H], 1)])
+    if len(H) != n:
+        raise UserError(f"--target_norm phis needs a teacher of width 2^k or 12 * 2^k, not {n}")
+    return H / n ** 0.5
+
+
 # Every objective has one interface, so that a training loop does not know which one it runs:
 #   objective = LOSSES[name](student, teacher, config)
 #   losses = objective(student, x, s, t, noise) -> dict of scalars; losses["loss"] is what is minimised

@@ -465,8 +465,8 @@ class Config(qsd.LossConfig):
     # images
     size: int = 512                # side of the square crop, pixels
     patch: int = 16                # patch side of the encoder, pixels
+    cache: int = 0                 # read the copy that `python data.py --cache SIZE` made with this short side; 0 = the originals
     cat_max_ratio: float = 0.75    # a crop is drawn again while one class fills more of it
-    photometric: bool = True       # PhotoMetricDistortion
     workers: int = 8               # image-loading processes per training process; 0 = load in the training process
     # optimiser
     batch: int = 4                 # global, whatever the number of processes
@@ -488,9 +488,9 @@ class Config(qsd.LossConfig):
 FREE = {"root", "workers", "micro", "log_every", "val_every", "save_minutes", "max_skips"}  # may change when a run resumes
 
 LIGHT = dict(width=64, queries=32, decoder_layers=3, ffn=256, heads=4, pixel="fpn")  # the light decoder of the small worlds
-TOY = LIGHT | dict(encoder="toy_small", size=64, patch=8, batch=8, micro=8, budget="300", lr=2e-3, lr_backbone=1e-3, workers=0,
+TOY = LIGHT | dict(encoder="toy_small", size=64, patch=8, batch=8, micro=8, budget="300", lr=2e-3, lr_backbone=1e-3, workers=1,
                    seed=0, log_every=20, cat_max_ratio=1.0)
-CAMVID = LIGHT | dict(size=224, batch=16, micro=16, budget="400", lr=1e-3, workers=2, log_every=20)
+CAMVID = LIGHT | dict(size=224, points=2048, batch=8, micro=8, budget="250", lr=1e-3, lr_backbone=1e-4, workers=1, seed=0, log_every=20)
 PRESETS = {"toy": TOY, "toy-wide": TOY | dict(batch=16, micro=16, budget="1000", lr=1.5e-3, lr_backbone=1.5e-3), "camvid": CAMVID}
 
 
@@ -592,7 +592,7 @@ def main(argv=None):
 
     torch.manual_seed(cfg.seed)
     transform = data.segment_transform(cfg.size, cat_max_ratio=cfg.cat_max_ratio)
-    dataset = data.scenes(cfg.data, cfg.root, cfg.split, transform, cfg.labels, cfg.classes or None)
+    dataset = data.scenes(cfg.data, cfg.root, cfg.split, transform, cfg.labels, cfg.classes or None, cfg.cache or None)
     encoder = qsd.load_vit(cfg.encoder, cfg.size, cfg.patch, depth=cfg.depth, pretrained=cfg.pretrained)
     segmenter = Segmenter(encoder, build_decoder(encoder.embed_dim, dataset.num_classes, cfg), cfg.freeze).to(device)
     objective = teacher = judge = None
@@ -601,6 +601,10 @@ def main(argv=None):
         objective = qsd.LOSSES[cfg.loss](encoder, teacher, cfg).to(device)
     if cfg.kd_logits:
         judge = load_segmenter(cfg.teacher, device)[0]
+    statistics = None
+    if cfg.kd and cfg.target_norm == "phis":
+        first = torch.stack([dataset[i, i][0] for i in range(min(64, len(dataset)))])
+        statistics = qsd.target_statistics(teacher, first.to(device))
     learner, autocast = Learner(segmenter, objective, cfg), data.precision(cfg.precision, device)
     N = (cfg.size // cfg.patch) ** 2
 
@@ -610,8 +614,8 @@ def main(argv=None):
         generator = torch.Generator(device).manual_seed(data.mix(cfg.seed, 5, draws[0].item()))  # of the sampled points
         with autocast:
             with torch.no_grad():
-                t = teacher.run(x, layers=objective.layers_t) if teacher else None
-                scores = judge.decoder.scores(judge(x)) if judge else None
+                t = qsd.normalize_targets(teacher.run(data.restate(x, encoder, teacher), layers=objective.layers_t), cfg.target_norm, statistics) if teacher else None
+                scores = judge.decoder.scores(judge(data.restate(x, encoder, judge.encoder))) if judge else None
             noise = data.noise(draws, N, cfg.seed).to(device) if objective else None
             return model(x, label.to(device, non_blocking=True), generator, t, noise, scores)
 
