@@ -6,24 +6,20 @@
 """
 import json
 import shlex
-import sys
-import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
-from torch.utils.data import DataLoader, Subset
-from tqdm import tqdm
 
 import data
 import distill
 import qsd
 import segment
+from segment import confusion, evaluate, iou, predict, slide  # noqa: F401, the names are part of this file's interface
 
 
 @dataclass
@@ -36,83 +32,22 @@ class Config:
     # protocol
     mode: Literal["slide", "whole"] = "slide"  # official: sliding window
     window: int = 0                # its side, pixels; 0 = the training crop (official 512)
-    stride: float = 341 / 512      # of its side (official 341 of 512 pixels)
+    stride: float = 2 / 3          # of its side, rounded (official 341 of 512 pixels)
     flip: bool = False             # average with the mirrored image (official: no)
     batch: int = 1                 # images at once; more than 1 needs images of one size
     workers: int = 2               # image-loading processes
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "fp32"  # official: fp32
     # the paper in the toy world
-    demo: bool = False             # train and compare the rows of small_world for --data toy or camvid; toy: draw the picture
-    seed: int = 0                  # of the demo's runs
-    out: str = "runs/demo"         # the demo's folder; results.json and demo.png lie there
+    table: Literal["none", "main", "7"] = "none"  # run the rows of this table for --data toy or camvid, and print it
+    demo: bool = False             # --table main, and the picture
+    seed: int = 0                  # of the table's runs
+    out: str = "runs/demo"         # the folder of the table's runs, and of demo.png
 
 
 PRESETS = {name: dict(batch=50, workers=0) for name in data.DATASETS if name.startswith("toy")}
 
 
-# --- mIoU -----------------------------------------------------------------------------------------------------------------
-
-def confusion(pred, label, num_classes):
-    """Count pixels by (label, prediction): two integer maps of one shape -> (K, K) int64; label 255 is left out."""
-    valid = label != data.IGNORE
-    return torch.bincount(label[valid] * num_classes + pred[valid], minlength=num_classes ** 2).view(num_classes, num_classes)
-
-
-def iou(conf):
-    """IoU of each class in [0, 1]; NaN where a class is neither in the labels nor predicted, 0 where it is only predicted."""
-    conf = conf.double()
-    return conf.diag() / (conf.sum(0) + conf.sum(1) - conf.diag())
-
-
-def slide(model, x, window, stride):
-    """Class scores (B, K, H, W) of x (B, 3, H, W), averaged over windows of one side every `stride` pixels; a short side is padded."""
-    H, W = x.shape[2:]
-    x = F.pad(x, (0, max(window - W, 0), 0, max(window - H, 0)))
-    total = count = 0
-    for top in starts(x.shape[2], window, stride):
-        for left in starts(x.shape[3], window, stride):
-            box = left, x.shape[3] - left - window, top, x.shape[2] - top - window
-            scores = model.decoder.scores(model(x[:, :, top:top + window, left:left + window]), (window, window))
-            total = total + F.pad(scores, box)
-            count = count + F.pad(torch.ones_like(scores[:1, :1]), box)
-    return (total / count)[:, :, :H, :W]
-
-
-def starts(length, window, stride):
-    """First pixels of the windows along one side; the last window ends flush with the border."""
-    return sorted({min(i, length - window) for i in range(0, max(length - window + stride, 1), stride)})
-
-
-@torch.no_grad()
-def predict(model, x, cfg, window):
-    """Class scores (B, K, H, W) of normalised images at their own size, by the Config's protocol."""
-    patch = model.encoder.patch_size
-    if cfg.mode == "whole":  # one window that holds the image
-        H, W = x.shape[2:]
-        padded = F.pad(x, (0, -W % patch, 0, -H % patch))
-        scores = model.decoder.scores(model(padded), padded.shape[2:])[:, :, :H, :W]
-    else:
-        scores = slide(model, x, window, max(1, round(cfg.stride * window)))
-    if cfg.flip:
-        scores = scores + predict(model, x.flip(3), replace(cfg, flip=False), window).flip(3)
-    return scores
-
-
-def evaluate(model, name, cfg, window, device):
-    """Confusion matrix (K, K) of one domain's val split, each process taking its share of the images."""
-    dataset = data.scenes(name, cfg.root, "val", data.eval_transform(name))
-    rank, world = dist.get_rank(), dist.get_world_size()
-    loader = DataLoader(Subset(dataset, range(rank, len(dataset), world)), cfg.batch, num_workers=cfg.workers)
-    conf = torch.zeros(dataset.num_classes, dataset.num_classes, dtype=torch.int64, device=device)
-    for images, label, _ in tqdm(loader, name, disable=rank > 0, leave=False):
-        x = data.normalize(images.to(device), model.encoder.mean, model.encoder.std)
-        with data.precision(cfg.precision, device):
-            scores = predict(model, x, cfg, window)
-        pred = F.interpolate(scores, size=label.shape[1:], mode="bilinear", align_corners=False).argmax(1)
-        conf += confusion(pred, label.to(device), dataset.num_classes)
-    dist.all_reduce(conf)
-    return conf.cpu()
-
+# --- What is measured -------------------------------------------------------------------------------------------------------
 
 def measure(checkpoint, cfg, device):
     """mIoU in percent of a segmenter on each domain of cfg.data, and their plain mean as "mean"."""
@@ -121,7 +56,11 @@ def measure(checkpoint, cfg, device):
     for name in data.rows(cfg.data):
         if list(data.DATASETS[name].classes) != saved["classes"] and data.DATASETS[name].classes:
             data.fail(f"--data {name} has the classes {', '.join(data.DATASETS[name].classes)}, but {checkpoint} was trained on others")
-        result[name] = 100 * iou(evaluate(model, name, cfg, cfg.window or saved["config"]["size"], device)).nanmean().item()
+        dataset = data.scenes(name, cfg.root, "val", data.eval_transform(name))
+        with data.precision(cfg.precision, device):
+            conf = evaluate(model, dataset, cfg.window or saved["config"]["size"], device, cfg.stride, cfg.mode == "whole", cfg.flip,
+                            cfg.batch, cfg.workers, name)
+        result[name] = 100 * iou(conf).nanmean().item()
     return result | {"mean": sum(result.values()) / len(result)}
 
 
@@ -142,42 +81,52 @@ class Row(NamedTuple):
 
 
 def small_world(world, out, seed, root):
-    """The paper's comparison on a small scale: one teacher, one student, and what is done with them; each row starts where its name says."""
-    common = f"--root {root} --seed {seed}"
+    """The paper's comparison on a small scale: one teacher, one student, and what is done with them."""
+    common = f"--root {root} --seed {seed} --out {out}"
     if world == "toy":  # the teacher is trained on a wide world of looks, the student starts from random weights
-        teacher, student, proxy, source = f"{out}/teacher/segmenter.pt", "toy_small", "toy-proxy", "toy"
-        before = [f"segment.py --data toy-wide --encoder toy_base --freeze no --decoder linear --out {out}/teacher {common}"]
-    else:  # camvid: real images, an ImageNet ViT-Ti as teacher and the first 3 of 12 blocks of another as student
+        teacher, student, proxy, source, one_stage = f"{out}/teacher/segmenter.pt", "toy_small", "toy-proxy", "toy", ""
+        before = [f"segment.py --data toy-wide --encoder toy_base --freeze no --decoder linear {common}/teacher"]
+    else:  # camvid: real images; an ImageNet ViT-Ti is the teacher, the first 3 of 12 blocks of another the student
         teacher, student, before = "vit_tiny_augreg", "deit_tiny --depth 3", []
-        small = "--patch 16 --batch 16 --lr 5e-4 --lr_rule constant --repeats 1 --workers 1 --target_norm layernorm"
+        one_stage = "--target_norm layernorm"
+        small = f"--patch 16 --batch 16 --lr 5e-4 --lr_rule constant --repeats 1 --workers 1 {one_stage}"
         proxy, source = f"imagenet --size 128 --budget 400 {small}", f"camvid --size 160 --budget 200 {small}"
 
     def two_stages(loss):  # stage 1 on the proxy set, then on source images; stage 2 with the encoder frozen
-        first = student.replace("--depth", "--student_depth")
-        return before + [
-            f"distill.py --data {proxy} --loss {loss} --teacher {teacher} --student {first} --out {out}/{loss}-proxy {common}",
-            f"distill.py --data {source} --loss {loss} --teacher {teacher} --student {out}/{loss}-proxy/student.pt --out {out}/{loss}-source {common}",
-            f"segment.py --data {world} --encoder {out}/{loss}-source/student.pt --out {out}/{loss} {common}"]
+        first, then = student.replace("--depth", "--student_depth"), f"{out}/{loss}-proxy/student.pt"
+        return before + [f"distill.py --data {proxy} --loss {loss} --teacher {teacher} --student {first} {common}/{loss}-proxy",
+                         f"distill.py --data {source} --loss {loss} --teacher {teacher} --student {then} {common}/{loss}-source",
+                         f"segment.py --data {world} --encoder {out}/{loss}-source/student.pt {common}/{loss}"]
 
-    one_stage = f"--freeze no --kd 1 --loss mse --target_norm {'none' if world == 'toy' else 'layernorm'} --teacher {teacher}"
     return [
-        Row("no KD", [f"segment.py --data {world} --encoder {student} --freeze no --out {out}/no-kd {common}"]),
-        Row("one-stage MSE", before + [f"segment.py --data {world} --encoder {student} {one_stage} --out {out}/one-stage {common}"]),
+        Row("no KD", [f"segment.py --data {world} --encoder {student} --freeze no {common}/no-kd"]),
+        Row("one-stage MSE", before + [f"segment.py --data {world} --encoder {student} --freeze no --kd 1 --loss mse {one_stage} "
+                                       f"--teacher {teacher} {common}/one-stage"]),
         Row("two-stage MSE", two_stages("mse")),
         Row("GKD (QSD)", two_stages("qsd")),
-        Row("teacher", before + [f"segment.py --data {world} --encoder {teacher} --out {out}/teacher-frozen {common}"]),
+        Row("teacher", before + [f"segment.py --data {world} --encoder {teacher} {common}/teacher-frozen"]),
     ]
 
 
+def decoders(world, out, seed, root):
+    """The supplement's Table 7: the same frozen encoders under each decoder."""
+    rows = []
+    for row in small_world(world, out, seed, root)[2:]:
+        flags, folder = row.runs[-1].split(" --out ")
+        rows += [Row(f"{row.name}, {title}", [*row.runs[:-1], f"{flags} --decoder {kind} --out {folder}{suffix}"])
+                 for kind, title, suffix in (("linear", "linear", "-linear"), ("fpn", "SemFPN", "-fpn"), ("mask", "mask decoder", ""))]
+    return rows
+
+
+TABLES = {"main": small_world, "7": decoders}
+
+
 def execute(command):
-    """Run one command of a table in this process; a finished run is left as it is. Returns its folder."""
+    """Run one command of a table in this process; a finished run says so. Returns its folder."""
+    print(f"\npython {command}", flush=True)
     script, *argv = shlex.split(command)
-    out = Path(argv[argv.index("--out") + 1])
-    result = out / ("student.pt" if script == "distill.py" else "segmenter.pt")
-    if not result.exists():
-        print(f"\npython {command}", flush=True)
-        {"distill.py": distill.main, "segment.py": segment.main}[script](argv)
-    return out
+    {"distill.py": distill.main, "segment.py": segment.main}[script](argv)
+    return Path(argv[argv.index("--out") + 1])
 
 
 def table(cfg, rows, source, unseen, device):
@@ -200,78 +149,86 @@ def table(cfg, rows, source, unseen, device):
 # --- Pictures -----------------------------------------------------------------------------------------------------------
 
 def colorize(label, colors):
-    """Class numbers (H, W) to an RGB image array; 255 is black."""
+    """Class numbers (H, W) as an RGB array; 255 is black."""
     palette = np.zeros((256, 3), np.uint8)
     palette[:len(colors)] = colors
     return palette[np.asarray(label)]
 
 
-def pca_rgb(features, side):
-    """Three leading principal components of tokens [(N, C)], fitted over all of them, as RGB arrays of `side` pixels."""
-    x = torch.cat(features)
-    x = x - x.mean(0)
-    x = x @ torch.linalg.svd(x, full_matrices=False)[2][:3].T                # (sum N, 3)
-    low, high = x.quantile(0.02, dim=0), x.quantile(0.98, dim=0)
-    x = ((x - low) / (high - low)).clamp(0, 1)
-    maps = [part.view(int(len(part) ** 0.5), -1, 3).movedim(2, 0) for part in x.split([len(f) for f in features])]
-    return [(F.interpolate(m[None], (side, side), mode="bicubic")[0].clamp(0, 1).movedim(0, 2) * 255).byte().numpy() for m in maps]
+def principal(tokens):
+    """The three leading principal components (M, 3) of tokens (M, C), each of variance 1."""
+    x = tokens - tokens.mean(0)
+    x = x @ torch.linalg.svd(x, full_matrices=False)[2][:3].T
+    return x / x.std(0)
 
 
 @torch.no_grad()
-def picture(cfg, rows, path, side=128, per_domain=2):
-    """Draw, for images of each unseen domain: input, label, predictions of no KD and GKD, PCA of student's and teacher's features."""
-    folders = {row.name: Path(shlex.split(row.runs[-1])[shlex.split(row.runs[-1]).index("--out") + 1]) for row in rows}
-    models = {name: segment.load_segmenter(folders[name] / "segmenter.pt")[0] for name in ("no KD", "two-stage MSE", "GKD (QSD)", "teacher")}
-    columns = {title: [] for title in ("image", "label", "no KD", "two-stage MSE", "GKD (QSD)", "no KD ", "GKD (QSD) ", "teacher ")}
-    titles = []
-    for name in data.SETTINGS["toy"][1]:
-        dataset = data.scenes(name, cfg.root, "val")
-        for i in range(per_domain):
+def picture(rows, domains, root, path, images=8):
+    """Draw images of the unseen domains: input, label, predictions, and features in the colours of their three principal components."""
+    models = {row.name: segment.load_segmenter(Path(row.runs[-1].split(" --out ")[1]) / "segmenter.pt") for row in rows}
+    featured, predicted = ("teacher", "no KD", "two-stage MSE", "GKD (QSD)"), ("no KD", "two-stage MSE", "GKD (QSD)")
+    columns = {"image": [], "label": []} | {f"{name}: labels": [] for name in predicted} | {f"{name}: PCA": [] for name in featured}
+    tokens, grids, titles = {name: [] for name in featured}, [], []
+    for domain in domains:
+        dataset = data.scenes(domain, root, "val")
+        for i in range(0, len(dataset), -(-len(dataset) * len(domains) // images)):  # evenly spread
             image, label, _ = dataset[i]
-            x = data.normalize(image[None], data.MEAN, data.STD)
             columns["image"].append(image.permute(1, 2, 0).numpy())
             columns["label"].append(colorize(label, dataset.colors))
-            for kind in ("no KD", "two-stage MSE", "GKD (QSD)"):
-                scores = predict(models[kind], x, cfg, x.shape[2])
-                columns[kind].append(colorize(scores[0].argmax(0).byte(), dataset.colors))
-            for kind in ("no KD", "GKD (QSD)", "teacher"):
-                columns[kind + " "].append(models[kind].encoder(x)[1][0])
-            titles.append(name.removeprefix("toy-"))
-    for kind in ("no KD ", "GKD (QSD) ", "teacher "):
-        columns[kind] = pca_rgb(columns[kind], side)
-    return grid(columns, titles, dataset.classes, dataset.colors, side, path)
+            for name, (model, saved) in models.items():
+                x = data.normalize(image[None], model.encoder.mean, model.encoder.std)
+                if name in predicted:
+                    scores = predict(model, x, saved["config"]["size"])
+                    columns[f"{name}: labels"].append(colorize(scores[0].argmax(0).byte(), dataset.colors))
+                if name in featured:
+                    patch = model.encoder.patch_size
+                    h, w = x.shape[2] // patch, x.shape[3] // patch
+                    tokens[name].append(model.encoder(x[:, :, :h * patch, :w * patch])[1][0])
+            grids.append((h, w))
+            titles.append(domain.removeprefix("toy-").removeprefix("camvid-"))
+    teacher = principal(torch.cat(tokens["teacher"]))
+    for name in featured:  # components have no natural order or sign: each model's are turned onto the teacher's as a whole
+        own = principal(torch.cat(tokens[name]))
+        U, _, Vh = torch.linalg.svd(own.T @ teacher)
+        rgb = ((own @ U @ Vh) / 5 + 0.5).clamp(0, 1)                         # two and a half deviations either side
+        columns[f"{name}: PCA"] = [(part.view(h, w, 3) * 255).byte().numpy()
+                                   for part, (h, w) in zip(rgb.split([h * w for h, w in grids]), grids)]
+    return sheet(columns, titles, dataset.classes, dataset.colors, path)
 
 
-def grid(columns, titles, classes, colors, side, path, gap=4, top=44, left=56):
-    """Write {column title: [RGB arrays]} as one picture with row titles and a legend of the classes."""
-    font, rows = ImageFont.load_default(15), len(titles)
-    sheet = Image.new("RGB", (left + len(columns) * (side + gap), top + rows * (side + gap) + 36), "white")
-    pen = ImageDraw.Draw(sheet)
+def sheet(columns, titles, classes, colors, path, width=136, gap=4, top=28, left=52):
+    """Write {column title: [RGB arrays]} as one picture with a title per row and a legend of the classes; returns the path."""
+    font, first = ImageFont.load_default(13), columns["image"][0]
+    height = width * first.shape[0] // first.shape[1]
+    canvas = Image.new("RGB", (left + len(columns) * (width + gap), top + len(titles) * (height + gap) + 32), "white")
+    pen = ImageDraw.Draw(canvas)
     for j, (name, cells) in enumerate(columns.items()):
-        x = left + j * (side + gap)
-        pen.text((x + side / 2, top - 8), name.strip() + (" features" if name.endswith(" ") else ""), "black", font, anchor="ms")
+        x = left + j * (width + gap)
+        pen.text((x + width / 2, top - 8), name, "black", font, anchor="ms")
         for i, cell in enumerate(cells):
-            sheet.paste(Image.fromarray(cell).resize((side, side), Image.Resampling.NEAREST), (x, top + i * (side + gap)))
+            canvas.paste(Image.fromarray(cell).resize((width, height), Image.Resampling.NEAREST), (x, top + i * (height + gap)))
     for i, name in enumerate(titles):
-        pen.text((left - 8, top + i * (side + gap) + side / 2), name, "black", font, anchor="rm")
+        pen.text((left - 8, top + i * (height + gap) + height / 2), name, "black", font, anchor="rm")
     x = left
     for name, color in zip(classes, colors):
-        pen.rectangle((x, sheet.height - 26, x + 16, sheet.height - 10), tuple(color), "gray")
-        pen.text((x + 22, sheet.height - 18), name, "black", font, anchor="lm")
-        x += 38 + font.getlength(name)
+        pen.rectangle((x, canvas.height - 24, x + 14, canvas.height - 10), tuple(color), "gray")
+        pen.text((x + 20, canvas.height - 17), name, "black", font, anchor="lm")
+        x += 36 + font.getlength(name)
     path.parent.mkdir(parents=True, exist_ok=True)
-    sheet.save(path)
+    canvas.save(path)
     return path
 
 
 def main(argv=None):
     cfg = data.configure(Config, PRESETS, argv)
     rank, world, device = data.launch()
-    if cfg.demo:
-        rows = small_world(cfg.data, cfg.out, cfg.seed, cfg.root)
+    if cfg.demo or cfg.table != "none":
+        if cfg.data not in ("toy", "camvid"):
+            data.fail(f"--data {cfg.data}: the tables are run in the small worlds toy and camvid only")
+        rows = TABLES["main" if cfg.demo else cfg.table](cfg.data, cfg.out, cfg.seed, cfg.root)
         table(cfg, rows, *data.SETTINGS[cfg.data], device)
-        if cfg.data == "toy":
-            print(f"picture: {picture(cfg, rows, Path(cfg.out) / 'demo.png')}")
+        if cfg.demo and rank == 0:
+            print(f"picture: {picture(rows, data.SETTINGS[cfg.data][1], cfg.root, Path(cfg.out) / 'demo.png')}")
         return
     if not cfg.checkpoint:
         data.fail("give --checkpoint segmenter.pt and --data, or --demo")

@@ -19,6 +19,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader, Subset
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
@@ -480,7 +481,7 @@ class Config(qsd.LossConfig):
     seed: int = 42                 # as the official code
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "fp32"  # official: fp32
     log_every: int = 50            # steps
-    val_every: int = 0             # steps between evaluations on the source's own val split (best.pt is kept); 0 = never
+    val_every: int = 0             # steps between evaluations on the source's own val split; best.pt is the best, segmenter.pt the last
     save_minutes: float = 10.0     # between checkpoints
     max_skips: int = 10            # non-finite steps in a row that end the run
 
@@ -505,10 +506,12 @@ class Segmenter(nn.Module):
         self.layers = feature_layers(encoder.depth)
         encoder.requires_grad_(not frozen)
 
+    def features(self, x):
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):  # frozen: no graph, no memory for it
+            return pyramid(self.encoder.blocks_out(x, self.layers), self.grid(x))  # 4 x (B, C, ., .), not normalised
+
     def forward(self, x):
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
-            outs = self.encoder.blocks_out(x, self.layers)                   # 4 x (B, N, C), not normalised
-        return self.decoder(pyramid(outs, self.grid(x)))
+        return self.decoder(self.features(x))
 
     def grid(self, x):
         return x.shape[2] // self.encoder.patch_size, x.shape[3] // self.encoder.patch_size
@@ -536,6 +539,64 @@ def load_segmenter(path, device="cpu"):
     model = Segmenter(encoder, build_decoder(encoder.embed_dim, len(saved["classes"]), cfg))
     model.load_state_dict(saved["model"])
     return model.to(device).eval().requires_grad_(False), saved
+
+
+# --- Prediction and mIoU ----------------------------------------------------------------------------------------------------
+
+def confusion(pred, label, num_classes):
+    """Count pixels by (label, prediction): two integer maps of one shape -> (K, K) int64; label 255 is left out."""
+    valid = label != IGNORE
+    return torch.bincount(label[valid] * num_classes + pred[valid], minlength=num_classes ** 2).view(num_classes, num_classes)
+
+
+def iou(conf):
+    """IoU of each class in [0, 1]; NaN where a class is neither in the labels nor predicted, 0 where it is only predicted."""
+    conf = conf.double()
+    return conf.diag() / (conf.sum(0) + conf.sum(1) - conf.diag())
+
+
+def slide(model, x, window, stride):
+    """Class scores (B, K, H, W) of x (B, 3, H, W), averaged over windows of one side every `stride` pixels; a short side is padded."""
+    H, W = x.shape[2:]
+    x = F.pad(x, (0, max(window - W, 0), 0, max(window - H, 0)))
+    total = count = 0
+    for top in starts(x.shape[2], window, stride):
+        for left in starts(x.shape[3], window, stride):
+            around = left, x.shape[3] - left - window, top, x.shape[2] - top - window
+            scores = model.decoder.scores(model(x[:, :, top:top + window, left:left + window]), (window, window))
+            total = total + F.pad(scores, around)
+            count = count + F.pad(torch.ones_like(scores[:1, :1]), around)
+    return (total / count)[:, :, :H, :W]
+
+
+def starts(length, window, stride):
+    """First pixels of the windows along one side; the last window ends flush with the border."""
+    return sorted({min(i, length - window) for i in range(0, length - window + stride, stride)})
+
+
+@torch.no_grad()
+def predict(model, x, window, stride=2 / 3, whole=False, flip=False):
+    """Class scores (B, K, H, W) of normalised images x (B, 3, H, W) of any size; stride as a share of the window."""
+    if flip:
+        return predict(model, x, window, stride, whole) + predict(model, x.flip(3), window, stride, whole).flip(3)
+    if not whole:
+        return slide(model, x, window, round(stride * window))
+    (H, W), patch = x.shape[2:], model.encoder.patch_size
+    padded = F.pad(x, (0, -W % patch, 0, -H % patch))
+    return model.decoder.scores(model(padded), padded.shape[2:])[:, :, :H, :W]
+
+
+def evaluate(model, dataset, window, device, stride=2 / 3, whole=False, flip=False, batch=1, workers=0, title=""):
+    """Confusion matrix (K, K) over labelled images, each process taking its share; scores are resized to the label's size."""
+    rank, world, K = dist.get_rank(), dist.get_world_size(), dataset.num_classes
+    conf = torch.zeros(K, K, dtype=torch.int64, device=device)
+    loader = DataLoader(Subset(dataset, range(rank, len(dataset), world)), batch, num_workers=workers)
+    for images, label, _ in tqdm(loader, title, disable=rank > 0, leave=False):
+        x = data.normalize(images.to(device), model.encoder.mean, model.encoder.std)
+        scores = resize(predict(model, x, window, stride, whole, flip), label.shape[1:])
+        conf += confusion(scores.argmax(1), label.to(device), K)
+    dist.all_reduce(conf)
+    return conf.cpu()
 
 
 # --- The training step ----------------------------------------------------------------------------------------------------
@@ -594,6 +655,7 @@ def main(argv=None):
     transform = data.segment_transform(cfg.size, cat_max_ratio=cfg.cat_max_ratio)
     dataset = data.scenes(cfg.data, cfg.root, cfg.split, transform, cfg.labels, cfg.classes or None, cfg.cache or None)
     encoder = qsd.load_vit(cfg.encoder, cfg.size, cfg.patch, depth=cfg.depth, pretrained=cfg.pretrained)
+    validation = data.scenes(cfg.data, cfg.root, "val", data.eval_transform(cfg.data), classes=cfg.classes or None) if cfg.val_every else None
     segmenter = Segmenter(encoder, build_decoder(encoder.embed_dim, dataset.num_classes, cfg), cfg.freeze).to(device)
     objective = teacher = judge = None
     if cfg.kd:
@@ -620,8 +682,14 @@ def main(argv=None):
             return model(x, label.to(device, non_blocking=True), generator, t, noise, scores)
 
     # two images through one step: what it costs, and which parameters it does not touch
+    ancestors = qsd.lineage(cfg.encoder)[0]
+    with torch.no_grad():
+        parameters, macs = flops(segmenter.decoder, segmenter.features(torch.zeros(1, 3, cfg.size, cfg.size, device=device)))
+    if rank == 0:
+        print(f"{cfg.decoder} decoder: {parameters / 1e6:.2f} M parameters, {macs / 1e9:.2f} G multiply-adds at {cfg.size} px; "
+              f"encoder {'frozen' if cfg.freeze else 'trained'}: {sum(p.numel() for p in encoder.parameters()) / 1e6:.2f} M parameters")
     two = torch.zeros(2, 3, cfg.size, cfg.size, dtype=torch.uint8), torch.zeros(2, cfg.size, cfg.size, dtype=torch.int64), torch.arange(2)
-    flops = data.count_flops(lambda: learn(learner, *two)["loss"].backward()) / 2
+    cost = data.count_flops(lambda: learn(learner, *two)["loss"].backward()) / 2
     for p in learner.parameters():
         p.requires_grad_(p.grad is not None)
     learner.zero_grad()
@@ -629,7 +697,7 @@ def main(argv=None):
     model = DistributedDataParallel(learner)
     optimizer = torch.optim.AdamW(parameter_groups(learner, cfg), fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=cfg.precision == "fp16")
-    spent = dict(steps=0, images=0, tokens=0, flops=0.0, seconds=0.0, skipped=0, peak_gb=0.0)
+    spent = dict(steps=0, images=0, tokens=0, flops=0.0, seconds=0.0, skipped=0, peak_gb=0.0, best_miou=0.0)
     if resumed:
         learner.load_state_dict(resumed["learner"])
         optimizer.load_state_dict(resumed["optimizer"])
@@ -640,9 +708,13 @@ def main(argv=None):
     batches = iter(data.loader(dataset, cfg.batch, cfg.seed, spent["steps"], rank, world, passes, workers=cfg.workers))
     if rank == 0:
         out.mkdir(parents=True, exist_ok=True)
-        data.start_log(cfg, spent["steps"], device=data.device_name(device), world=world, gflop_per_image=flops / 1e9)
+        data.start_log(cfg, spent["steps"], device=data.device_name(device), world=world, gflop_per_image=cost / 1e9)
     bar = tqdm(initial=spent["steps"], desc=str(out), disable=rank > 0, unit="step", dynamic_ncols=True)
-    segmenter.encoder.train(not cfg.freeze)
+
+    def result():  # what evaluation needs
+        return dict(model=segmenter.state_dict(), encoder=encoder.config, config=data.as_plain(cfg), classes=list(dataset.classes),
+                    colors=[list(c) for c in dataset.colors], ledger=ancestors + [dict(script="segment", data=cfg.data, **spent)])
+
     signals, skips, saved, waited = data.catch_signals(), 0, time.time(), 0.0
 
     while spent[unit] < budget:
@@ -658,7 +730,7 @@ def main(argv=None):
                 scaler.scale(losses["loss"] / passes).backward()
         bad, stop, seconds = data.agree(not data.step(optimizer, scaler), bool(signals), time.time() - began)
 
-        data.spend(spent, steps=1, images=cfg.batch, tokens=cfg.batch * N, flops=cfg.batch * flops, seconds=seconds, skipped=bad)
+        data.spend(spent, steps=1, images=cfg.batch, tokens=cfg.batch * N, flops=cfg.batch * cost, seconds=seconds, skipped=bad)
         skips = skips + 1 if bad else 0
         if skips == cfg.max_skips:
             data.fail(f"{skips} steps in a row gave non-finite gradients; {out}/last.pt holds the state before them; lower --lr or use --precision fp32")
@@ -668,13 +740,19 @@ def main(argv=None):
                 data.save(out / "last.pt", dict(learner=learner.state_dict(), optimizer=optimizer.state_dict(), scaler=scaler.state_dict(),
                                                 spent=spent), keep=True)
                 saved = time.time()
+        if cfg.val_every and spent["steps"] % cfg.val_every == 0:
+            with autocast:
+                miou = 100 * iou(evaluate(segmenter, validation, cfg.size, device, title="validation")).nanmean().item()
+            if rank == 0:
+                data.log(out, dict(step=spent["steps"], val_miou=round(miou, 2)))
+                if miou > spent["best_miou"]:
+                    spent["best_miou"] = miou
+                    data.save(out / "best.pt", result())
         if stop:
             raise SystemExit(f"stopped by a signal after step {spent['steps']}; the same command goes on from there")
 
     if rank == 0:
-        data.save(out / "segmenter.pt", dict(
-            model=segmenter.state_dict(), encoder=encoder.config, config=data.as_plain(cfg), classes=list(dataset.classes),
-            colors=[list(c) for c in dataset.colors], ledger=qsd.lineage(cfg.encoder)[0] + [dict(script="segment", data=cfg.data, **spent)]))
+        data.save(out / "segmenter.pt", result())
         for name in ("last.pt", "prev.pt"):
             (out / name).unlink(missing_ok=True)
     bar.close()
