@@ -7,6 +7,7 @@ The same command resumes. With --kd or --kd_logits a rival of the paper is train
 """
 import math
 import time
+import warnings
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -683,8 +684,8 @@ def main(argv=None):
 
     # two images through one step: what it costs, and which parameters it does not touch
     ancestors = qsd.lineage(cfg.encoder)[0]
-    with torch.no_grad():
-        parameters, macs = flops(segmenter.decoder, segmenter.features(torch.zeros(1, 3, cfg.size, cfg.size, device=device)))
+    maps = [x.detach() for x in segmenter.features(torch.zeros(1, 3, cfg.size, cfg.size, device=device))]
+    parameters, macs = flops(segmenter.decoder, maps)
     if rank == 0:
         print(f"{cfg.decoder} decoder: {parameters / 1e6:.2f} M parameters, {macs / 1e9:.2f} G multiply-adds at {cfg.size} px; "
               f"encoder {'frozen' if cfg.freeze else 'trained'}: {sum(p.numel() for p in encoder.parameters()) / 1e6:.2f} M parameters")
@@ -694,6 +695,7 @@ def main(argv=None):
         p.requires_grad_(p.grad is not None)
     learner.zero_grad()
 
+    warnings.filterwarnings("ignore", "Grad strides do not match")  # 1x1 and depthwise convolutions: a copy of a small tensor
     model = DistributedDataParallel(learner)
     optimizer = torch.optim.AdamW(parameter_groups(learner, cfg), fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=cfg.precision == "fp16")
