@@ -646,20 +646,22 @@ class Draws:
         self.n, self.batch, self.seed, self.step, self.repeats = n, batch, seed, start_step, repeats
         self.share, self.micro, self.rank = batch // world, batch // (world * accumulate), rank
 
+        self.epoch = None
+
     def __iter__(self):
-        step, epoch = self.step, None
+        step = self.step
         while True:
             first = step * self.batch + self.rank * self.share
             for start in range(first, first + self.share, self.micro):
-                keys = []
-                for draw in range(start, start + self.micro):
-                    if epoch != draw // self.n:
-                        epoch = draw // self.n
-                        rng = torch.Generator().manual_seed(mix(self.seed, 1, epoch))
-                        order = torch.randperm(self.n, generator=rng)
-                    keys.append((order[draw % self.n // self.repeats].item(), draw))
-                yield keys
+                yield [(self.index(draw), draw) for draw in range(start, start + self.micro)]
             step += 1
+
+    def index(self, draw):
+        """The image of a draw."""
+        if self.epoch != draw // self.n:
+            self.epoch = draw // self.n
+            self.order = torch.randperm(self.n, generator=torch.Generator().manual_seed(mix(self.seed, 1, self.epoch)))
+        return self.order[draw % self.n // self.repeats].item()
 
 
 def loader(dataset, batch, seed=0, start_step=0, rank=0, world=1, accumulate=1, repeats=1, workers=0):
@@ -1001,7 +1003,6 @@ def launch():
     device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
-        torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in fp32
     if not dist.is_initialized():
         backend = "nccl" if device.type == "cuda" else "gloo"
         if world == 1:
@@ -1075,13 +1076,23 @@ def log(out, record):
         file.write(json.dumps(record) + "\n")
 
 
-def share(batch, micro, world):
-    """Split a global batch: (images of one forward pass on one process, passes per step); their product times world is the batch."""
-    if batch % (2 * world):
-        fail(f"--batch {batch} does not divide into pairs over {world} processes; use a multiple of {2 * world}")
+def passes(batch, micro, world):
+    """Forward passes a step takes on each process, so that none holds more than `micro` images, in pairs, and all make up the batch."""
     own = batch // world
-    passes = next(n for n in range(1, own + 1) if own % n == 0 and own // n % 2 == 0 and (own // n <= micro or own // n == 2))
-    return own // passes, passes
+    if batch % (2 * world):
+        fail(f"--batch {batch} does not divide into pairs of images over {world} processes; use a multiple of {2 * world}")
+    return next(n for n in range(1, own) if own % (2 * n) == 0 and (own // n <= micro or own // n == 2))
+
+
+def leave(cfg, spent, stop, skips, dataset, loader, draws):
+    """End the run, its checkpoint written, after a signal or after too many non-finite steps in a row; else do nothing."""
+    if stop:
+        print(f"stopped by signal {int(stop)} after step {spent['steps']}; the same command goes on from there", file=sys.stderr)
+        sys.exit(128 + int(stop))
+    if skips == cfg.max_skips:
+        names = [str(dataset.samples[loader.batch_sampler.index(draw)].image) for draw in draws.tolist()]
+        fail(f"{skips} steps in a row had non-finite gradients and changed nothing; {cfg.out}/last.pt holds the weights before them. Look at the "
+             f"last images ({', '.join(names[:8])}), lower --lr or use --precision fp32")
 
 
 def parse_budget(text, steps_per_epoch):

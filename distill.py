@@ -110,7 +110,7 @@ def main(argv=None):
     objective = qsd.LOSSES[cfg.loss](student, teacher, cfg).to(device)
     ancestors, heads = qsd.lineage(cfg.student)
     if cfg.keep_heads:
-        objective.load_state_dict(heads)
+        objective.load_state_dict(heads or data.fail(f"--keep_heads: {cfg.student} holds no heads"))
     pair, run_teacher, autocast = Pair(student, objective), teacher.run, data.precision(cfg.precision, device)
     N = (cfg.size // cfg.patch) ** 2
     statistics = None
@@ -129,7 +129,8 @@ def main(argv=None):
             return model(x, qsd.normalize_targets(t, cfg.target_norm, statistics), noise)
 
     # two images through one step: what it costs, and which parameters this objective does not touch
-    flops = data.count_flops(lambda: distil(pair, torch.zeros(2, 3, cfg.size, cfg.size, dtype=torch.uint8), torch.arange(2))["loss"].backward()) / 2
+    two = torch.zeros(2, 3, cfg.size, cfg.size, dtype=torch.uint8), torch.arange(2)
+    cost = data.count_flops(lambda: distil(pair, *two)["loss"].backward()) / 2  # FLOPs per image
     for p in pair.parameters():
         p.requires_grad_(p.grad is not None)
     pair.zero_grad()
@@ -148,17 +149,13 @@ def main(argv=None):
         scaler.load_state_dict(resumed["scaler"])
         spent = resumed["spent"]
     unit, budget = data.parse_budget(cfg.budget, len(dataset) / cfg.batch)
-    batch, passes = data.share(cfg.batch, cfg.micro, world)
-    batches = iter(data.loader(dataset, cfg.batch, cfg.seed, spent["steps"], rank, world, passes, cfg.repeats, cfg.workers))
+    passes = data.passes(cfg.batch, cfg.micro, world)
+    loader = data.loader(dataset, cfg.batch, cfg.seed, spent["steps"], rank, world, passes, cfg.repeats, cfg.workers)
+    batches = iter(loader)
     if rank == 0:
         out.mkdir(parents=True, exist_ok=True)
-        data.start_log(cfg, spent["steps"], device=data.device_name(device), world=world, gflop_per_image=flops / 1e9)
+        data.start_log(cfg, spent["steps"], device=data.device_name(device), world=world, gflop_per_image=cost / 1e9)
     bar = tqdm(initial=spent["steps"], total=None, desc=str(out), disable=rank > 0, unit="step", dynamic_ncols=True)
-
-    def checkpoint():
-        if rank == 0:
-            data.save(out / "last.pt", dict(pair=pair.state_dict(), optimizer=optimizer.state_dict(), scaler=scaler.state_dict(),
-                                            spent=spent), keep=True)
 
     signals, skips, saved, waited = data.catch_signals(), 0, time.time(), 0.0
     while spent[unit] < budget:
@@ -172,22 +169,18 @@ def main(argv=None):
             with model.no_sync() if i < passes - 1 else nullcontext():
                 losses = distil(model, images, draws)                    # Eq. 4 on the proxy set, Eq. 5 on the source set
                 scaler.scale(losses["loss"] / passes).backward()
-        bad, stop, seconds = data.agree(not data.step(optimizer, scaler), bool(signals), time.time() - began)
+        bad, stop, seconds = data.agree(not data.step(optimizer, scaler), sum(signals[:1]), time.time() - began)
 
         # the books: what has been spent, what is reported, what is kept
-        data.spend(spent, steps=1, images=cfg.batch, tokens=cfg.batch * N, flops=cfg.batch * flops, seconds=seconds, skipped=bad)
+        data.spend(spent, steps=1, images=cfg.batch, tokens=cfg.batch * N, flops=cfg.batch * cost, seconds=seconds, skipped=bad)
         skips = skips + 1 if bad else 0
-        if skips == cfg.max_skips:
-            names = ", ".join(dataset.name(draw) for draw in draws.tolist()[:8])
-            data.fail(f"{skips} steps in a row gave non-finite gradients; last images: {names}. {out}/last.pt holds the state before them; "
-                      "look at those files, or lower --lr, or use --precision fp32")
         if rank == 0:
             data.report(cfg, bar, spent, unit, budget, losses, optimizer, waited)
-        if stop or (time.time() - saved > 60 * cfg.save_minutes and not bad):
-            checkpoint()
-            saved = time.time()
-        if stop:
-            raise SystemExit(f"stopped by a signal after step {spent['steps']}; the same command goes on from there")
+            if stop or skips == cfg.max_skips or time.time() - saved > 60 * cfg.save_minutes:
+                data.save(out / "last.pt", dict(pair=pair.state_dict(), optimizer=optimizer.state_dict(), scaler=scaler.state_dict(),
+                                                spent=spent), keep=True)
+                saved = time.time()
+        data.leave(cfg, spent, stop, skips, dataset, loader, draws)
 
     if rank == 0:
         tensors = student.state_dict()

@@ -56,7 +56,7 @@ def measure(checkpoint, cfg, device):
     for name in data.rows(cfg.data):
         if list(data.DATASETS[name].classes) != saved["classes"] and data.DATASETS[name].classes:
             data.fail(f"--data {name} has the classes {', '.join(data.DATASETS[name].classes)}, but {checkpoint} was trained on others")
-        dataset = data.scenes(name, cfg.root, "val", data.eval_transform(name))
+        dataset = data.scenes(name, cfg.root, "val", data.eval_transform(name), classes=len(saved["classes"]))
         with data.precision(cfg.precision, device):
             conf = evaluate(model, dataset, cfg.window or saved["config"]["size"], device, cfg.stride, cfg.mode == "whole", cfg.flip,
                             cfg.batch, cfg.workers, name)

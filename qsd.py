@@ -334,6 +334,7 @@ def load_vit(name_or_path, img_size=None, patch_size=None, depth=None, pretraine
         notes.append(f"not the official file, whose SHA-256 starts with {row.sha256}")
     state, stored = read_checkpoint(path, notes)
     stored = constructor_values(name, row) if row else stored or infer_values(path, state, notes)
+    stored["inner_attn_ln"] = any("inner_attn_ln" in key for key in state)      # EVA-02 exists with and without
 
     dropped = [key for key in state if DROPPED.match(key)]
     if dropped:

@@ -706,8 +706,9 @@ def main(argv=None):
         scaler.load_state_dict(resumed["scaler"])
         spent = resumed["spent"]
     unit, budget = data.parse_budget(cfg.budget, len(dataset) / cfg.batch)
-    batch, passes = data.share(cfg.batch, cfg.micro, world)
-    batches = iter(data.loader(dataset, cfg.batch, cfg.seed, spent["steps"], rank, world, passes, workers=cfg.workers))
+    passes = data.passes(cfg.batch, cfg.micro, world)
+    loader = data.loader(dataset, cfg.batch, cfg.seed, spent["steps"], rank, world, passes, workers=cfg.workers)
+    batches = iter(loader)
     if rank == 0:
         out.mkdir(parents=True, exist_ok=True)
         data.start_log(cfg, spent["steps"], device=data.device_name(device), world=world, gflop_per_image=cost / 1e9)
@@ -730,15 +731,13 @@ def main(argv=None):
             with model.no_sync() if i < passes - 1 else nullcontext():
                 losses = learn(model, images, label, draws)
                 scaler.scale(losses["loss"] / passes).backward()
-        bad, stop, seconds = data.agree(not data.step(optimizer, scaler), bool(signals), time.time() - began)
+        bad, stop, seconds = data.agree(not data.step(optimizer, scaler), sum(signals[:1]), time.time() - began)
 
         data.spend(spent, steps=1, images=cfg.batch, tokens=cfg.batch * N, flops=cfg.batch * cost, seconds=seconds, skipped=bad)
         skips = skips + 1 if bad else 0
-        if skips == cfg.max_skips:
-            data.fail(f"{skips} steps in a row gave non-finite gradients; {out}/last.pt holds the state before them; lower --lr or use --precision fp32")
         if rank == 0:
             data.report(cfg, bar, spent, unit, budget, losses, optimizer, waited)
-            if stop or (time.time() - saved > 60 * cfg.save_minutes and not bad):
+            if stop or skips == cfg.max_skips or time.time() - saved > 60 * cfg.save_minutes:
                 data.save(out / "last.pt", dict(learner=learner.state_dict(), optimizer=optimizer.state_dict(), scaler=scaler.state_dict(),
                                                 spent=spent), keep=True)
                 saved = time.time()
@@ -750,8 +749,7 @@ def main(argv=None):
                 if miou > spent["best_miou"]:
                     spent["best_miou"] = miou
                     data.save(out / "best.pt", result())
-        if stop:
-            raise SystemExit(f"stopped by a signal after step {spent['steps']}; the same command goes on from there")
+        data.leave(cfg, spent, stop, skips, dataset, loader, draws)
 
     if rank == 0:
         data.save(out / "segmenter.pt", result())
