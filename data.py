@@ -971,14 +971,16 @@ def configure(Config, presets, argv=None):
 
 
 def parse_value(kind, text):
-    """One flag's text as the type its field declares; a ValueError becomes argparse's 'invalid value'."""
-    if kind is bool:
-        return {"yes": True, "no": False}[text] if text in ("yes", "no") else fail(f"'{text}' is neither yes nor no")
-    if typing.get_origin(kind) is typing.Literal:
-        return text if text in typing.get_args(kind) else fail(f"'{text}' is none of {', '.join(typing.get_args(kind))}")
+    """One flag's text as the type its field declares."""
     if typing.get_origin(kind) is types.UnionType:  # int | None
         return None if text == "none" else parse_value(typing.get_args(kind)[0], text)
-    return kind(text)
+    allowed = ("yes", "no") if kind is bool else typing.get_args(kind)  # a Literal's values; nothing for int, float, str
+    if allowed and text not in allowed:
+        raise argparse.ArgumentTypeError(f"'{text}' is none of {', '.join(allowed)}")
+    try:
+        return text == "yes" if kind is bool else text if allowed else kind(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"'{text}' is no {kind.__name__}") from None
 
 
 def fail(message):
@@ -1151,17 +1153,21 @@ def spend(spent, **amounts):
     spent["peak_gb"] = max(spent["peak_gb"], peak / 2 ** 30)
 
 
-def report(cfg, bar, spent, unit, budget, losses, optimizer, waited):
-    """Move the bar; every log_every steps (and at the end) write a line of the log."""
+def report(cfg, bar, spent, unit, budget, losses, optimizer):
+    """Move the bar; every log_every steps (and at the end) write a line of the log, its losses the mean over all processes."""
     bar.total = max(round(spent["steps"] * budget / spent[unit]), spent["steps"])
     bar.update(spent["steps"] - bar.n)
-    if spent["steps"] % cfg.log_every == 0 or spent[unit] >= budget:
-        speed = spent["images"] / spent["seconds"]
-        record = dict(step=spent["steps"], **{k: round(v.item(), 6) for k, v in losses.items()}, lr=optimizer.param_groups[0]["lr"],
-                      images_per_s=round(speed, 1), data_wait=round(waited / max(time.time() - bar.start_t, 1e-9), 3),
-                      peak_gb=round(spent["peak_gb"], 2), skipped=spent["skipped"], flops=spent["flops"], seconds=round(spent["seconds"], 2),
-                      eta_s=round(spent["seconds"] * (budget / spent[unit] - 1)))
-        bar.set_postfix(loss=record["loss"], data_wait=record["data_wait"])
+    if spent["steps"] % cfg.log_every and spent[unit] < budget:
+        return
+    means = torch.stack([value.double() for value in losses.values()])
+    dist.all_reduce(means)
+    means = (means / dist.get_world_size()).tolist()
+    record = dict(step=spent["steps"], **{name: round(mean, 6) for name, mean in zip(losses, means)}, lr=optimizer.param_groups[0]["lr"],
+                  images_per_s=round(spent["images"] / spent["seconds"], 1), data_wait=round(spent["waited"] / spent["seconds"], 3),
+                  peak_gb=round(spent["peak_gb"], 2), skipped=int(spent["skipped"]), flops=spent["flops"],
+                  seconds=round(spent["seconds"], 2), eta_s=round(spent["seconds"] * (budget / spent[unit] - 1)))
+    bar.set_postfix(loss=record["loss"], data_wait=record["data_wait"])
+    if dist.get_rank() == 0:
         log(cfg.out, record)
 
 

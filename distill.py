@@ -142,7 +142,7 @@ def main(argv=None):
     optimizer = torch.optim.AdamW(weight_decay_groups(pair, cfg.weight_decay), betas=(0.9, 0.999), fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=cfg.precision == "fp16")
 
-    spent = dict(steps=0, images=0, tokens=0, flops=0.0, seconds=0.0, skipped=0, peak_gb=0.0)  # this stage's ledger
+    spent = dict(steps=0, images=0, tokens=0, flops=0.0, seconds=0.0, skipped=0, waited=0.0, peak_gb=0.0)  # this stage's ledger
     if resumed:
         pair.load_state_dict(resumed["pair"])
         optimizer.load_state_dict(resumed["optimizer"])
@@ -157,11 +157,12 @@ def main(argv=None):
         data.start_log(cfg, spent["steps"], device=data.device_name(device), world=world, gflop_per_image=cost / 1e9)
     bar = tqdm(initial=spent["steps"], total=None, desc=str(out), disable=rank > 0, unit="step", dynamic_ncols=True)
 
-    signals, skips, saved, waited = data.catch_signals(), 0, time.time(), 0.0
+    signals, skips, saved = data.catch_signals(), 0, time.time()
     while spent[unit] < budget:
         began = time.time()
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(cfg, spent[unit] / budget)
+        waited, totals = 0.0, {}
         for i in range(passes):
             asked = time.time()
             images, draws = next(batches)
@@ -169,13 +170,14 @@ def main(argv=None):
             with model.no_sync() if i < passes - 1 else nullcontext():
                 losses = distil(model, images, draws)                    # Eq. 4 on the proxy set, Eq. 5 on the source set
                 scaler.scale(losses["loss"] / passes).backward()
+            totals = {k: totals.get(k, 0) + v.detach() / passes for k, v in losses.items()}
         bad, stop, seconds = data.agree(not data.step(optimizer, scaler), sum(signals[:1]), time.time() - began)
 
         # the books: what has been spent, what is reported, what is kept
-        data.spend(spent, steps=1, images=cfg.batch, tokens=cfg.batch * N, flops=cfg.batch * cost, seconds=seconds, skipped=bad)
+        data.spend(spent, steps=1, images=cfg.batch, tokens=cfg.batch * N, flops=cfg.batch * cost, seconds=seconds, skipped=bad, waited=waited)
         skips = skips + 1 if bad else 0
+        data.report(cfg, bar, spent, unit, budget, totals, optimizer)
         if rank == 0:
-            data.report(cfg, bar, spent, unit, budget, losses, optimizer, waited)
             if stop or skips == cfg.max_skips or time.time() - saved > 60 * cfg.save_minutes:
                 data.save(out / "last.pt", dict(pair=pair.state_dict(), optimizer=optimizer.state_dict(), scaler=scaler.state_dict(),
                                                 spent=spent), keep=True)

@@ -198,7 +198,7 @@ class MaskDecoder(nn.Module):
                  no_object=0.1, weights=(2, 5, 5), void="negative"):
         super().__init__()
         if queries < num_classes:
-            raise ValueError(f"{queries} queries for {num_classes} classes: each class needs a query of its own")
+            raise qsd.UserError(f"{queries} queries for {num_classes} classes: each class needs a query of its own")
         if void not in ("negative", "ignore"):
             raise ValueError(f"void {void!r} is unknown: use 'negative' (outside every mask) or 'ignore' (left out)")
         self.num_classes, self.weights, self.void = num_classes, weights, void
@@ -235,11 +235,11 @@ class MaskDecoder(nn.Module):
             masks = (resize(masks, size) if size else masks).sigmoid()
             return torch.einsum("bqk,bqhw->bkhw", outputs["logits"][-1].float().softmax(-1)[..., :-1], masks)
 
-    def loss(self, outputs, label, generator=None):
+    def loss(self, outputs, label, generator=None, share=None):
         """Class, BCE and dice losses after matching, summed over the outputs; label (B, H, W) int64, 255 = ignore.
 
         -> "loss", and for the log the last output's "ce", "bce", "dice", unweighted. The generator, on the label's
-        device, draws the points. Masks are counted over all processes, so that each weighs the same wherever it is.
+        device, draws the points. share: what to divide by (see count_share) where this is only a part of the batch.
         """
         with torch.autocast(label.device.type, enabled=False):
             logits, embed, pixels = (outputs[key].float() for key in ("logits", "embed", "pixels"))
@@ -248,7 +248,9 @@ class MaskDecoder(nn.Module):
 
             weight = self.class_weight[says].flatten(1)  # (L+1, B Q)
             ce = F.cross_entropy(logits.flatten(0, 2), says.flatten(), reduction="none").view_as(weight)
-            ce = (ce * weight).sum(1) / weight.sum(1)  # (L+1,)
+            masks = sum(counts) if share is None else share[0]
+            no_object = self.class_weight[-1] * (len(label) * says.shape[2] - masks)
+            ce = (ce * weight).sum(1) / (masks + no_object)  # (L+1,)
 
             (L, B, S), (h, w), (H, W) = query.shape, pixels.shape[-2:], label.shape[-2:]
             embed = embed.gather(2, query[..., None].expand(-1, -1, -1, embed.shape[-1]))  # (L+1, B, S, width)
@@ -266,13 +268,8 @@ class MaskDecoder(nn.Module):
             bce = (keep * F.softplus(x) - t * x).sum(-1) / keep.sum(-1).clamp(min=1e-6)
             dice = 1 - (2 * (t * p).sum(-1) + 1) / ((keep * p).sum(-1) + t.sum(-1) + 1)
 
-            counts = torch.tensor(counts, device=x.device)
-            total = counts.sum().float()
-            if dist.is_initialized():
-                dist.all_reduce(total)
-                total /= dist.get_world_size()  # gradients are averaged over the processes
-            share = (torch.arange(S, device=x.device) < counts[:, None])[..., None] / total.clamp(min=1)  # (B, S, 1)
-            bce, dice = (bce * share).sum((0, 1)), (dice * share).sum((0, 1))  # (L+1,)
+            real = torch.arange(S, device=x.device) < torch.tensor(counts, device=x.device)[:, None]  # (B, S), not padding
+            bce, dice = ((each * real[..., None]).sum((0, 1)) / max(masks, 1) for each in (bce, dice))  # (L+1,)
             loss = sum(weight * each.sum() for weight, each in zip(self.weights, (ce, bce, dice), strict=True))
             return {"loss": loss, "ce": ce[-1].detach(), "bce": bce[-1].detach(), "dice": dice[-1].detach()}
 
@@ -304,6 +301,7 @@ class MaskDecoder(nn.Module):
         dice = 1 - (2 * p @ t + 1) / (p @ keep + t.sum(1, keepdim=True) + 1)
         named = logits.softmax(-1).transpose(0, 1).flatten(1, 2).gather(2, classes[:, None].expand_as(bce))
         cost = sum(weight * each for weight, each in zip(self.weights, (-named, bce, dice), strict=True))
+        cost = cost.nan_to_num()  # a diverged step is skipped by its gradients, whatever it is matched to
         cost, classes = cost.unflatten(1, logits.shape[::2][:2]).transpose(2, 3).cpu().numpy(), classes.cpu().numpy()
         query = np.zeros((len(logits), *classes.shape), dtype=np.int64)
         says = np.full(logits.shape[:3], self.num_classes)
@@ -368,14 +366,27 @@ def hungarian(cost):
     return np.arange(n), col_of
 
 
+def count_share(labels):
+    """Masks (one per class present in an image) and labelled pixels of the average part of a step; labels: this process's parts.
+
+    Losses divided by these sum, over all parts and processes, to the loss of the whole batch at once."""
+    masks = sum(len(label.unique()) - int((label == IGNORE).any()) for part in labels for label in part)
+    pixels = sum(int((part != IGNORE).sum()) for part in labels)
+    total = torch.tensor([masks, pixels], dtype=torch.float64, device="cuda" if torch.cuda.is_available() else "cpu")
+    if dist.is_initialized():
+        dist.all_reduce(total)
+        total /= dist.get_world_size()
+    return (total / len(labels)).tolist()
+
+
 # --- One class per pixel, the same interface --------------------------------------------------------------------------
 class PixelClassifier(nn.Module):
     """Loss and scores of the decoders whose outputs are class logits (B, K, h, w)."""
 
-    def loss(self, outputs, label, generator=None):  # the generator is for decoders that draw points
+    def loss(self, outputs, label, generator=None, share=None):  # the generator is for decoders that draw points
         logits = resize(outputs.float(), label.shape[1:])
-        ce = F.cross_entropy(logits, label, ignore_index=IGNORE, reduction="sum") / (label != IGNORE).sum().clamp(min=1)
-        return {"loss": ce}
+        ce = F.cross_entropy(logits, label, ignore_index=IGNORE, reduction="sum")
+        return {"loss": ce / max(count_share([label])[1] if share is None else share[1], 1)}
 
     def scores(self, outputs, size=None):
         return (resize(outputs.float(), size) if size else outputs.float()).softmax(1)
@@ -609,15 +620,15 @@ class Learner(nn.Module):
         super().__init__()
         self.segmenter, self.objective, self.cfg = segmenter, objective, cfg
 
-    def forward(self, x, label, generator, t=None, noise=None, teacher_scores=None):
+    def forward(self, x, label, generator, share, t=None, noise=None, teacher_scores=None):
         segmenter, cfg = self.segmenter, self.cfg
         if self.objective is None and teacher_scores is None:
             outputs = segmenter(x)
-            return segmenter.decoder.loss(outputs, label, generator)         # Eq. 6
+            return segmenter.decoder.loss(outputs, label, generator, share)  # Eq. 6
         layers = tuple(self.objective.layers_s) if self.objective else ()
         cls, patches, outs = segmenter.encoder.run(x, layers=layers + tuple(segmenter.layers))
         outputs = segmenter.decoder(pyramid(outs[len(layers):], segmenter.grid(x)))
-        losses = segmenter.decoder.loss(outputs, label, generator)
+        losses = segmenter.decoder.loss(outputs, label, generator, share)
         if self.objective:
             kd = self.objective(segmenter.encoder, x, (cls, patches, outs[:len(layers)]), t, noise)
             losses["kd"] = cfg.kd * self.objective.weight * kd["loss"]
@@ -671,7 +682,7 @@ def main(argv=None):
     learner, autocast = Learner(segmenter, objective, cfg), data.precision(cfg.precision, device)
     N = (cfg.size // cfg.patch) ** 2
 
-    def learn(model, images, label, draws):
+    def learn(model, images, label, draws, share):
         """The losses on one batch: images uint8 (B, 3, H, W), label (B, H, W), draw numbers (B) naming all randomness."""
         x = data.normalize(images.to(device, non_blocking=True), encoder.mean, encoder.std)
         generator = torch.Generator(device).manual_seed(data.mix(cfg.seed, 5, draws[0].item()))  # of the sampled points
@@ -680,7 +691,7 @@ def main(argv=None):
                 t = qsd.normalize_targets(teacher.run(data.restate(x, encoder, teacher), layers=objective.layers_t), cfg.target_norm, statistics) if teacher else None
                 scores = judge.decoder.scores(judge(data.restate(x, encoder, judge.encoder))) if judge else None
             noise = data.noise(draws, N, cfg.seed).to(device) if objective else None
-            return model(x, label.to(device, non_blocking=True), generator, t, noise, scores)
+            return model(x, label.to(device, non_blocking=True), generator, share, t, noise, scores)
 
     # two images through one step: what it costs, and which parameters it does not touch
     ancestors = qsd.lineage(cfg.encoder)[0]
@@ -689,7 +700,7 @@ def main(argv=None):
     if rank == 0:
         print(f"{cfg.decoder} decoder: {parameters / 1e6:.2f} M parameters, {macs / 1e9:.2f} G multiply-adds at {cfg.size} px; "
               f"encoder {'frozen' if cfg.freeze else 'trained'}: {sum(p.numel() for p in encoder.parameters()) / 1e6:.2f} M parameters")
-    two = torch.zeros(2, 3, cfg.size, cfg.size, dtype=torch.uint8), torch.zeros(2, cfg.size, cfg.size, dtype=torch.int64), torch.arange(2)
+    two = torch.zeros(2, 3, cfg.size, cfg.size, dtype=torch.uint8), torch.zeros(2, cfg.size, cfg.size, dtype=torch.int64), torch.arange(2), None
     cost = data.count_flops(lambda: learn(learner, *two)["loss"].backward()) / 2
     for p in learner.parameters():
         p.requires_grad_(p.grad is not None)
@@ -699,7 +710,7 @@ def main(argv=None):
     model = DistributedDataParallel(learner)
     optimizer = torch.optim.AdamW(parameter_groups(learner, cfg), fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=cfg.precision == "fp16")
-    spent = dict(steps=0, images=0, tokens=0, flops=0.0, seconds=0.0, skipped=0, peak_gb=0.0, best_miou=0.0)
+    spent = dict(steps=0, images=0, tokens=0, flops=0.0, seconds=0.0, skipped=0, waited=0.0, peak_gb=0.0, best_miou=0.0)
     if resumed:
         learner.load_state_dict(resumed["learner"])
         optimizer.load_state_dict(resumed["optimizer"])
@@ -718,25 +729,26 @@ def main(argv=None):
         return dict(model=segmenter.state_dict(), encoder=encoder.config, config=data.as_plain(cfg), classes=list(dataset.classes),
                     colors=[list(c) for c in dataset.colors], ledger=ancestors + [dict(script="segment", data=cfg.data, **spent)])
 
-    signals, skips, saved, waited = data.catch_signals(), 0, time.time(), 0.0
+    signals, skips, saved = data.catch_signals(), 0, time.time()
 
     while spent[unit] < budget:
         began = time.time()
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * (1 - spent[unit] / budget) ** cfg.power
-        for i in range(passes):
-            asked = time.time()
-            images, label, draws = next(batches)
-            waited += time.time() - asked
+        parts = [next(batches) for _ in range(passes)]
+        waited = time.time() - began
+        share, totals = count_share([label for _, label, _ in parts]), {}
+        for i, (images, label, draws) in enumerate(parts):
             with model.no_sync() if i < passes - 1 else nullcontext():
-                losses = learn(model, images, label, draws)
+                losses = learn(model, images, label, draws, share)
                 scaler.scale(losses["loss"] / passes).backward()
+            totals = {k: totals.get(k, 0) + v.detach() / passes for k, v in losses.items()}
         bad, stop, seconds = data.agree(not data.step(optimizer, scaler), sum(signals[:1]), time.time() - began)
 
-        data.spend(spent, steps=1, images=cfg.batch, tokens=cfg.batch * N, flops=cfg.batch * cost, seconds=seconds, skipped=bad)
+        data.spend(spent, steps=1, images=cfg.batch, tokens=cfg.batch * N, flops=cfg.batch * cost, seconds=seconds, skipped=bad, waited=waited)
         skips = skips + 1 if bad else 0
+        data.report(cfg, bar, spent, unit, budget, totals, optimizer)
         if rank == 0:
-            data.report(cfg, bar, spent, unit, budget, losses, optimizer, waited)
             if stop or skips == cfg.max_skips or time.time() - saved > 60 * cfg.save_minutes:
                 data.save(out / "last.pt", dict(learner=learner.state_dict(), optimizer=optimizer.state_dict(), scaler=scaler.state_dict(),
                                                 spent=spent), keep=True)
