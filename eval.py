@@ -44,7 +44,7 @@ class Config:
     out: str = "runs/demo"         # the folder of the table's runs, and of demo.png
 
 
-PRESETS = {name: dict(batch=50, workers=0) for name in data.DATASETS if name.startswith("toy")}
+PRESETS = {name: dict(batch=50, workers=0) for name in data.DATASETS if name.startswith("toy")} | {"camvid": dict(batch=8, workers=1)}
 
 
 # --- What is measured -------------------------------------------------------------------------------------------------------
