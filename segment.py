@@ -463,6 +463,7 @@ class Config(qsd.LossConfig):
     out: str = "runs/segment"      # log.jsonl, last.pt, segmenter.pt
     # decoder
     decoder: Literal["mask", "fpn", "linear"] = "mask"  # Mask2Former-like; SemFPN (supplement, Table 7); one linear layer
+    blocks: Literal["four", "last"] = "four"  # encoder blocks it reads: official [3, 5, 7, 11] of 12; the last at all four scales
     width: int = 256               # channels of the mask decoder
     queries: int = 100             # masks it proposes
     decoder_layers: int = 9        # its transformer layers
@@ -502,7 +503,7 @@ FREE = {"root", "workers", "micro", "log_every", "val_every", "save_minutes", "m
 
 LIGHT = dict(width=64, queries=32, decoder_layers=3, ffn=256, heads=4, pixel="fpn")  # the light decoder of the small worlds
 TOY = LIGHT | dict(encoder="toy_small", size=64, patch=8, batch=8, micro=8, budget="300", lr=2e-3, lr_backbone=1e-3, workers=1,
-                   seed=0, log_every=20, cat_max_ratio=1.0)
+                   seed=0, log_every=20, cat_max_ratio=1.0, blocks="last")
 CAMVID = LIGHT | dict(size=224, points=2048, batch=8, micro=8, budget="250", lr=1e-3, lr_backbone=1e-4, workers=1, seed=0, log_every=20)
 PRESETS = {"toy": TOY, "toy-wide": TOY | dict(batch=16, micro=16, budget="1000", lr=1.5e-3, lr_backbone=1.5e-3), "camvid": CAMVID}
 
@@ -512,10 +513,10 @@ PRESETS = {"toy": TOY, "toy-wide": TOY | dict(batch=16, micro=16, budget="1000",
 class Segmenter(nn.Module):
     """An encoder and a decoder: x (B, 3, H, W) normalised -> the decoder's outputs."""
 
-    def __init__(self, encoder, decoder, frozen=True):
+    def __init__(self, encoder, decoder, frozen=True, blocks="four"):
         super().__init__()
         self.encoder, self.decoder, self.frozen = encoder, decoder, frozen
-        self.layers = feature_layers(encoder.depth)
+        self.layers = feature_layers(encoder.depth) if blocks == "four" else [encoder.depth - 1] * 4
         encoder.requires_grad_(not frozen)
 
     def features(self, x):
@@ -548,7 +549,7 @@ def load_segmenter(path, device="cpu"):
         raise qsd.UserError(f"{path}: no such file") from None
     except Exception as error:  # the zip reader, the unpickler and the missing keys each raise their own
         raise qsd.UserError(f"{path} is no segmenter.pt of this project ({str(error).splitlines()[0]:.80})") from None
-    model = Segmenter(encoder, build_decoder(encoder.embed_dim, len(saved["classes"]), cfg))
+    model = Segmenter(encoder, build_decoder(encoder.embed_dim, len(saved["classes"]), cfg), blocks=cfg.blocks)
     model.load_state_dict(saved["model"])
     return model.to(device).eval().requires_grad_(False), saved
 
@@ -668,7 +669,7 @@ def main(argv=None):
     dataset = data.scenes(cfg.data, cfg.root, cfg.split, transform, cfg.labels, cfg.classes or None, cfg.cache or None)
     encoder = qsd.load_vit(cfg.encoder, cfg.size, cfg.patch, depth=cfg.depth, pretrained=cfg.pretrained)
     validation = data.scenes(cfg.data, cfg.root, "val", data.eval_transform(cfg.data), classes=cfg.classes or None) if cfg.val_every else None
-    segmenter = Segmenter(encoder, build_decoder(encoder.embed_dim, dataset.num_classes, cfg), cfg.freeze).to(device)
+    segmenter = Segmenter(encoder, build_decoder(encoder.embed_dim, dataset.num_classes, cfg), cfg.freeze, cfg.blocks).to(device)
     objective = teacher = judge = None
     if cfg.kd:
         teacher = qsd.load_vit(cfg.teacher, cfg.size, cfg.patch).to(device).eval().requires_grad_(False)
