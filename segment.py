@@ -661,6 +661,8 @@ def main(argv=None):
         return print(f"{out}/segmenter.pt is finished; nothing to do") if rank == 0 else None
     if (cfg.kd or cfg.kd_logits) and cfg.freeze:
         data.fail("--kd and --kd_logits train the encoder: add --freeze no")
+    if cfg.val_every and "+" in cfg.data:
+        data.fail(f"--val_every: validation is on one set's own val split, not on {cfg.data}")
     if (cfg.kd or cfg.kd_logits) and cfg.teacher == "none":
         data.fail("--kd and --kd_logits need a --teacher")
 
@@ -689,10 +691,12 @@ def main(argv=None):
         generator = torch.Generator(device).manual_seed(data.mix(cfg.seed, 5, draws[0].item()))  # of the sampled points
         with autocast:
             with torch.no_grad():
-                t = qsd.normalize_targets(teacher.run(data.restate(x, encoder, teacher), layers=objective.layers_t), cfg.target_norm, statistics) if teacher else None
+                if teacher:
+                    t = teacher.run(data.restate(x, encoder, teacher), layers=objective.layers_t)
+                    t = qsd.normalize_targets(t, cfg.target_norm, statistics)
                 scores = judge.decoder.scores(judge(data.restate(x, encoder, judge.encoder))) if judge else None
-            noise = data.noise(draws, N, cfg.seed).to(device) if objective else None
-            return model(x, label.to(device, non_blocking=True), generator, share, t, noise, scores)
+            noise = data.noise(draws, N, cfg.seed).to(device)
+            return model(x, label.to(device, non_blocking=True), generator, share, t if teacher else None, noise, scores)
 
     # two images through one step: what it costs, and which parameters it does not touch
     ancestors = qsd.lineage(cfg.encoder)[0]
