@@ -185,10 +185,8 @@ def main(argv=None):
         data.leave(cfg, spent, stop, skips, dataset, loader, draws)
 
     if rank == 0:
-        tensors = student.state_dict()
-        mask_token = tensors.pop("mask_token")  # what is left has exactly the keys of the official file, and loads in timm
-        data.save(out / "student.pt", dict(model=tensors, mask_token=mask_token, encoder=student.config, objective=objective.state_dict(),
-                                           config=data.as_plain(cfg), ledger=ancestors + [dict(script="distill", data=cfg.data, **spent)]))
+        data.save(out / "student.pt", qsd.student_checkpoint(student) | dict(
+            objective=objective.state_dict(), config=data.as_plain(cfg), ledger=ancestors + [dict(script="distill", data=cfg.data, **spent)]))
         for name in ("last.pt", "prev.pt"):
             (out / name).unlink(missing_ok=True)
     bar.close()

@@ -167,7 +167,7 @@ def picture(rows, domains, root, path, images=8):
     """Draw images of the unseen domains: input, label, predictions, and features in the colours of their three principal components."""
     models = {row.name: segment.load_segmenter(Path(row.runs[-1].split(" --out ")[1]) / "segmenter.pt") for row in rows}
     featured, predicted = ("teacher", "no KD", "two-stage MSE", "GKD (QSD)"), ("no KD", "two-stage MSE", "GKD (QSD)")
-    columns = {"image": [], "label": []} | {f"{name}: labels": [] for name in predicted} | {f"{name}: PCA": [] for name in featured}
+    columns = {"image": [], "label": []} | {name: [] for name in predicted} | {f"PCA: {name}": [] for name in featured}
     tokens, grids, titles = {name: [] for name in featured}, [], []
     for domain in domains:
         dataset = data.scenes(domain, root, "val")
@@ -179,7 +179,7 @@ def picture(rows, domains, root, path, images=8):
                 x = data.normalize(image[None], model.encoder.mean, model.encoder.std)
                 if name in predicted:
                     scores = predict(model, x, saved["config"]["size"])
-                    columns[f"{name}: labels"].append(colorize(scores[0].argmax(0).byte(), dataset.colors))
+                    columns[name].append(colorize(scores[0].argmax(0).byte(), dataset.colors))
                 if name in featured:
                     patch = model.encoder.patch_size
                     h, w = x.shape[2] // patch, x.shape[3] // patch
@@ -191,7 +191,7 @@ def picture(rows, domains, root, path, images=8):
         own = principal(torch.cat(tokens[name]))
         U, _, Vh = torch.linalg.svd(own.T @ teacher)
         rgb = ((own @ U @ Vh) / 5 + 0.5).clamp(0, 1)                         # two and a half deviations either side
-        columns[f"{name}: PCA"] = [(part.view(h, w, 3) * 255).byte().numpy()
+        columns[f"PCA: {name}"] = [(part.view(h, w, 3) * 255).byte().numpy()
                                    for part, (h, w) in zip(rgb.split([h * w for h, w in grids]), grids)]
     return sheet(columns, titles, dataset.classes, dataset.colors, path)
 

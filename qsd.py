@@ -364,15 +364,10 @@ def load_vit(name_or_path, img_size=None, patch_size=None, depth=None, pretraine
     return vit
 
 
-def encoder_config(vit):
-    """The plain values that rebuild an encoder: ViT(**encoder_config(vit))."""
-    return dict(vit.config)
-
-
 def student_checkpoint(vit):
     """What student.pt holds: "model" has exactly the official keys (timm's), mask_token lies beside it."""
     model = vit.state_dict()
-    return dict(encoder=encoder_config(vit), mask_token=model.pop("mask_token"), model=model)
+    return dict(encoder=vit.config, mask_token=model.pop("mask_token"), model=model)
 
 
 def lineage(name_or_path):

@@ -753,11 +753,6 @@ def main(argv=None):
         data.spend(spent, steps=1, images=cfg.batch, tokens=cfg.batch * N, flops=cfg.batch * cost, seconds=seconds, skipped=bad, waited=waited)
         skips = skips + 1 if bad else 0
         data.report(cfg, bar, spent, unit, budget, totals, optimizer)
-        if rank == 0:
-            if stop or skips == cfg.max_skips or time.time() - saved > 60 * cfg.save_minutes:
-                data.save(out / "last.pt", dict(learner=learner.state_dict(), optimizer=optimizer.state_dict(), scaler=scaler.state_dict(),
-                                                spent=spent), keep=True)
-                saved = time.time()
         if cfg.val_every and spent["steps"] % cfg.val_every == 0:
             with autocast:
                 miou = 100 * iou(evaluate(segmenter, validation, cfg.size, device, title="validation")).nanmean().item()
@@ -766,6 +761,11 @@ def main(argv=None):
                 if miou > spent["best_miou"]:
                     spent["best_miou"] = miou
                     data.save(out / "best.pt", result())
+        if rank == 0:
+            if stop or skips == cfg.max_skips or time.time() - saved > 60 * cfg.save_minutes:
+                data.save(out / "last.pt", dict(learner=learner.state_dict(), optimizer=optimizer.state_dict(), scaler=scaler.state_dict(),
+                                                spent=spent), keep=True)
+                saved = time.time()
         data.leave(cfg, spent, stop, skips, dataset, loader, draws)
 
     if rank == 0:
