@@ -1,4 +1,5 @@
-"""Every dataset of the paper, read from its original download without conversion, and the augmentations of both stages.
+"""Every dataset of the paper, read from its original download without conversion, and the augmentations of both stages;
+at the end what every script shares: flags, processes, checkpoints, the log.
 
 An image is a uint8 tensor (3, H, W), a label an int64 tensor (H, W) of class numbers with 255 = ignore. A domain is a
 row of DATASETS; sources join with "+" (gtav+synthia+urbansyn). Check a download, or store it at training size:
@@ -43,7 +44,6 @@ from tqdm import tqdm
 
 IGNORE = 255  # label of a pixel that no loss and no metric sees
 UNKNOWN = 254  # a label value that the dataset's table does not name: always an error
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, for every encoder (EVA-02 too)
 FILL = (124, 116, 104)  # the mean as a pixel, for what lies outside an image: 0 after normalisation
 BAD_SHARE = 0.01  # share of the training images that may be unreadable before a run stops
 LABEL_SEED = 0  # of the subset that labels="1/16" takes: the same images in every run
@@ -465,10 +465,12 @@ class Sample(NamedTuple):
 def rows(name, classes=None, labelled=True):
     """{name: row of DATASETS} for a name like gtav+synthia; `classes` is the number of classes of --data folder."""
     entries = {}
-    for part in JOINED.get(name, name).split("+"):
+    for part in "+".join(JOINED.get(part, part) for part in name.split("+")).split("+"):
         if part not in DATASETS:
             raise UserError(f"--data {part}: not one of {' '.join(DATASETS)}")
         entries[part] = DATASETS[part]
+        if classes and (part != "folder" or classes > UNKNOWN):
+            raise UserError(f"--classes {classes}: is for --data folder, and at most {UNKNOWN}")
         if part == "folder" and classes:
             colors = np.random.default_rng(0).integers(40, 256, (classes, 3)).tolist()
             table = lookup_table({number: number for number in range(classes)})
@@ -770,7 +772,7 @@ RAND_AUGMENT = (  # op(image, level in 0..1, level with a random sign)
 
 # --- On the device: normalisation, random erasing ---------------------------------------------------------------------
 
-def normalize(image, mean=MEAN, std=STD):
+def normalize(image, mean, std):
     """uint8 (B, 3, H, W) to floats of mean 0 and deviation 1."""
     mean, std = (255 * torch.tensor(values, device=image.device)[:, None, None] for values in (mean, std))
     return (image - mean) / std
@@ -800,6 +802,11 @@ def erase(x, draws, seed=0, p=0.25, area=(0.02, 1 / 3), ratio=(0.3, 3.3)):
     return x
 
 
+def noise(draws, N, seed):
+    """Uniform random numbers (B, N), each row a function of (seed, draw) alone: the same masks at any number of processes."""
+    return torch.stack([torch.rand(N, generator=torch.Generator().manual_seed(mix(seed, 4, draw))) for draw in draws.tolist()])
+
+
 # --- Stage 2: image and label together --------------------------------------------------------------------------------
 
 def segment_transform(size=512, short_edges=None, long_edge=None, cat_max_ratio=0.75, flip=0.5):
@@ -812,7 +819,7 @@ def segment_transform(size=512, short_edges=None, long_edge=None, cat_max_ratio=
         height, width = label.shape
         short = short_edges[torch.randint(len(short_edges), ()).item()]
         scale = min(short / min(height, width), long_edge / max(height, width))
-        scaled = round(width * scale), round(height * scale)
+        scaled = max(1, round(width * scale)), max(1, round(height * scale))
         image, label = resize(image, scaled), resize_label(label, scaled)
         for _ in range(10):  # tries until no class fills more than cat_max_ratio of the crop's labelled pixels
             top, left = (torch.randint(max(edge - size, 0) + 1, ()).item() for edge in label.shape)
@@ -1078,12 +1085,12 @@ def log(out, record):
         file.write(json.dumps(record) + "\n")
 
 
-def passes(batch, micro, world):
-    """Forward passes a step takes on each process, so that none holds more than `micro` images, in pairs, and all make up the batch."""
-    own = batch // world
-    if batch % (2 * world):
-        fail(f"--batch {batch} does not divide into pairs of images over {world} processes; use a multiple of {2 * world}")
-    return next(n for n in range(1, own) if own % (2 * n) == 0 and (own // n <= micro or own // n == 2))
+def passes(batch, micro, world, pairs=True):
+    """Forward passes a step takes on each process: none holds more than `micro` images, all make up the batch; pairs: none is odd."""
+    own, least = batch // world, 2 if pairs else 1
+    if batch < 1 or batch % (least * world):
+        fail(f"--batch {batch} does not divide into {'pairs of ' if pairs else ''}images over {world} processes; use a multiple of {least * world}")
+    return next(n for n in range(1, own + 1) if own % (least * n) == 0 and (own // n <= micro or own // n == least))
 
 
 def leave(cfg, spent, stop, skips, dataset, loader, draws):
@@ -1107,7 +1114,7 @@ def parse_budget(text, steps_per_epoch):
         return "flops", amount
     if unit in ("h", "m", "s"):
         return "seconds", amount * {"h": 3600, "m": 60, "s": 1}[unit]
-    return "steps", round(amount * (steps_per_epoch if unit == "ep" else 1))
+    return "steps", max(1, round(amount * (steps_per_epoch if unit == "ep" else 1)))
 
 
 def agree(*values):
@@ -1180,11 +1187,6 @@ def count_flops(work):
 
 def device_name(device):
     return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-
-
-def noise(draws, N, seed):
-    """Uniform random numbers (B, N), each row a function of (seed, draw) alone: the same masks at any number of processes."""
-    return torch.stack([torch.rand(N, generator=torch.Generator().manual_seed(mix(seed, 4, draw))) for draw in draws.tolist()])
 
 
 # --- Preflight: python data.py --data gtav --root /data ---------------------------------------------------------------

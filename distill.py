@@ -1,6 +1,6 @@
 """Stage 1 of GKD: distil a teacher's features into a student, on a proxy set or on source images; no labels.
 
-    python distill.py --data toy-proxy --out runs/proxy              # the built-in toy world
+    python distill.py --data toy-proxy --out runs/proxy              # the toy world, with the teacher of `python eval.py --demo`
     torchrun --standalone --nproc_per_node=8 distill.py --data imagenet --root /data --out runs/proxy
     torchrun --standalone --nproc_per_node=8 distill.py --data gtav --root /data --student runs/proxy/student.pt --out runs/source
 
@@ -63,7 +63,7 @@ class Config(qsd.LossConfig):
 FREE = {"root", "workers", "micro", "log_every", "save_minutes", "max_skips"}  # may change when a run resumes; all else is mathematics
 
 PROXY = dict(size=224, patch=14, batch=512, budget="100ep")
-TOY = dict(teacher="runs/toy/teacher/segmenter.pt", student="toy_small", size=64, patch=8, batch=16, budget="800", repeats=1, workers=1,
+TOY = dict(teacher="runs/demo/teacher/segmenter.pt", student="toy_small", size=64, patch=8, batch=16, budget="800", repeats=1, workers=1,
            lr=2e-3, lr_rule="constant", dcd_pool=1, log_every=20)
 PRESETS = {"imagenet": PROXY, "toy-proxy": TOY, "toy": TOY | dict(lr=1e-3)}  # every other set has the defaults above: the source stage of the paper
 
@@ -110,7 +110,10 @@ def main(argv=None):
     objective = qsd.LOSSES[cfg.loss](student, teacher, cfg).to(device)
     ancestors, heads = qsd.lineage(cfg.student)
     if cfg.keep_heads:
-        objective.load_state_dict(heads or data.fail(f"--keep_heads: {cfg.student} holds no heads"))
+        try:
+            objective.load_state_dict(heads or {})
+        except RuntimeError:
+            data.fail(f"--keep_heads: {cfg.student} holds no heads of this --loss, teacher and student")
     pair, run_teacher, autocast = Pair(student, objective), teacher.run, data.precision(cfg.precision, device)
     N = (cfg.size // cfg.patch) ** 2
     statistics = None

@@ -6,6 +6,7 @@
 """
 import json
 import shlex
+import signal
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -54,9 +55,10 @@ def measure(checkpoint, cfg, device):
     model, saved = segment.load_segmenter(checkpoint, device)
     result = {}
     for name in data.rows(cfg.data):
-        if list(data.DATASETS[name].classes) != saved["classes"] and data.DATASETS[name].classes:
+        own = name == "folder"
+        if not own and list(data.DATASETS[name].classes) != saved["classes"]:
             data.fail(f"--data {name} has the classes {', '.join(data.DATASETS[name].classes)}, but {checkpoint} was trained on others")
-        dataset = data.scenes(name, cfg.root, "val", data.eval_transform(name), classes=len(saved["classes"]))
+        dataset = data.scenes(name, cfg.root, "val", data.eval_transform(name), classes=len(saved["classes"]) if own else None)
         with data.precision(cfg.precision, device):
             conf = evaluate(model, dataset, cfg.window or saved["config"]["size"], device, cfg.stride, cfg.mode == "whole", cfg.flip,
                             cfg.batch, cfg.workers, name)
@@ -126,6 +128,8 @@ def execute(command):
     print(f"\npython {command}", flush=True)
     script, *argv = shlex.split(command)
     {"distill.py": distill.main, "segment.py": segment.main}[script](argv)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # training finishes its step first; what follows may stop at once
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     return Path(argv[argv.index("--out") + 1])
 
 
@@ -134,10 +138,12 @@ def table(cfg, rows, source, unseen, device):
     results, cfg = {}, replace(cfg, data="+".join([source, *unseen]))
     for row in rows:
         folder = [execute(command) for command in row.runs][-1]
-        path = folder / "eval.json"
-        if not path.exists():
-            path.write_text(json.dumps(measure(folder / "segmenter.pt", cfg, device)))
-        scores = json.loads(path.read_text())
+        path, protocol = folder / "eval.json", [cfg.data, cfg.mode, cfg.window, cfg.stride, cfg.flip, cfg.precision]
+        known = json.loads(path.read_text()) if path.exists() else {}
+        if known.get("protocol") != protocol:
+            known = dict(protocol=protocol, miou=measure(folder / "segmenter.pt", cfg, device))
+            path.write_text(json.dumps(known))
+        scores = known["miou"]
         ledger = torch.load(folder / "segmenter.pt", weights_only=True)["ledger"]
         results[row.name] = {name: scores[name] for name in (source, *unseen)} | {
             "unseen": sum(scores[name] for name in unseen) / len(unseen), "seconds": f"{sum(stage['seconds'] for stage in ledger):.0f}"}
@@ -225,11 +231,15 @@ def main(argv=None):
     if cfg.demo or cfg.table != "none":
         if cfg.data not in ("toy", "camvid"):
             data.fail(f"--data {cfg.data}: the tables are run in the small worlds toy and camvid only")
+        if world > 1:
+            data.fail("--demo and --table run in one process: start them with python, or their commands one by one with torchrun")
         rows = TABLES["main" if cfg.demo else cfg.table](cfg.data, cfg.out, cfg.seed, cfg.root)
         table(cfg, rows, *data.SETTINGS[cfg.data], device)
-        if cfg.demo and rank == 0:
+        if cfg.demo:
             print(f"picture: {picture(rows, data.SETTINGS[cfg.data][1], cfg.root, Path(cfg.out) / 'demo.png')}")
         return
+    if not 0 < cfg.stride <= 1:
+        data.fail(f"--stride {cfg.stride} is a share of the window, above 0 and at most 1")
     if not cfg.checkpoint:
         data.fail("give --checkpoint segmenter.pt and --data, or --demo")
     result = measure(cfg.checkpoint, cfg, device)

@@ -365,7 +365,7 @@ def load_vit(name_or_path, img_size=None, patch_size=None, depth=None, pretraine
 
 
 def student_checkpoint(vit):
-    """What student.pt holds: "model" has exactly the official keys (timm's), mask_token lies beside it."""
+    """What student.pt holds: "model" has exactly the encoder's keys in timm (no heads), mask_token lies beside it."""
     model = vit.state_dict()
     return dict(encoder=vit.config, mask_token=model.pop("mask_token"), model=model)
 
@@ -374,7 +374,8 @@ def lineage(name_or_path):
     """What a checkpoint of this project brings along: the ledgers of the stages that made it, and its heads (or None)."""
     if not Path(name_or_path).is_file():
         return [], None
-    saved = torch.load(name_or_path, map_location="cpu", weights_only=True)
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        saved = torch.load(name_or_path, map_location="cpu", weights_only=True)
     return saved.get("ledger", []), saved.get("objective")
 
 
@@ -506,9 +507,9 @@ class LossConfig:
     mask_loss: Literal["all", "masked_samples", "masked_tokens"] = "all"  # official: all patches of all samples; Proteus: masked_tokens
     scale: Literal["one", "sqrt", "cosine"] = "one"  # of the logits: none (paper and code); C_t^-1/2; cosine / temperature
     temperature: float = 0.07          # for scale = cosine only
-    attention: Literal["learned", "identity", "teacher"] = "learned"  # paper: learned; identity = plain MSE; teacher = v_t v_t^T
-    layers: Literal["last", "last2", "four"] = "last"  # paper: last; last2 adds the block before; four: the blocks the decoder reads
-    target_norm: Literal["none", "layernorm", "phis"] = "none"  # of the teacher's tokens; none = paper and code
+    attention: Literal["learned", "identity", "teacher"] = "learned"  # paper: learned; identity: W = 1, pointwise; teacher: v_t v_t^T
+    layers: Literal["last", "last2", "four"] = "last"  # (loss qsd) paper: last; last2 adds the block before; four: the blocks the decoder reads
+    target_norm: Literal["none", "layernorm", "phis"] = "none"  # of the teacher's final tokens; none = paper and code
     dcd_pool: int = 4                  # Af-DCD pools both maps by this before contrasting (4 needs a grid of 16x16 or more)
 
 
@@ -538,6 +539,13 @@ class QSD(nn.Module):
             return W.softmax(-1) @ value                                               # Eq. 8  (B, N, C_t)
 
 
+def masked_rows(config):
+    """The images of a batch that are masked; their choice may not depend on how the batch is split, which is always in pairs."""
+    if config.mask_every not in (1, 2):
+        raise UserError(f"--mask_every {config.mask_every}: 2 (every second image) or 1 (all)")
+    return slice(None, None, config.mask_every)
+
+
 def random_mask(noise, ratio):
     """Hide exactly int(ratio N) patches of each image: noise (B, N) uniform numbers -> mask (B, N) bool, True = hidden."""
     return noise.argsort(1).argsort(1) < int(ratio * noise.shape[1])
@@ -556,7 +564,8 @@ def normalize_targets(t, how, statistics=None):
         cls, patches = (F.layer_norm(x, x.shape[-1:]) for x in (cls, patches))
     elif how == "phis":
         mean, rotation = statistics
-        cls, patches = (cls - mean) @ rotation, (patches - mean) @ rotation
+        with torch.autocast(patches.device.type, enabled=False):
+            cls, patches = (cls - mean) @ rotation, (patches - mean) @ rotation
     return cls, patches, outs
 
 
@@ -605,7 +614,7 @@ class GKD(nn.Module):
 
     def __init__(self, student, teacher, config):
         super().__init__()
-        self.config, c = config, config
+        c = self.config = config
         self.layers_s, self.layers_t = matching_layers(student.depth, teacher.depth, c.layers)
         self.plain = bool(c.alpha or c.gamma or (c.beta and c.mask_loss == "all" and c.mask_every > 1))
 
@@ -640,15 +649,15 @@ class GKD(nn.Module):
 
     def masked(self, student, x, v_s, v_t, noise):
         """L_mask; only masked images go through the student again: the others' masked pass would equal the plain one."""
-        c, rows = self.config, slice(None, None, self.config.mask_every)
+        c, rows = self.config, masked_rows(self.config)
         mask = random_mask(noise[rows], c.mask_ratio)                          # (B/2, N)
-        v_s_mask, target = student(x[rows], mask)[1], v_t[rows]                # (B/2, N, C_s)
+        v_s_mask, target = student(x[rows], mask)[1], v_t[rows]                # (B/2, N, C_s), (B/2, N, C_t)
         if c.mask_loss == "all" and c.mask_every > 1:
             index = torch.arange(0, len(x), c.mask_every, device=x.device)
             v_s_mask, target = v_s.to(v_s_mask.dtype).index_copy(0, index, v_s_mask), v_t
         v_s_mask = self.mask(v_s_mask, target)                                 # (B, N, C_t)
         if c.mask_loss == "masked_tokens":
-            return ((v_s_mask - target) ** 2).mean(-1)[mask].mean()
+            return (((v_s_mask - target) ** 2).mean(-1) * mask).sum() / mask.sum()
         return F.mse_loss(v_s_mask, target)                                    # Eq. 10
 
 
@@ -705,6 +714,8 @@ class AfDCD(nn.Module):
 
     def forward(self, student, x, s, t, noise):
         grid = (-1, t[1].shape[-1], x.shape[2] // student.patch_size, x.shape[3] // student.patch_size)
+        if min(grid[2:]) < self.pool * self.patch:
+            raise UserError(f"--dcd_pool {self.pool} leaves no {self.patch}x{self.patch} patch on a grid of {grid[2]}x{grid[3]}: use a smaller one")
         kept = ~random_mask(noise, self.drop)                                  # (B, N)
         f = self.project((self.align(s[1]) * kept[..., None]).mT.reshape(grid)).float()  # (B, C_t, h, w)
         target = t[1].mT.reshape(grid)
@@ -778,7 +789,7 @@ class Proteus(nn.Module):
             nn.Sequential(nn.LayerNorm(student.embed_dim), nn.Linear(student.embed_dim, teacher.embed_dim)) for _ in range(3))
 
     def forward(self, student, x, s, t, noise):
-        rows = slice(None, None, self.config.mask_every)
+        rows = masked_rows(self.config)
         mask = random_mask(noise[rows], self.config.mask_ratio)
         error = (self.patch(student(x[rows], mask)[1]).float() - t[1][rows]) ** 2
         losses = {"L_cls": F.mse_loss(self.cls(s[0]).float(), t[0]),

@@ -197,6 +197,8 @@ class MaskDecoder(nn.Module):
                  pixel="fpn", pixel_layers=6, pixel_ffn=1024, points=12544, oversample=3, importance=0.75,
                  no_object=0.1, weights=(2, 5, 5), void="negative"):
         super().__init__()
+        if width % 32:
+            raise qsd.UserError(f"--width {width}: GroupNorm wants a multiple of 32")
         if queries < num_classes:
             raise qsd.UserError(f"{queries} queries for {num_classes} classes: each class needs a query of its own")
         if void not in ("negative", "ignore"):
@@ -634,8 +636,8 @@ class Learner(nn.Module):
             kd = self.objective(segmenter.encoder, x, (cls, patches, outs[:len(layers)]), t, noise)
             losses["kd"] = cfg.kd * self.objective.weight * kd["loss"]
         if teacher_scores is not None:  # Hinton's logit distillation, T = 1: KL of the classes at each pixel
-            ours, theirs = (scores.clamp(min=1e-6) / scores.clamp(min=1e-6).sum(1, keepdim=True)
-                            for scores in (segmenter.decoder.scores(outputs), teacher_scores))
+            ours, theirs = (scores.clamp(min=1e-6) / scores.clamp(min=1e-6).sum(1, keepdim=True)  # (B, K, H, W)
+                            for scores in (segmenter.decoder.scores(outputs, x.shape[2:]), teacher_scores))
             losses["kd_logits"] = cfg.kd_logits * (theirs * (theirs / ours).log()).sum(1).mean()
         losses["loss"] = losses["loss"] + losses.get("kd", 0) + losses.get("kd_logits", 0)  # Eq. 3
         return losses
@@ -643,12 +645,13 @@ class Learner(nn.Module):
 
 def parameter_groups(learner, cfg):
     """AdamW's groups: the encoder at lr_backbone, all else at lr; norms and embeddings do not decay, biases do (official)."""
+    norms = {id(p) for m in learner.modules() if isinstance(m, (nn.LayerNorm, nn.GroupNorm)) for p in m.parameters()}
     groups = {}
     for name, p in learner.named_parameters():
         if p.requires_grad:
-            still = "norm" in name or "embed" in name or "query" in name or name.endswith("gamma")
+            no_decay = id(p) in norms or name.rpartition(".")[2] in ("query", "query_pos", "level_embed", "gamma")
             lr = cfg.lr_backbone if name.startswith("segmenter.encoder") else cfg.lr
-            group = groups.setdefault((lr, still), {"params": [], "lr": lr, "peak": lr, "weight_decay": 0.0 if still else cfg.weight_decay})
+            group = groups.setdefault((lr, no_decay), {"params": [], "lr": lr, "peak": lr, "weight_decay": 0.0 if no_decay else cfg.weight_decay})
             group["params"].append(p)
     return list(groups.values())
 
@@ -677,7 +680,9 @@ def main(argv=None):
         teacher = qsd.load_vit(cfg.teacher, cfg.size, cfg.patch).to(device).eval().requires_grad_(False)
         objective = qsd.LOSSES[cfg.loss](encoder, teacher, cfg).to(device)
     if cfg.kd_logits:
-        judge = load_segmenter(cfg.teacher, device)[0]
+        judge, saved = load_segmenter(cfg.teacher, device)
+        if saved["classes"] != list(dataset.classes):
+            data.fail(f"--teacher {cfg.teacher} was trained on other classes than those of --data {cfg.data}")
     statistics = None
     if cfg.kd and cfg.target_norm == "phis":
         first = torch.stack([dataset[i, i][0] for i in range(min(64, len(dataset)))])
@@ -694,7 +699,7 @@ def main(argv=None):
                 if teacher:
                     t = teacher.run(data.restate(x, encoder, teacher), layers=objective.layers_t)
                     t = qsd.normalize_targets(t, cfg.target_norm, statistics)
-                scores = judge.decoder.scores(judge(data.restate(x, encoder, judge.encoder))) if judge else None
+                scores = judge.decoder.scores(judge(data.restate(x, encoder, judge.encoder)), x.shape[2:]) if judge else None
             noise = data.noise(draws, N, cfg.seed).to(device)
             return model(x, label.to(device, non_blocking=True), generator, share, t if teacher else None, noise, scores)
 
@@ -722,7 +727,7 @@ def main(argv=None):
         scaler.load_state_dict(resumed["scaler"])
         spent = resumed["spent"]
     unit, budget = data.parse_budget(cfg.budget, len(dataset) / cfg.batch)
-    passes = data.passes(cfg.batch, cfg.micro, world)
+    passes = data.passes(cfg.batch, cfg.micro, world, pairs=bool(cfg.kd))
     loader = data.loader(dataset, cfg.batch, cfg.seed, spent["steps"], rank, world, passes, workers=cfg.workers)
     batches = iter(loader)
     if rank == 0:

@@ -1311,10 +1311,10 @@ def test_distortion_stays_in_range_and_each_part_comes_half_the_time():
     assert only_brightness.min() < 72 and only_brightness.max() > 128 and only_brightness.max() <= 132
 
 
-def test_normalisation_gives_imagenet_statistics():
+def test_normalisation_subtracts_the_mean_and_divides_by_the_deviation():
     image = torch.tensor([0, 124, 255], dtype=torch.uint8)[None, :, None, None]
     expected = [(0 / 255 - 0.485) / 0.229, (124 / 255 - 0.456) / 0.224, (255 / 255 - 0.406) / 0.225]
-    assert torch.allclose(data.normalize(image).flatten(), torch.tensor(expected), atol=1e-6)
+    assert torch.allclose(data.normalize(image, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)).flatten(), torch.tensor(expected), atol=1e-6)
 
 
 def test_erasing_depends_on_seed_and_draw_alone_and_hits_a_quarter_with_noise():
@@ -1983,7 +1983,9 @@ def test_weights_decay_as_in_the_official_recipes():
     learner = segment.Learner(segment.Segmenter(qsd.load_vit("toy_small"), MaskDecoder(64, 3), frozen=False), None, cfg)
     group_of = {id(p): group for group in segment.parameter_groups(learner, cfg) for p in group["params"]}
     for name, lr, decay in (("segmenter.encoder.blocks.0.mlp.fc1.bias", 0.1, 0.05), ("segmenter.encoder.norm.weight", 0.1, 0),
-                            ("segmenter.encoder.pos_embed", 0.1, 0), ("segmenter.decoder.query", 1, 0),
+                            ("segmenter.encoder.pos_embed", 0.1, 0.05), ("segmenter.decoder.query", 1, 0),
+                            ("segmenter.decoder.pixel_decoder.laterals.0.1.weight", 1, 0), ("segmenter.decoder.mask_embed.0.weight", 1, 0.05),
+                            ("segmenter.decoder.pixel_decoder.embed.0.weight", 1, 0.05),
                             ("segmenter.decoder.classify.bias", 1, 0.05), ("segmenter.decoder.level_embed", 1, 0)):
         group = group_of[id(learner.get_parameter(name))]
         assert (group["lr"], group["weight_decay"]) == (lr, decay), name
@@ -2253,7 +2255,7 @@ def test_the_miou_that_eval_prints_is_that_of_a_slow_count(teacher, monkeypatch,
     for i in range(7):
         image, label = (torch.from_numpy(array) for array in data.toy_scene("fog", 10 ** 6 + i))
         with torch.no_grad():
-            x = data.normalize(image.permute(2, 0, 1)[None])
+            x = data.normalize(image.permute(2, 0, 1)[None], model.encoder.mean, model.encoder.std)
             pred = model.decoder.scores(model(x), (64, 64))[0].argmax(0)
         for k in range(8):
             inter[k] += ((pred == k) & (label == k)).sum()
