@@ -5,19 +5,24 @@
     torchrun --standalone --nproc_per_node=8 eval.py ...              # the same numbers, sooner
 """
 import json
+import os
 import shlex
-import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
+from threading import Lock
 from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
+from tqdm import tqdm
 
 import data
-import distill
 import qsd
 import segment
 from segment import confusion, evaluate, iou, predict, slide  # noqa: F401, the names are part of this file's interface
@@ -42,6 +47,7 @@ class Config:
     table: Literal["none", "main", "7"] = "none"  # run the rows of this table for --data toy or camvid, and print it
     demo: bool = False             # --table main, and the picture
     seed: int = 0                  # of the table's runs
+    jobs: int = 2                  # rows that run side by side, each process on its share of the cores
     out: str = "runs/demo"         # the folder of the table's runs, and of demo.png
 
 
@@ -123,30 +129,49 @@ def decoders(world, out, seed, root):
 TABLES = {"main": small_world, "7": decoders}
 
 
-def execute(command):
-    """Run one command of a table in this process; a finished run says so. Returns its folder."""
-    print(f"\npython {command}", flush=True)
-    script, *argv = shlex.split(command)
-    {"distill.py": distill.main, "segment.py": segment.main}[script](argv)
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # training finishes its step first; what follows may stop at once
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    return Path(argv[argv.index("--out") + 1])
+def run(rows, jobs):
+    """Run the rows' commands, `jobs` rows at a time, each process on its share of the cores; a command of several rows runs once."""
+    commands = list(dict.fromkeys(command for row in rows for command in row.runs))
+    busy, finished = {command: Lock() for command in commands}, set()
+    environment = os.environ | {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // jobs))}
+    bar = tqdm(total=len(commands), desc="runs", unit="run", dynamic_ncols=True)
+
+    def follow(row):
+        for command in row.runs:
+            with busy[command]:
+                if command in finished:
+                    continue
+                script, *argv = shlex.split(command)
+                out, began = Path(argv[argv.index("--out") + 1]), time.time()
+                out.parent.mkdir(parents=True, exist_ok=True)
+                with open(f"{out}.txt", "w") as said:  # bars of several runs on one terminal would overwrite each other
+                    status = subprocess.run([sys.executable, Path(__file__).parent / script, *argv], stdout=said, stderr=said,
+                                            env=environment).returncode
+                if status:
+                    data.fail(f"python {command} ended with status {status}: {Path(said.name).read_text().splitlines()[-1:]}, see {said.name}")
+                finished.add(command)
+                bar.write(f"python {command}  # {time.time() - began:.0f} s", file=sys.stdout)
+                bar.update()
+
+    with ThreadPoolExecutor(jobs) as pool:
+        list(pool.map(follow, rows))
+    bar.close()
 
 
 def table(cfg, rows, source, unseen, device):
     """Run what is missing of a table's rows, measure them, print the table; a second start reuses what is finished."""
+    run(rows, cfg.jobs)
     results, cfg = {}, replace(cfg, data="+".join([source, *unseen]))
     for row in rows:
-        folder = [execute(command) for command in row.runs][-1]
+        folder = Path(row.runs[-1].split(" --out ")[1])
         path, protocol = folder / "eval.json", [cfg.data, cfg.mode, cfg.window, cfg.stride, cfg.flip, cfg.precision]
         known = json.loads(path.read_text()) if path.exists() else {}
         if known.get("protocol") != protocol:
             known = dict(protocol=protocol, miou=measure(folder / "segmenter.pt", cfg, device))
             path.write_text(json.dumps(known))
-        scores = known["miou"]
         ledger = torch.load(folder / "segmenter.pt", weights_only=True)["ledger"]
-        results[row.name] = {name: scores[name] for name in (source, *unseen)} | {
-            "unseen": sum(scores[name] for name in unseen) / len(unseen), "seconds": f"{sum(stage['seconds'] for stage in ledger):.0f}"}
+        results[row.name] = {name: known["miou"][name] for name in (source, *unseen)} | {
+            "unseen": sum(known["miou"][name] for name in unseen) / len(unseen), "seconds": f"{sum(stage['seconds'] for stage in ledger):.0f}"}
     print()
     show(results, [source, *unseen, "unseen", "seconds"])
     print(json.dumps({"table": cfg.out, "seed": cfg.seed, "rows": results}))

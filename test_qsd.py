@@ -2423,3 +2423,24 @@ def test_two_processes_and_accumulation_give_the_loss_curve_of_one(script, comma
     assert len(curves["one"]) == 4 and curves["one"][3] < curves["one"][0]
     for name in ("micro", "two"):
         assert curves[name] == pytest.approx(curves["one"], rel=1e-5), name
+
+
+# --- Tables: lists of runs --------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("world", ["toy", "camvid"])
+@pytest.mark.parametrize("table", list(evaluation.TABLES))
+def test_every_command_of_a_table_is_accepted_by_its_script(table, world):
+    for row in evaluation.TABLES[table](world, "runs/x", 3, "data"):
+        for command in row.runs:
+            script, *argv = command.split()
+            module = {"distill.py": distill, "segment.py": segment}[script]
+            cfg = data.configure(module.Config, module.PRESETS, argv)
+            assert (cfg.seed, cfg.root) == (3, "data") and cfg.out.startswith("runs/x/")
+
+
+def test_rows_share_a_run_and_a_failed_run_is_reported(tmp_path, capsys):
+    shared = f"segment.py --data toy --encoder toy_small --decoder linear --workers 0 --budget 2 --out {tmp_path}/shared"
+    evaluation.run([evaluation.Row("one", [shared]), evaluation.Row("other", [shared])], 2)
+    assert (tmp_path / "shared/segmenter.pt").exists() and capsys.readouterr().out.count("python segment.py") == 1
+    with pytest.raises(data.UserError, match="ended with status 2: .*a fraction like 1/16"):
+        evaluation.run([evaluation.Row("bad", [shared.replace("/shared", "/bad") + " --labels 7"])], 1)
