@@ -35,6 +35,7 @@ import torch
 import torch.distributed as dist
 import torchvision
 from PIL import Image, ImageDraw, ImageFont
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.io import ImageReadMode, decode_jpeg, read_file
@@ -216,7 +217,7 @@ ISPRS_CLASS_OF = np.array([IGNORE, 1, 3, 2, 5, UNKNOWN, 4, 0], np.uint8)  # at r
 
 # --- The toy world: streets drawn on the fly, so that the method runs with no download -----------------------------------------
 # A scene is a layout (which object covers which pixel, exact labels) seen in a look (palette, texture, light, weather). One fixed
-# look is the labelled source ("the game"); four others are never trained on; the wide world draws a random look per image.
+# look is the labelled source ("the game"), two more ("arcade", "diorama") are further sources; four others are never trained on; the wide world draws a random look per image.
 # Only rng.random() and exact arithmetic are used, so that a scene is the same on every machine.
 
 TOY_SIZE = 64
@@ -225,6 +226,10 @@ SKY, BUILDING, VEGETATION, ROAD, PAVEMENT, CAR, POLE, PERSON = range(8)
 TOY_COLORS = ((70, 130, 180), (70, 70, 70), (107, 142, 35), (128, 64, 128), (244, 35, 232), (0, 0, 142), (220, 220, 0), (220, 20, 60))
 GAME = np.array([[.55, .75, .95], [.62, .50, .42], [.25, .50, .20], [.30, .30, .32], [.62, .60, .58], [.75, .15, .15], [.80, .75, .30],
                  [.85, .60, .45]])  # the source's palette, RGB in 0..1
+ARCADE = np.array([[.40, .60, .85], [.75, .68, .55], [.35, .60, .25], [.42, .40, .40], [.72, .70, .62], [.20, .45, .75], [.55, .55, .60],
+                   [.35, .30, .70]])  # two further labelled sources, as SYNTHIA and UrbanSyn are to GTAV
+DIORAMA = np.array([[.80, .85, .90], [.50, .35, .30], [.20, .40, .28], [.22, .22, .25], [.55, .50, .45], [.85, .80, .20], [.30, .30, .30],
+                    [.60, .25, .45]])
 CITY = np.array([[.70, .72, .75], [.45, .42, .45], [.30, .38, .15], [.38, .37, .36], [.50, .48, .45], [.15, .22, .55], [.14, .14, .17],
                  [.58, .24, .20]])  # the palette under the unseen weather: another place, not a filter over the game
 
@@ -289,7 +294,11 @@ def toy_look(rng, domain):
     """One look as plain numbers: fixed for a named domain, random for the wide world."""
     look = dict(palette=GAME, jitter=.08, texture=.10, gain=1., tint=np.ones(3), grey=0., fog=0., fog_color=np.full(3, .8), white=0.,
                 dots=0., streaks=0., lamps=0., noise=.02)
-    if domain == "night":
+    if domain == "arcade":
+        look |= dict(palette=ARCADE, gain=1.05, texture=.16, jitter=.12)
+    elif domain == "diorama":
+        look |= dict(palette=DIORAMA, gain=.85, tint=np.array([1.1, 1., .85]), texture=.05)
+    elif domain == "night":
         look |= dict(palette=CITY, gain=.38, tint=np.array([.85, .95, 1.25]), lamps=.5, noise=.06)
     elif domain == "fog":
         look |= dict(palette=CITY, fog=.65, grey=.3, noise=.03)
@@ -308,7 +317,7 @@ def toy_look(rng, domain):
 
 @lru_cache(maxsize=8192)  # a scene takes longer to draw than to train on
 def toy_scene(domain, index, jumble=False, seed=0):
-    """Image (64, 64, 3) uint8 and label (64, 64) uint8 of scene `index`; domain: game, night, fog, snow, rain or wide."""
+    """Image (64, 64, 3) uint8 and label (64, 64) uint8 of scene `index`; domain: game, arcade, diorama, night, fog, snow, rain or wide."""
     rng = np.random.Generator(np.random.PCG64([seed, index, sum(domain.encode())]))
     inst, kinds, far = toy_layout(rng, jumble)
     look = toy_look(rng, domain)
@@ -420,6 +429,8 @@ DATASETS = {
     "toy-fog": toy("fog", val=100),
     "toy-snow": toy("snow", val=100),
     "toy-rain": toy("rain", val=100),
+    "toy-arcade": toy("arcade", train=1000, val=100),
+    "toy-diorama": toy("diorama", train=1000, val=100),
     "toy-wide": toy("wide", train=4000, val=100),
     "toy-proxy": toy("wide", jumble=True, train=2000),
 }
@@ -631,6 +642,11 @@ def scenes(name, root, split="train", transform=None, labels="1", classes=None, 
     order = torch.randperm(len(samples), generator=torch.Generator().manual_seed(LABEL_SEED))
     kept = sorted(order[:max(1, round(share * len(samples)))].tolist())
     return Scenes([samples[i] for i in kept], transform, labelled=True, training=split == "train")
+
+
+def first_images(dataset, count=64):
+    """The first images of a set, augmented, as uint8 (count, 3, H, W): for statistics that all processes must agree on."""
+    return torch.stack([dataset[i, i][0] for i in range(min(count, len(dataset)))])
 
 
 # --- Which image when -------------------------------------------------------------------------------------------------
@@ -1064,6 +1080,32 @@ def save(path, state, keep=False):
     os.replace(temporary, path)
 
 
+def resume(checkpoint, **parts):
+    """Load a checkpoint (None: a fresh run) into module, optimizer and scaler; returns the run's ledger so far."""
+    if not checkpoint:
+        return dict(steps=0, images=0, tokens=0, flops=0.0, seconds=0.0, skipped=0, waited=0.0, peak_gb=0.0)
+    for name, part in parts.items():
+        part.load_state_dict(checkpoint[name])
+    return checkpoint["spent"]
+
+
+def keep(cfg, saved, at_once, spent, **parts):
+    """Write last.pt if asked or due; returns the time of the last save. Only the first process writes."""
+    if dist.get_rank() == 0 and (at_once or time.time() - saved > 60 * cfg.save_minutes):
+        save(Path(cfg.out) / "last.pt", {name: part.state_dict() for name, part in parts.items()} | dict(spent=spent), keep=True)
+        return time.time()
+    return saved
+
+
+def finish(cfg, result, checkpoint):
+    """Write a run's result and the picture of its losses, then drop what resuming needed."""
+    out = Path(cfg.out)
+    save(out / result, checkpoint)
+    loss_curves({str(out): out}, out / "loss.png")
+    for name in ("last.pt", "prev.pt"):
+        (out / name).unlink(missing_ok=True)
+
+
 def start_log(cfg, step, **header):
     """Write the header line of a fresh run's log, or cut a resumed one's lines back to its checkpoint's step."""
     path = Path(cfg.out) / "log.jsonl"
@@ -1179,10 +1221,86 @@ def report(cfg, bar, spent, unit, budget, losses, optimizer):
 
 
 def count_flops(work):
-    """Floating-point operations (2 per multiply-add) of calling work(), backward passes included."""
-    with FlopCounterMode(display=False) as counter:
+    """Floating-point operations (2 per multiply-add) of calling work(), backward passes included: convolutions, matrix products,
+    attention; sampling, resizing, norms and element-wise work are not counted."""
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:  # the CPU's fused attention would not be counted
         work()
     return counter.get_total_flops()
+
+
+def loss_curves(runs, path):
+    """Draw the losses of runs {name: folder} against their steps; of a single run its parts, too."""
+    series = {}
+    for name, folder in runs.items():
+        lines = [json.loads(line) for line in (Path(folder) / "log.jsonl").read_text().splitlines()[1:]]
+        lines = [line for line in lines if "loss" in line]
+        parts = list(lines[0])[1:list(lines[0]).index("lr")] if len(runs) == 1 and lines else ["loss"]  # between step and lr
+        series |= {part if len(runs) == 1 else name: [(line["step"], line[part]) for line in lines] for part in parts}
+    chart(series, path, "step", "loss", title=name if len(runs) == 1 else "", log=True)
+
+
+LINE_COLORS = ((31, 119, 180), (214, 39, 40), (44, 160, 44), (148, 103, 189), (255, 127, 14), (23, 190, 207), (140, 86, 75), (90, 90, 90))
+
+
+def chart(series, path, x_title, y_title, title="", log=False, size=(640, 400), marks=False):
+    """Draw lines {name: [(x, y)]} with axes and a legend; log: logarithmic y, log="x": logarithmic x; returns the path."""
+    s, font = 2, ImageFont.load_default(26)                    # drawn at twice the size, then halved: smooth lines
+    series = {name: [(x, y) for x, y in points if math.isfinite(x) and math.isfinite(y)] for name, points in series.items()}
+    xs, ys = ([point[i] for points in series.values() for point in points] or [0, 1] for i in (0, 1))
+    log_x, log_y = log == "x" and min(xs) > 0, log is True and min(ys) > 0
+    x_ticks, y_ticks = ticks(min(xs), max(xs), log_x), ticks(min(ys), max(ys), log_y)
+    legend = max(font.getlength(name) for name in series) + 80 if series else 0
+    left, right = 40 + max(font.getlength(number(y)) for y in y_ticks), size[0] * s - legend - 10
+    top, bottom = 60, size[1] * s - 100
+    canvas = Image.new("RGB", (size[0] * s, size[1] * s), "white")
+    pen = ImageDraw.Draw(canvas)
+
+    def place(value, limits, log, low, high):
+        a, b, v = (math.log(max(t, 1e-30)) if log else t for t in (*limits, value))
+        return low + (high - low) * (v - a) / (b - a)
+
+    x_limits, y_limits = ((min(t[0], *v), max(t[-1], *v)) for t, v in ((x_ticks, [*xs, xs[0]]), (y_ticks, [*ys, ys[0]])))
+    for x in x_ticks:
+        at = place(x, x_limits, log_x, left, right)
+        pen.line((at, top, at, bottom), (225, 225, 225), 2)
+        pen.text((at, bottom + 10), number(x), "black", font, anchor="ma")
+    for y in y_ticks:
+        at = place(y, y_limits, log_y, bottom, top)
+        pen.line((left, at, right, at), (225, 225, 225), 2)
+        pen.text((left - 10, at), number(y), "black", font, anchor="rm")
+    pen.rectangle((left, top, right, bottom), outline=(90, 90, 90), width=2)
+    pen.text(((left + right) / 2, size[1] * s - 15), x_title, "black", font, anchor="ms")
+    pen.text((10, 10), y_title, "black", font)
+    pen.text(((left + right) / 2, 10), title, "black", font, anchor="ma")
+    for i, (name, points) in enumerate(series.items()):
+        color = LINE_COLORS[i % len(LINE_COLORS)]
+        dots = [(place(x, x_limits, log_x, left, right), place(y, y_limits, log_y, bottom, top)) for x, y in points]
+        pen.line(dots, color, 4, joint="curve")
+        for x, y in dots if marks or len(dots) == 1 else ():
+            pen.ellipse((x - 7, y - 7, x + 7, y + 7), color)
+        pen.line((right + 15, top + 20 + 36 * i, right + 55, top + 20 + 36 * i), color, 6)
+        pen.text((right + 65, top + 20 + 36 * i), name, "black", font, anchor="lm")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    canvas.resize(size, Image.Resampling.LANCZOS).save(path)
+    return path
+
+
+def ticks(low, high, log=False):
+    """Round numbers that cover [low, high]."""
+    if log:
+        decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+        some = [m * 10.0 ** d for d in decades for m in ((1, 2, 5) if len(decades) < 4 else (1,))]
+        inside = [t for t in some if low <= t <= high]
+        return inside if len(inside) > 1 else [low, high] if high > low else [low, low * 10]
+    step = 10.0 ** math.floor(math.log10(max(high - low, 1e-12)))
+    step *= next((m for m in (0.2, 0.5, 1, 2) if (high - low) / (m * step) <= 7), 2)
+    first = math.floor(low / step)
+    return [step * i for i in range(first, max(math.ceil(high / step - 1e-9), first + 1) + 1)]
+
+
+def number(value):
+    """A tick's text."""
+    return f"{value:.0e}".replace("e+0", "e").replace("e-0", "e-") if value and not 1e-3 <= abs(value) < 1e5 else f"{value:.4g}"
 
 
 def device_name(device):

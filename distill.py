@@ -63,9 +63,10 @@ class Config(qsd.LossConfig):
 FREE = {"root", "workers", "micro", "log_every", "save_minutes", "max_skips"}  # may change when a run resumes; all else is mathematics
 
 PROXY = dict(size=224, patch=14, batch=512, budget="100ep")
-TOY = dict(teacher="runs/demo/teacher/segmenter.pt", student="toy_small", size=64, patch=8, batch=16, budget="800", repeats=1, workers=1,
+TOY = dict(teacher="runs/toy/0/teacher/segmenter.pt", student="toy_small", size=64, patch=8, batch=16, budget="600", repeats=1, workers=1,
            lr=2e-3, lr_rule="constant", dcd_pool=1, log_every=20)
-PRESETS = {"imagenet": PROXY, "toy-proxy": TOY, "toy": TOY | dict(lr=1e-3)}  # every other set has the defaults above: the source stage of the paper
+GAMES = ("toy", "toy-arcade", "toy-diorama")  # the labelled sources of the toy world
+PRESETS = {"imagenet": PROXY, "toy-proxy": TOY} | dict.fromkeys(GAMES, TOY | dict(lr=1e-3))  # all other sets: the defaults above, the paper's source stage
 
 
 class Pair(nn.Module):
@@ -118,8 +119,7 @@ def main(argv=None):
     N = (cfg.size // cfg.patch) ** 2
     statistics = None
     if cfg.target_norm == "phis":
-        first = torch.stack([dataset[i, i][0] for i in range(min(64, len(dataset)))])
-        statistics = qsd.target_statistics(teacher, first.to(device))
+        statistics = qsd.target_statistics(teacher, data.first_images(dataset).to(device))
 
     def distil(model, images, draws):
         """The objective's losses on one batch of uint8 images (B, 3, H, W), their draw numbers (B) naming all randomness."""
@@ -145,12 +145,8 @@ def main(argv=None):
     optimizer = torch.optim.AdamW(weight_decay_groups(pair, cfg.weight_decay), betas=(0.9, 0.999), fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=cfg.precision == "fp16")
 
-    spent = dict(steps=0, images=0, tokens=0, flops=0.0, seconds=0.0, skipped=0, waited=0.0, peak_gb=0.0)  # this stage's ledger
-    if resumed:
-        pair.load_state_dict(resumed["pair"])
-        optimizer.load_state_dict(resumed["optimizer"])
-        scaler.load_state_dict(resumed["scaler"])
-        spent = resumed["spent"]
+    parts = dict(pair=pair, optimizer=optimizer, scaler=scaler)
+    spent = data.resume(resumed, **parts)                                # this stage's ledger
     unit, budget = data.parse_budget(cfg.budget, len(dataset) / cfg.batch)
     passes = data.passes(cfg.batch, cfg.micro, world)
     loader = data.loader(dataset, cfg.batch, cfg.seed, spent["steps"], rank, world, passes, cfg.repeats, cfg.workers)
@@ -180,18 +176,12 @@ def main(argv=None):
         data.spend(spent, steps=1, images=cfg.batch, tokens=cfg.batch * N, flops=cfg.batch * cost, seconds=seconds, skipped=bad, waited=waited)
         skips = skips + 1 if bad else 0
         data.report(cfg, bar, spent, unit, budget, totals, optimizer)
-        if rank == 0:
-            if stop or skips == cfg.max_skips or time.time() - saved > 60 * cfg.save_minutes:
-                data.save(out / "last.pt", dict(pair=pair.state_dict(), optimizer=optimizer.state_dict(), scaler=scaler.state_dict(),
-                                                spent=spent), keep=True)
-                saved = time.time()
+        saved = data.keep(cfg, saved, stop or skips == cfg.max_skips, spent, **parts)
         data.leave(cfg, spent, stop, skips, dataset, loader, draws)
 
     if rank == 0:
-        data.save(out / "student.pt", qsd.student_checkpoint(student) | dict(
+        data.finish(cfg, "student.pt", qsd.student_checkpoint(student) | dict(
             objective=objective.state_dict(), config=data.as_plain(cfg), ledger=ancestors + [dict(script="distill", data=cfg.data, **spent)]))
-        for name in ("last.pt", "prev.pt"):
-            (out / name).unlink(missing_ok=True)
     bar.close()
 
 

@@ -18,10 +18,8 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Subset
-from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import data
@@ -439,14 +437,6 @@ class SemFPN(PixelClassifier):
         return self.classify(total)
 
 
-def flops(module, *inputs):
-    """(parameters, multiply-adds) of module(*inputs): convolutions and matrix products, einsum and attention included;
-    sampling, resizing, norms and element-wise work are not counted. One multiply-add is two FLOPs."""
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        module(*inputs)
-    return sum(p.numel() for p in module.parameters()), counter.get_total_flops() // 2
-
-
 # --- Stage 2: the constants -------------------------------------------------------------------------------------------------------------
 
 @dataclass
@@ -504,10 +494,10 @@ class Config(qsd.LossConfig):
 FREE = {"root", "workers", "micro", "log_every", "val_every", "save_minutes", "max_skips"}  # may change when a run resumes
 
 LIGHT = dict(width=64, queries=32, decoder_layers=3, ffn=256, heads=4, pixel="fpn")  # the light decoder of the small worlds
-TOY = LIGHT | dict(encoder="toy_small", size=64, patch=8, batch=8, micro=8, budget="300", lr=2e-3, lr_backbone=1e-3, workers=1,
+TOY = LIGHT | dict(encoder="toy_small", size=64, patch=8, batch=8, micro=8, budget="200", lr=2e-3, lr_backbone=1e-3, workers=1,
                    seed=0, log_every=20, cat_max_ratio=1.0, blocks="last")
 CAMVID = LIGHT | dict(size=224, points=2048, batch=8, micro=8, budget="250", lr=1e-3, lr_backbone=1e-4, workers=1, seed=0, log_every=20)
-PRESETS = {"toy": TOY, "toy-wide": TOY | dict(batch=16, micro=16, budget="1000", lr=1.5e-3, lr_backbone=1.5e-3), "camvid": CAMVID}
+PRESETS = {"toy": TOY, "toy-arcade": TOY, "toy-diorama": TOY, "toy-wide": TOY | dict(batch=16, micro=16, budget="800", lr=1.5e-3, lr_backbone=1.5e-3), "camvid": CAMVID}
 
 
 # --- Encoder and decoder together -----------------------------------------------------------------------------------------
@@ -685,8 +675,7 @@ def main(argv=None):
             data.fail(f"--teacher {cfg.teacher} was trained on other classes than those of --data {cfg.data}")
     statistics = None
     if cfg.kd and cfg.target_norm == "phis":
-        first = torch.stack([dataset[i, i][0] for i in range(min(64, len(dataset)))])
-        statistics = qsd.target_statistics(teacher, first.to(device))
+        statistics = qsd.target_statistics(teacher, data.first_images(dataset).to(device))
     learner, autocast = Learner(segmenter, objective, cfg), data.precision(cfg.precision, device)
     N = (cfg.size // cfg.patch) ** 2
 
@@ -696,20 +685,23 @@ def main(argv=None):
         generator = torch.Generator(device).manual_seed(data.mix(cfg.seed, 5, draws[0].item()))  # of the sampled points
         with autocast:
             with torch.no_grad():
+                t = noise = scores = None
                 if teacher:
+                    noise = data.noise(draws, N, cfg.seed).to(device)    # (B, N): decides which patches are hidden
                     t = teacher.run(data.restate(x, encoder, teacher), layers=objective.layers_t)
                     t = qsd.normalize_targets(t, cfg.target_norm, statistics)
-                scores = judge.decoder.scores(judge(data.restate(x, encoder, judge.encoder)), x.shape[2:]) if judge else None
-            noise = data.noise(draws, N, cfg.seed).to(device)
-            return model(x, label.to(device, non_blocking=True), generator, share, t if teacher else None, noise, scores)
+                if judge:
+                    scores = judge.decoder.scores(judge(data.restate(x, encoder, judge.encoder)), x.shape[2:])
+            return model(x, label.to(device, non_blocking=True), generator, share, t, noise, scores)
 
     # two images through one step: what it costs, and which parameters it does not touch
     ancestors = qsd.lineage(cfg.encoder)[0]
     maps = [x.detach() for x in segmenter.features(torch.zeros(1, 3, cfg.size, cfg.size, device=device))]
-    parameters, macs = flops(segmenter.decoder, maps)
+    macs = data.count_flops(lambda: segmenter.decoder(maps)) / 2
     if rank == 0:
-        print(f"{cfg.decoder} decoder: {parameters / 1e6:.2f} M parameters, {macs / 1e9:.2f} G multiply-adds at {cfg.size} px; "
-              f"encoder {'frozen' if cfg.freeze else 'trained'}: {sum(p.numel() for p in encoder.parameters()) / 1e6:.2f} M parameters")
+        own, below = (sum(p.numel() for p in module.parameters()) / 1e6 for module in (segmenter.decoder, encoder))
+        print(f"{cfg.decoder} decoder: {own:.2f} M parameters, {macs / 1e9:.2f} G multiply-adds at {cfg.size} px; "
+              f"encoder {'frozen' if cfg.freeze else 'trained'}: {below:.2f} M parameters")
     two = torch.zeros(2, 3, cfg.size, cfg.size, dtype=torch.uint8), torch.zeros(2, cfg.size, cfg.size, dtype=torch.int64), torch.arange(2), None
     cost = data.count_flops(lambda: learn(learner, *two)["loss"].backward()) / 2
     for p in learner.parameters():
@@ -720,12 +712,9 @@ def main(argv=None):
     model = DistributedDataParallel(learner)
     optimizer = torch.optim.AdamW(parameter_groups(learner, cfg), fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=cfg.precision == "fp16")
-    spent = dict(steps=0, images=0, tokens=0, flops=0.0, seconds=0.0, skipped=0, waited=0.0, peak_gb=0.0, best_miou=0.0)
-    if resumed:
-        learner.load_state_dict(resumed["learner"])
-        optimizer.load_state_dict(resumed["optimizer"])
-        scaler.load_state_dict(resumed["scaler"])
-        spent = resumed["spent"]
+    kept = dict(learner=learner, optimizer=optimizer, scaler=scaler)
+    spent = data.resume(resumed, **kept)                                 # this stage's ledger
+    spent.setdefault("best_miou", 0.0)
     unit, budget = data.parse_budget(cfg.budget, len(dataset) / cfg.batch)
     passes = data.passes(cfg.batch, cfg.micro, world, pairs=bool(cfg.kd))
     loader = data.loader(dataset, cfg.batch, cfg.seed, spent["steps"], rank, world, passes, workers=cfg.workers)
@@ -766,17 +755,11 @@ def main(argv=None):
                 if miou > spent["best_miou"]:
                     spent["best_miou"] = miou
                     data.save(out / "best.pt", result())
-        if rank == 0:
-            if stop or skips == cfg.max_skips or time.time() - saved > 60 * cfg.save_minutes:
-                data.save(out / "last.pt", dict(learner=learner.state_dict(), optimizer=optimizer.state_dict(), scaler=scaler.state_dict(),
-                                                spent=spent), keep=True)
-                saved = time.time()
+        saved = data.keep(cfg, saved, stop or skips == cfg.max_skips, spent, **kept)
         data.leave(cfg, spent, stop, skips, dataset, loader, draws)
 
     if rank == 0:
-        data.save(out / "segmenter.pt", result())
-        for name in ("last.pt", "prev.pt"):
-            (out / name).unlink(missing_ok=True)
+        data.finish(cfg, "segmenter.pt", result())
     bar.close()
 
 
