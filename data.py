@@ -437,6 +437,7 @@ DATASETS = {
 JOINED = {"acdc": "acdc-night+acdc-snow+acdc-fog+acdc-rain"}
 SETTINGS = {  # labelled source -> domains of the table row
     "gtav": ("gtav", ("cityscapes", "bdd100k", "mapillary")),
+    "gtav-acdc": ("gtav", ("acdc-night", "acdc-snow", "acdc-fog", "acdc-rain")),
     "cityscapes": ("cityscapes", ("acdc-night", "acdc-snow", "acdc-fog", "acdc-rain")),
     "potsdam-rgb": ("potsdam-rgb", ("potsdam-irrg", "vaihingen-irrg")),
     "endovis18": ("endovis18", ("endovis18",)),  # its val split is the unseen domain: other sequences

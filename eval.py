@@ -12,17 +12,18 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from threading import Lock
-from typing import Literal, NamedTuple
+from typing import Callable, Literal, NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 import data
+import distill
 import qsd
 import segment
 from segment import confusion, evaluate, iou, predict, slide  # noqa: F401, the names are part of this file's interface
@@ -33,7 +34,8 @@ class Config:
     """Every constant of the evaluation."""
     # what is measured
     checkpoint: str = ""           # segmenter.pt
-    data: str = "toy"              # domains, joined with +
+    data: str = "paper"            # domains, joined with +; for --demo and --table: toy, camvid, or paper (the paper's scale)
+    setting: str = "none"          # instead of --data: the unseen domains of gtav, cityscapes, potsdam-rgb, endovis18, gtav-acdc; of a --table: its part
     root: str = "data"             # the folder that holds the data sets
     # protocol
     mode: Literal["slide", "whole"] = "slide"  # official: sliding window
@@ -43,15 +45,18 @@ class Config:
     batch: int = 1                 # images at once; more than 1 needs images of one size
     workers: int = 2               # image-loading processes
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "fp32"  # official: fp32
-    # the paper in the toy world
-    table: Literal["none", "main", "7"] = "none"  # run the rows of this table for --data toy or camvid, and print it
-    demo: bool = False             # --table main, and the picture
-    seed: int = 0                  # of the table's runs
+    # the paper's tables
+    table: str = "none"            # main, clock, 1 to 9, fig6: run what is missing of it and print it
+    demo: bool = False             # --table main --data toy with one seed, and the picture
+    seed: int = 0                  # the first seed of the small worlds' runs
+    seeds: int = 0                 # how many; 0 = 3, and 1 for --demo
     jobs: int = 2                  # rows that run side by side, each process on its share of the cores
-    out: str = "runs/demo"         # the folder of the table's runs, and of demo.png
+    processes: int = 0             # of each distillation; 0 = one per GPU
+    run: bool = True               # no: only print what is missing and what is there
+    out: str = "runs"              # the folder of the tables' runs, and of their pictures
 
 
-PRESETS = {name: dict(batch=50, workers=0) for name in data.DATASETS if name.startswith("toy")} | {"camvid": dict(batch=8, workers=1)}
+PRESETS = {name: dict(batch=50, workers=0) for name in data.DATASETS if name.startswith("toy")} | {"camvid": dict(batch=8, workers=1), "paper": dict(jobs=1)}
 
 
 # --- What is measured -------------------------------------------------------------------------------------------------------
@@ -73,108 +78,445 @@ def measure(checkpoint, cfg, device):
 
 
 def show(rows, columns):
-    """Print {row name: {column: number or text}} as a table."""
-    width = max(map(len, rows))
-    print(" " * width, *(f"{column:>10}" for column in columns))
-    for name, row in rows.items():
-        print(f"{name:{width}}", *(f"{row[c]:10.1f}" if isinstance(row[c], float) else f"{row[c]:>10}" for c in columns))
+    """Print {row name: [text]} as a table, in Markdown."""
+    lines = [["", *columns], *([name, *cells] for name, cells in rows.items())]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    lines.insert(1, ["-" * width for width in widths])
+    print("\n".join("| " + " | ".join(f"{text:<{width}}" for text, width in zip(line, widths)) + " |" for line in lines))
 
 
 # --- Tables: lists of runs --------------------------------------------------------------------------------------------------
+# A run is a command that a user can type; a row is the list of runs that leads to one segmenter, the last of them. Rows that begin
+# alike share those runs, within a table and between tables.
 
 class Row(NamedTuple):
-    """A row of a table: its runs as commands, each a line a user can type; the last one makes the segmenter that is measured."""
+    """A row of a table: its name and its runs."""
     name: str
     runs: list
 
 
-def small_world(world, out, seed, root):
-    """The paper's comparison on a small scale: one teacher, one student, and what is done with them."""
-    common = f"--root {root} --seed {seed} --out {out}"
+class Pair(NamedTuple):
+    """Who is distilled into whom on which images, and what all commands of these rows have in common."""
+    teacher: str
+    student: str
+    proxy: str = "imagenet"      # --data of the proxy stage, with its own flags; "" = no such stage (F2F in the paper)
+    smaller: str = ""            # a foundation model of the student's size, for comparison
+    source: str = "gtav"         # labelled
+    on_source: str = ""          # more flags of distill.py on it
+    kd: str = ""                 # more flags of the one-stage rows
+    tuned: str = "--freeze no"   # stage 2 with the encoder trained at a tenth of the decoder's rate
+    before: tuple = ()           # the runs that make the teacher
+    common: str = ""             # flags of every command
+    out: str = ""                # folder of the runs that do not depend on the source
+    here: str = ""               # folder of those that do
+
+
+F2L_B = Pair("dinov2_vitl14", "deit_base_distilled", smaller="dinov2_vitb14")
+F2L_S = Pair("dinov2_vitb14", "deit_small_distilled", smaller="dinov2_vits14")
+F2F_B, F2F_S = Pair("dinov2_vitl14", "dinov2_vitb14", ""), Pair("dinov2_vitb14", "dinov2_vits14", "")
+PAIRS = {"DINOv2-L -> DeiT-B": F2L_B, "DINOv2-B -> DeiT-S": F2L_S, "DINOv2-L -> DINOv2-B": F2F_B, "DINOv2-B -> DINOv2-S": F2F_S,
+         "EVA02-L -> EVA02-B": Pair("eva02_large", "eva02_base", ""), "EVA02-B -> EVA02-S": Pair("eva02_base", "eva02_small", ""),
+         "DINOv2-L -> DINO-B": F2L_B._replace(student="dino_vitb16"), "DINOv2-B -> DINO-S": F2L_S._replace(student="dino_vits16")}
+
+
+SMALL = ("toy", "camvid")  # worlds for two CPU cores
+
+
+def small_pair(world, out, seed, root):
+    """The pair of a small world, one seed of it."""
+    out = f"{out}/{world}/{seed}"
+    common = f"--root {root} --seed {seed}"
     if world == "toy":  # the teacher is trained on a wide world of looks, the student starts from random weights
-        teacher, student, proxy, source, one_stage = f"{out}/teacher/segmenter.pt", "toy_small", "toy-proxy", "toy", ""
-        before = [f"segment.py --data toy-wide --encoder toy_base --freeze no --decoder linear {common}/teacher"]
-    else:  # camvid: real images; an ImageNet ViT-Ti is the teacher, the first 3 of 12 blocks of another the student
-        teacher, student, before = "vit_tiny_augreg", "deit_tiny --depth 3", []
-        one_stage = "--target_norm layernorm"
-        small = f"--patch 16 --batch 16 --lr 5e-4 --lr_rule constant --repeats 1 --workers 1 {one_stage}"
-        proxy, source = f"imagenet --size 128 --budget 400 {small}", f"camvid --size 160 --budget 200 {small}"
-
-    def two_stages(loss):  # stage 1 on the proxy set, then on source images; stage 2 with the encoder frozen
-        first, then = student.replace("--depth", "--student_depth"), f"{out}/{loss}-proxy/student.pt"
-        return before + [f"distill.py --data {proxy} --loss {loss} --teacher {teacher} --student {first} {common}/{loss}-proxy",
-                         f"distill.py --data {source} --loss {loss} --teacher {teacher} --student {then} {common}/{loss}-source",
-                         f"segment.py --data {world} --encoder {out}/{loss}-source/student.pt {common}/{loss}"]
-
-    return [
-        Row("no KD", [f"segment.py --data {world} --encoder {student} --freeze no {common}/no-kd"]),
-        Row("one-stage MSE", before + [f"segment.py --data {world} --encoder {student} --freeze no --kd 1 --loss mse {one_stage} "
-                                       f"--teacher {teacher} {common}/one-stage"]),
-        Row("two-stage MSE", two_stages("mse")),
-        Row("GKD (QSD)", two_stages("qsd")),
-        Row("teacher", before + [f"segment.py --data {world} --encoder {teacher} {common}/teacher-frozen"]),
-    ]
+        wide = f"segment.py --data toy-wide --encoder toy_base --freeze no --decoder linear {common} --out {out}/teacher"
+        return Pair(f"{out}/teacher/segmenter.pt", "toy_small", "toy-proxy", "", "toy", tuned="--freeze no --lr_backbone 2e-4",
+                    before=(wide,), common=common, out=out, here=out)
+    # camvid: real images; an ImageNet ViT-Ti is the teacher, the first 3 of 12 blocks of another the student
+    kd = "--target_norm layernorm"
+    small = f"--patch 16 --batch 16 --lr 5e-4 --lr_rule constant --repeats 1 --workers 1 {kd}"
+    return Pair("vit_tiny_augreg", "deit_tiny --depth 3", f"imagenet --size 128 --budget 400 {small}", "", "camvid",
+                f"--size 160 --budget 200 {small}", kd, common=common, out=out, here=out)
 
 
-def decoders(world, out, seed, root):
-    """The supplement's Table 7: the same frozen encoders under each decoder."""
+def paper_pair(title, source, out, root):
+    """A pair of the paper, on one of its labelled sources."""
+    folder = f"{out}/paper/{title.replace(' -> ', '-to-').lower()}"
+    return PAIRS[title]._replace(source=source, common=f"--root {root}", out=folder, here=f"{folder}/{source}")
+
+
+def distilled(p, loss, flags="", name=None, proxy=True, source=None):
+    """Stage 1, on the proxy set and then on source images: its runs, and the student they make."""
+    name, runs, student, stages = name or loss, [*p.before], p.student.replace("--depth", "--student_depth"), []
+    if proxy and p.proxy:
+        stages.append((p.proxy, f"{p.out}/{name.split('-on-')[0]}-proxy"))  # shared by all choices of sources
+    for images, out in [*stages, (f"{source or p.source} {p.on_source}", f"{p.here}/{name}-source")]:
+        runs.append(f"distill.py --data {images} --loss {loss} {flags} --teacher {p.teacher} --student {student} {p.common} --out {out}")
+        student = f"{out}/student.pt"
+    return runs, student
+
+
+def task(p, name, encoder, flags="", source=None):
+    """Stage 2, or a one-stage baseline: its command."""
+    return f"segment.py --data {source or p.source} --encoder {encoder} {flags} {p.common} --out {p.here}/{name}"
+
+
+def two_stage(p, loss="qsd", flags="", name=None, proxy=True, then="", suffix=""):
+    """The runs of two-stage distillation; `then` are stage 2's flags, `suffix` what its folder's name adds for them."""
+    runs, student = distilled(p, loss, flags, name, proxy)
+    return [*runs, task(p, (name or loss) + suffix, student, then)]
+
+
+def one_stage(p, loss, flags="", suffix=""):
+    return [*p.before, task(p, f"one-stage-{loss}{suffix}", p.student, f"--freeze no --kd 1 --loss {loss} {p.kd} --teacher {p.teacher} {flags}")]
+
+
+def no_kd(p, flags="", suffix=""):
+    if p.student.startswith("dinov2") or p.student.startswith("eva02"):  # a foundation model as it is: frozen, as the paper's teachers
+        return [task(p, f"student-frozen{suffix}", p.student, flags)]
+    return [task(p, f"no-kd{suffix}", p.student, f"--freeze no {flags}")]
+
+
+def teacher(p):
+    return [*p.before, task(p, "teacher-frozen", p.teacher)]
+
+
+def main_rows(p):
+    return [Row("no KD", no_kd(p)), Row("one-stage MSE", one_stage(p, "mse")), Row("two-stage MSE", two_stage(p, "mse")),
+            Row("GKD (QSD)", two_stage(p)), Row("teacher", teacher(p))]
+
+
+def rivals(p, losses):
+    titles = {"mse": "Vanilla KD", "cwd": "CWD", "afdcd": "Af-DCD", "g2sd": "G2SD", "vitkd": "ViTKD", "proteus": "Proteus"}
+    smaller = [Row("foundation model of that size", [task(p, "smaller-frozen", p.smaller)])] if p.smaller else []
+    return [Row("teacher", teacher(p)), *smaller, Row("student", no_kd(p)), *[Row(f"+ {titles[loss]}", one_stage(p, loss)) for loss in losses],
+            Row("+ GKD", two_stage(p))]
+
+
+def label_fractions(p):
     rows = []
-    for row in small_world(world, out, seed, root)[2:]:
-        flags, folder = row.runs[-1].split(" --out ")
-        rows += [Row(f"{row.name}, {title}", [*row.runs[:-1], f"{flags} --decoder {kind} --out {folder}{suffix}"])
-                 for kind, title, suffix in (("linear", "linear", "-linear"), ("fpn", "SemFPN", "-fpn"), ("mask", "mask decoder", ""))]
+    for title, runs in (("student", no_kd), ("+ Af-DCD", partial(one_stage, loss="afdcd")), ("+ GKD", partial(two_stage, loss="qsd"))):
+        for share in ("1/16", "1/8", "1/4", "1"):
+            more = {} if share == "1" else dict(suffix="-" + share.replace("/", "of"))
+            more |= {} if share == "1" else {"then" if title == "+ GKD" else "flags": f"--labels {share}"}
+            rows.append(Row(f"{title}, {'all' if share == '1' else share} labels", runs(p, **more)))
     return rows
 
 
-TABLES = {"main": small_world, "7": decoders}
+def strategies(p):
+    return [Row("one-stage MSE", one_stage(p, "mse")), Row("one-stage QSD", one_stage(p, "qsd")),
+            *[Row(title, two_stage(p, loss)) for title, loss in (("MSE", "mse"), ("CWD", "cwd"), ("ViTKD", "vitkd"), ("QSD", "qsd"))]]
 
 
-def run(rows, jobs):
-    """Run the rows' commands, `jobs` rows at a time, each process on its share of the cores; a command of several rows runs once."""
-    commands = list(dict.fromkeys(command for row in rows for command in row.runs))
-    busy, finished = {command: Lock() for command in commands}, set()
-    environment = os.environ | {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // jobs))}
-    bar = tqdm(total=len(commands), desc="runs", unit="run", dynamic_ncols=True)
+def components(p):
+    tuned = dict(then=p.tuned, suffix="-tuned")
+    return [Row("one-stage MSE", one_stage(p, "mse")),
+            Row("MSE on source images", two_stage(p, "mse", name="mse-only", proxy=False, **tuned)),
+            Row("MSE, proxy set first", two_stage(p, "mse", **tuned)),
+            Row("QSD: CLS and features", two_stage(p, "qsd", "--beta 0", "qsd-unmasked", **tuned)),
+            Row("QSD: with masked patches", two_stage(p, "qsd", **tuned)),
+            Row("QSD, encoder frozen", two_stage(p))]
+
+
+def decoders(p):
+    linear = [("linear", "--decoder linear", "-linear")] if p.source in SMALL else []
+    kinds = linear + [("SemFPN", "--decoder fpn", "-fpn"), ("mask decoder", "", "")]
+    made = [("GKD", two_stage(p))]
+    made += [("MSE", two_stage(p, "mse")), ("teacher", teacher(p))] if p.source in SMALL else []
+    return [Row(f"{title}, {kind}", [*runs[:-1], runs[-1].replace(" --out", f" {flags} --out") + suffix])
+            for title, runs in made for kind, flags, suffix in kinds]
+
+
+def more_sources(p):
+    """Figure 6: further sources in distillation only, or with their labels as well."""
+    joined = [p.source] + ([f"{p.source}-arcade", f"{p.source}-diorama"] if p.source == "toy" else ["synthia", "urbansyn"])
+    rows = [Row("1 source", two_stage(p))]
+    for n in (2, 3):
+        source = "+".join(joined[:n])
+        runs, student = distilled(p, "qsd", name=f"qsd-on-{n}", source=source)
+        rows += [Row(f"{n} sources, labels of 1", [*runs, task(p, f"qsd-on-{n}-labels-1", student)]),
+                 Row(f"{n} sources, all labels", [*runs, task(p, f"qsd-on-{n}", student, source=source)])]
+    return rows
+
+
+def equal_seconds(p, seconds=40):
+    """What each objective makes of the same wall-clock time in each stage; run it on an idle machine."""
+    variants = {"MSE": "mse", "Proteus": "proteus", "QSD": "qsd", "QSD, scale C^-1/2": "qsd --scale sqrt", "QSD, cosine": "qsd --scale cosine",
+                "QSD, identity attention": "qsd --attention identity", "QSD, teacher's attention": "qsd --attention teacher",
+                "QSD, four layers": "qsd --layers four", "QSD, LayerNorm targets": "qsd --target_norm layernorm",
+                "QSD, PHI-S targets": "qsd --target_norm phis"}
+    rows = []
+    for title, text in variants.items():
+        loss, _, flags = text.partition(" ")
+        name = text.replace(" --", "-").replace(" ", "-") + f"-{seconds}s"
+        rows.append(Row(title, two_stage(p, loss, f"{flags} --budget {seconds}s", name)))
+    return rows
+
+
+class Table(NamedTuple):
+    """A table: its rows as a function of the pair, and what the paper reports, a line per row and pair."""
+    title: str
+    rows: Callable
+    settings: dict = {}  # a key of data.SETTINGS -> how many of a line's numbers are its: a number per domain and their mean, or the mean
+    paper: dict = {}     # a key of PAIRS -> lines of numbers in the order of the settings
+
+
+CITY_WEATHER_AIR = {"gtav": 4, "cityscapes": 5, "potsdam-rgb": 3}
+TABLES = {
+    "main": Table("The paper in one table", main_rows),
+    "clock": Table("Equal seconds in each stage of distillation", equal_seconds),
+    "1": Table("Table 1, foundation to local", partial(rivals, losses=("mse", "cwd", "afdcd", "g2sd", "vitkd", "proteus")), CITY_WEATHER_AIR, {
+        "DINOv2-L -> DeiT-B": """
+            63.3 56.1 63.9 61.1  54.6 69.4 78.9 72.6 68.9  76.7 63.4 70.1
+            59.6 54.3 62.6 58.8  49.9 67.6 77.5 69.9 66.2  72.3 55.9 64.1
+            43.1 41.8 47.7 44.2  28.1 47.2 64.1 48.5 47.0  67.5 34.1 50.8
+            48.5 48.2 53.2 49.9  33.2 55.7 71.3 57.0 54.3  69.0 42.9 56.0
+            49.3 46.7 51.8 49.3  33.1 53.8 70.5 54.1 52.9  70.0 41.5 55.8
+            48.4 45.2 53.4 49.0  31.7 54.3 67.3 55.3 52.1  69.5 42.5 56.0
+            50.8 49.1 53.4 51.1  33.1 55.7 69.5 56.8 53.8  72.4 46.7 59.5
+            45.1 45.6 49.8 46.8  31.1 55.2 66.3 52.8 51.4  67.8 39.8 53.8
+            48.1 46.4 52.8 49.1  32.5 54.6 69.4 54.6 52.8  70.1 43.5 56.8
+            58.3 54.2 61.3 57.9  43.8 69.4 76.7 68.4 64.6  74.5 55.6 65.1""",
+        "DINOv2-B -> DeiT-S": """
+            59.6 54.3 62.6 58.8  49.9 67.6 77.5 69.9 66.2  72.3 55.9 64.1
+            53.2 51.3 57.1 53.9  39.3 64.1 68.7 61.0 58.3  73.9 54.0 64.0
+            34.9 33.8 42.8 37.2  22.7 43.0 55.0 42.2 40.7  67.6 28.7 48.2
+            45.0 44.2 49.9 46.4  31.4 51.3 63.6 50.1 49.1  70.3 37.6 54.0
+            45.9 44.5 49.8 46.7  31.7 51.0 64.7 52.6 50.0  70.4 38.6 54.5
+            44.7 45.6 50.9 47.1  31.6 49.9 70.1 49.9 50.4  71.2 38.2 54.7
+            45.2 45.9 52.3 47.8  33.5 51.4 65.6 54.2 51.2  72.7 40.2 56.5
+            42.5 42.5 48.2 44.4  28.0 51.3 65.1 45.9 47.6  62.9 34.9 48.9
+            47.4 44.6 50.2 47.4  32.8 51.3 62.1 49.3 48.9  70.8 38.5 54.7
+            54.9 49.8 57.8 54.1  39.3 60.4 72.7 58.4 57.7  73.8 48.7 61.3"""}),
+    "2": Table("Table 2, foundation to foundation", partial(rivals, losses=("mse", "afdcd", "vitkd", "proteus")), CITY_WEATHER_AIR, {
+        "DINOv2-L -> DINOv2-B": """
+            63.3 56.1 63.9 61.1  54.6 69.4 78.9 72.6 68.9  76.7 63.4 70.1
+            59.6 54.3 62.6 58.8  49.9 67.6 77.5 69.9 66.2  72.3 55.9 64.1
+            59.9 54.5 60.2 58.2  48.6 68.0 79.4 70.5 66.6  75.9 52.9 64.4
+            59.5 53.0 60.0 57.5  48.9 68.0 79.1 71.0 66.7  76.2 52.3 64.3
+            58.0 53.0 59.3 56.7  46.6 67.6 77.1 69.6 65.2  75.5 51.6 63.6
+            60.1 54.6 61.4 58.7  48.3 67.6 79.7 71.1 66.7  75.6 53.5 64.6
+            62.6 55.0 61.8 59.8  48.3 71.3 80.3 72.0 68.0  75.4 56.4 65.9""",
+        "DINOv2-B -> DINOv2-S": """
+            59.6 54.3 62.6 58.8  49.9 67.6 77.5 69.9 66.2  72.3 55.9 64.1
+            53.2 51.3 57.1 53.9  39.3 64.1 68.7 61.0 58.3  73.9 54.0 64.0
+            52.9 49.4 56.3 52.9  38.6 62.6 73.8 61.8 59.2  76.5 48.9 62.7
+            54.0 50.2 55.7 53.3  37.5 63.2 75.4 59.3 58.8  74.2 42.6 58.4
+            49.9 49.1 55.7 51.6  37.8 62.9 73.5 60.3 58.6  71.7 43.7 57.7
+            53.5 49.7 56.9 53.4  37.6 62.5 74.9 62.6 59.4  76.0 42.5 59.3
+            57.1 51.3 58.4 55.6  39.2 62.6 75.5 62.2 59.9  74.0 53.5 63.8""",
+        "EVA02-L -> EVA02-B": """
+            58.4 52.5 59.0 56.7  39.1 64.9 73.3 62.6 60.0  74.8 48.8 61.8
+            56.2 53.0 59.4 56.2  46.1 65.1 76.7 62.6 62.6  74.7 51.6 63.2
+            54.4 53.2 59.4 55.7  43.5 65.2 75.3 62.5 61.6  71.4 47.4 59.4
+            55.8 52.9 58.0 55.6  46.4 65.8 75.4 63.5 62.7  72.8 47.5 60.2
+            48.6 50.2 55.2 51.3  32.5 59.2 68.4 56.6 54.2  71.2 44.2 57.7
+            53.7 52.8 59.4 55.3  45.4 64.7 74.2 61.1 61.4  73.5 48.6 61.1
+            59.0 54.5 61.0 58.2  46.9 67.8 77.1 65.8 64.4  76.4 57.9 67.2""",
+        "EVA02-B -> EVA02-S": """
+            45.9 44.1 49.8 46.6  20.9 54.6 63.3 48.7 46.9  66.4 34.0 50.2
+            48.5 47.0 52.8 49.4  37.6 56.4 70.8 54.4 54.8  69.4 42.8 56.1
+            47.5 46.2 52.2 48.6  34.1 57.1 69.7 52.1 53.2  69.9 42.2 56.1
+            48.3 47.2 52.1 49.2  36.1 56.8 70.9 55.0 54.7  70.3 42.6 56.5
+            43.3 42.1 47.7 44.4  28.9 52.2 66.1 49.7 49.2  66.0 34.8 50.4
+            47.1 45.1 51.1 47.8  34.0 56.3 70.8 50.6 52.9  68.4 41.8 55.1
+            51.1 45.9 53.7 50.2  36.0 59.0 71.2 55.8 55.5  71.7 45.7 58.7"""}),
+    "3": Table("Table 3, fewer labels", label_fractions, {"gtav": 1, "cityscapes": 1}, {
+        "DINOv2-L -> DINOv2-B": "58.3 62.1\n 58.4 63.9\n 58.7 64.1\n 58.8 66.2\n 56.2 60.9\n 56.6 62.2\n 56.9 63.9\n 57.5 66.7\n"
+                                "58.4 62.3\n 58.6 64.7\n 59.1 64.9\n 59.8 67.2",
+        "DINOv2-B -> DINOv2-S": "52.4 53.0\n 53.0 55.0\n 53.5 56.8\n 53.9 58.3\n 48.9 52.3\n 49.7 55.2\n 52.4 57.4\n 53.3 58.8\n"
+                                "54.7 54.7\n 55.0 56.5\n 55.3 57.6\n 55.6 59.9",
+        "DINOv2-L -> DeiT-B": "42.1 39.1\n 42.1 42.6\n 43.2 43.4\n 44.2 47.0\n 47.4 45.2\n 48.4 48.9\n 49.0 50.4\n 49.0 52.1\n"
+                              "56.5 59.1\n 56.8 60.0\n 56.8 61.2\n 57.9 64.6",
+        "DINOv2-B -> DeiT-S": "35.7 32.7\n 36.7 38.0\n 37.5 38.2\n 37.2 40.7\n 46.0 43.6\n 46.1 46.5\n 46.2 49.0\n 47.1 50.4\n"
+                              "51.4 54.6\n 51.5 54.8\n 53.6 57.0\n 54.1 57.7"}),
+    "4": Table("Table 4, one stage or two", strategies, {"gtav": 4}, {"DINOv2-B -> DeiT-S": """
+            45.0 44.2 49.9 46.4
+            48.9 46.5 51.1 48.8
+            54.2 49.0 56.1 53.1
+            53.0 48.9 53.8 51.9
+            53.2 48.7 55.0 52.3
+            54.9 49.8 57.8 54.1"""}),
+    "5": Table("Table 5, component by component", components, {"gtav": 1}, {"DINOv2-B -> DeiT-S": "46.4\n 50.9\n 53.1\n 53.4\n 54.0\n 54.1"}),
+    "6": Table("Table 6, GKD beside domain generalisation methods", lambda p: [Row("GKD", two_stage(p))], {"gtav": 4, "gtav-acdc": 1}, {
+        "DINOv2-B -> DeiT-S": "54.9 49.8 57.8 54.1  46.5", "DINOv2-L -> DeiT-B": "58.3 54.2 61.3 57.9  51.2"}),
+    "7": Table("Table 7, decoders", decoders, {"gtav": 4, "cityscapes": 5}, {
+        "DINOv2-L -> DeiT-B": """
+            55.5 54.0 59.5 56.3  43.2 67.5 75.3 67.8 63.5
+            58.3 54.2 61.3 57.9  43.8 69.4 76.7 68.4 64.6""",
+        "DINOv2-B -> DeiT-S": """
+            54.7 50.6 56.6 54.0  38.6 61.5 71.7 61.9 58.4
+            54.9 49.8 57.8 54.1  39.3 60.4 72.7 58.4 57.7"""}),
+    "8": Table("Table 8, students from DINO", partial(rivals, losses=("mse", "cwd", "afdcd")), {"gtav": 4, "cityscapes": 5}, {
+        "DINOv2-L -> DINO-B": """
+            63.3 56.1 63.9 61.1  54.6 69.4 78.9 72.6 68.9
+            59.6 54.3 62.6 58.8  49.9 67.6 77.5 69.9 66.2
+            44.5 42.7 49.2 45.4  29.0 51.1 65.6 46.7 48.1
+            47.9 45.0 51.7 48.2  32.5 53.2 63.3 52.4 50.3
+            45.0 44.8 49.5 46.4  29.3 52.0 67.2 55.9 51.1
+            47.1 46.4 50.0 47.8  31.1 53.9 66.1 52.6 50.9
+            60.5 53.6 61.1 58.4  43.2 63.2 75.6 61.0 60.7""",
+        "DINOv2-B -> DINO-S": """
+            59.6 54.3 62.6 58.8  49.9 67.6 77.5 69.9 66.2
+            53.2 51.3 57.1 53.9  39.3 64.1 68.7 61.0 58.3
+            39.7 36.9 44.7 40.4  27.8 48.0 66.4 44.5 46.6
+            45.4 41.5 47.9 45.0  30.8 52.7 67.9 50.6 50.5
+            44.0 41.4 47.1 44.1  30.7 51.4 62.1 51.4 48.9
+            44.5 42.6 47.3 44.8  28.7 52.0 68.2 50.4 49.8
+            53.2 48.6 55.5 52.4  35.6 59.0 72.4 56.8 55.9"""}),
+    "9": Table("Table 9, surgery", lambda p: rivals(p._replace(smaller=""), ("cwd", "vitkd")), {"endovis18": 1}, {
+        "DINOv2-B -> DeiT-S": "53.7\n 43.3\n 46.5\n 45.1\n 51.6"}),
+    "fig6": Table("Figure 6, more sources", more_sources, {"gtav": 0}, {"DINOv2-L -> DeiT-B": "", "DINOv2-B -> DeiT-S": ""}),
+}
+
+
+class Block(NamedTuple):
+    """A table as it is printed, for one pair and one setting: its rows once per seed, its columns, the paper's numbers by row name."""
+    title: str
+    seeds: list
+    domains: list
+    paper: dict
+
+
+def blocks(name, cfg):
+    """The blocks of a table: one in a small world; at the paper's scale one per pair and setting (all, or --setting's)."""
+    table, result = TABLES[name], []
+    for title, numbers in table.paper.items():
+        start = 0
+        for setting, count in table.settings.items():
+            source, domains = data.SETTINGS[setting]
+            rows = table.rows(paper_pair(title, source, cfg.out, cfg.root))
+            lines = [[float(x) for x in line.split()[start:start + count]] for line in numbers.strip().splitlines()]
+            paper, start = dict(zip([row.name for row in rows], lines)), start + count
+            if cfg.data == "paper" and cfg.setting in ("none", setting):
+                result.append(Block(f"{table.title}: {title}, trained on {setting}", [rows], [*domains], paper))
+            elif cfg.data != "paper" and title == "DINOv2-B -> DeiT-S" and start == count:
+                result = [paper]  # a small world's rows stand beside this pair's mean over GTAV's three domains
+    if cfg.data == "paper":
+        return result or data.fail(f"--table {name} --data paper --setting {cfg.setting}: this table has "
+                                   f"{' '.join(table.settings) or 'no rows at the paper scale: use --data toy'}")
+    source, unseen = data.SETTINGS[cfg.data]
+    seeds = [table.rows(small_pair(cfg.data, cfg.out, seed, cfg.root)) for seed in range(cfg.seed, cfg.seed + (cfg.seeds or 3))]
+    return [Block(f"{table.title}, in the {cfg.data} world", seeds, [source, *unseen], result[0] if result else {})]
+
+
+def command(text, cfg):
+    """What a user types for a run: stage 1 on all GPUs, stage 2 (its batch is 4) on one."""
+    processes = cfg.processes or (torch.cuda.device_count() if cfg.data == "paper" else 1) or 8
+    launch = f"torchrun --standalone --nproc_per_node={processes}" if text.startswith("distill") and processes > 1 else "python"
+    return " ".join(f"{launch} {text}".split())
+
+
+def parsed(text):
+    """A run's script as a module, its Config and its result's path; UserError where the command is wrong."""
+    script, *argv = shlex.split(text)
+    module = {"distill.py": distill, "segment.py": segment}[script]
+    cfg = data.configure(module.Config, module.PRESETS, argv)
+    return module, cfg, Path(cfg.out) / ("student.pt" if module is distill else "segmenter.pt")
+
+
+def finished(text):
+    """Whether a run's result is there; UserError if its folder holds a run with other constants."""
+    module, cfg, result = parsed(text)
+    return result.exists() and data.open_run(cfg, result.name, module.FREE) == "finished"
+
+
+def lacking(text):
+    """What a run would need that this machine does not have, or nothing."""
+    cfg = parsed(text)[1]
+    folders = [Path(cfg.root, entry.folder) for entry in data.rows(cfg.data, labelled=False).values() if not entry.generate]
+    return [f"{folder}" for folder in folders if not folder.is_dir()] + ([] if torch.cuda.is_available() else ["a GPU"])
+
+
+def run(rows, cfg):
+    """Run the commands of some rows that are not finished, --jobs rows at a time, each process on its share of the cores; a command of
+    several rows runs once."""
+    commands = list(dict.fromkeys(text for row in rows for text in row.runs))
+    busy, done = {text: Lock() for text in commands}, {text for text in commands if finished(text)}
+    environment = os.environ | {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // cfg.jobs))}
+    bar = tqdm(total=len(commands), initial=len(done), desc="runs", unit="run", dynamic_ncols=True)
 
     def follow(row):
-        for command in row.runs:
-            with busy[command]:
-                if command in finished:
+        for text in row.runs:
+            with busy[text]:
+                if text in done:
                     continue
-                script, *argv = shlex.split(command)
-                out, began = Path(argv[argv.index("--out") + 1]), time.time()
+                out, began = parsed(text)[2].parent, time.time()
                 out.parent.mkdir(parents=True, exist_ok=True)
+                launch, argv = command(text, cfg).split(text.split()[0], 1)
+                start = [sys.executable] if launch == "python " else [sys.executable, "-m", "torch.distributed.run", *launch.split()[1:]]
                 with open(f"{out}.txt", "w") as said:  # bars of several runs on one terminal would overwrite each other
-                    status = subprocess.run([sys.executable, Path(__file__).parent / script, *argv], stdout=said, stderr=said,
+                    status = subprocess.run([*start, Path(__file__).parent / text.split()[0], *shlex.split(argv)], stdout=said, stderr=said,
                                             env=environment).returncode
                 if status:
-                    data.fail(f"python {command} ended with status {status}: {Path(said.name).read_text().splitlines()[-1:]}, see {said.name}")
-                finished.add(command)
-                bar.write(f"python {command}  # {time.time() - began:.0f} s", file=sys.stdout)
+                    data.fail(f"{command(text, cfg)} ended with status {status}: {Path(said.name).read_text().splitlines()[-1:]}, see {said.name}")
+                done.add(text)
+                bar.write(f"{command(text, cfg)}  # {time.time() - began:.0f} s", file=sys.stdout)
                 bar.update()
 
-    with ThreadPoolExecutor(jobs) as pool:
+    with ThreadPoolExecutor(cfg.jobs) as pool:
         list(pool.map(follow, rows))
     bar.close()
 
 
-def table(cfg, rows, source, unseen, device):
-    """Run what is missing of a table's rows, measure them, print the table; a second start reuses what is finished."""
-    run(rows, cfg.jobs)
-    results, cfg = {}, replace(cfg, data="+".join([source, *unseen]))
-    for row in rows:
-        folder = Path(row.runs[-1].split(" --out ")[1])
-        path, protocol = folder / "eval.json", [cfg.data, cfg.mode, cfg.window, cfg.stride, cfg.flip, cfg.precision]
-        known = json.loads(path.read_text()) if path.exists() else {}
-        if known.get("protocol") != protocol:
-            known = dict(protocol=protocol, miou=measure(folder / "segmenter.pt", cfg, device))
-            path.write_text(json.dumps(known))
-        ledger = torch.load(folder / "segmenter.pt", weights_only=True)["ledger"]
-        results[row.name] = {name: known["miou"][name] for name in (source, *unseen)} | {
-            "unseen": sum(known["miou"][name] for name in unseen) / len(unseen), "seconds": f"{sum(stage['seconds'] for stage in ledger):.0f}"}
-    print()
-    show(results, [source, *unseen, "unseen", "seconds"])
-    print(json.dumps({"table": cfg.out, "seed": cfg.seed, "rows": results}))
+def measured(row, domains, cfg, device):
+    """A finished row's mIoU per domain, kept in eval.json beside its segmenter, and what its stages spent; None if not finished."""
+    path = parsed(row.runs[-1])[2]
+    if not path.exists():
+        return None
+    kept, protocol = path.with_name("eval.json"), [cfg.mode, cfg.window, cfg.stride, cfg.flip, cfg.precision]
+    known = json.loads(kept.read_text()) if kept.exists() else {}
+    miou = known.get("miou", {}) if known.get("protocol") == protocol else {}
+    if missing := [domain for domain in domains if domain not in miou]:
+        miou |= measure(path, replace(cfg, data="+".join(missing)), device)
+        kept.write_text(json.dumps(dict(protocol=protocol, miou={name: value for name, value in miou.items() if name != "mean"})))
+    ledger = torch.load(path, weights_only=True)["ledger"]
+    return [miou[domain] for domain in domains] + [sum(stage[key] for stage in ledger) for key in ("seconds", "flops")]
+
+
+def print_table(name, cfg, device):
+    """Run what is missing of a table (at the paper's scale: what this machine can), then print it; returns its blocks."""
+    for block in (result := blocks(name, cfg)):
+        rows = [row for seed in block.seeds for row in seed]
+        outstanding = [text for text in dict.fromkeys(text for row in rows for text in row.runs) if not finished(text)]
+        if cfg.data == "paper":
+            rows = [row for row in rows if not any(lacking(text) for text in row.runs if text in outstanding)]
+        if cfg.data == "paper" or not cfg.run:
+            for text in outstanding:
+                print(command(text, cfg) + (f"  # needs {' and '.join(lacking(text))}" if cfg.data == "paper" and lacking(text) else ""))
+        if cfg.run:
+            run(rows, cfg)
+        unseen = block.domains[1:] if cfg.data != "paper" else block.domains
+        table, record = {}, {}
+        for i, row in enumerate(block.seeds[0]):
+            seeds = [measured(seed[i], block.domains, cfg, device) for seed in block.seeds]
+            done, paper = [values for values in seeds if values], block.paper.get(row.name, [])
+            miou = np.array([values[:-2] + [np.mean(values[len(block.domains) - len(unseen):-2])] for values in done])  # (seeds, domains + 1)
+            ours = [spread(column) for column in miou.T] if done else ["-"] * (len(block.domains) + 1)
+            if cfg.data == "paper":
+                theirs = [""] * (len(ours) - len(paper)) + [f" [{x}]" for x in paper]
+                table[row.name] = [a + b for a, b in zip(ours, theirs)]
+            else:
+                table[row.name] = ours + ([f"{np.mean([values[-2] for values in done]):.0f}", f"{done[0][-1] / 1e12:.1f}"] if done else ["-", "-"])
+                table[row.name] += [str(paper[-1]) if paper else "-"] if block.paper else []
+            record[row.name] = dict(miou=np.round(miou, 2).tolist(), seconds=[round(values[-2]) for values in done], flops=[values[-1] for values in done])
+        columns = [*block.domains, "unseen mean" if cfg.data != "paper" else "mean"] + (["seconds", "TFLOP"] if cfg.data != "paper" else [])
+        print(f"\n{block.title}" + (", mean and standard deviation of seeds" if len(block.seeds) > 1 else "") + (" [paper]" if cfg.data == "paper" else ""))
+        show(table, columns + (["paper"] if cfg.data != "paper" and block.paper else []))
+        print(json.dumps({"table": name, "title": block.title, "domains": [*block.domains, "mean"], "rows": record}))
+    return result
+
+
+def spread(values):
+    """Mean, and with several seeds their standard deviation, in percent."""
+    return f"{np.mean(values):.1f}" + (f" ± {np.std(values, ddof=1):.1f}" if len(values) > 1 else "")
+
+
+def sources_figure(block, cfg, device):
+    """Figure 6: unseen mIoU against the number of sources, with the further sources' labels and without."""
+    means = {row.name: np.mean([np.mean(measured(seed[i], block.domains, cfg, device)[-2 - len(block.domains) + (cfg.data != "paper"):-2])
+                                for seed in block.seeds]) for i, row in enumerate(block.seeds[0])}
+    lines = {title: [(1, means["1 source"])] + [(n, means[f"{n} sources, {labels}"]) for n in (2, 3)]
+             for title, labels in (("labels of the first source", "labels of 1"), ("labels of all", "all labels"))}
+    return data.chart(lines, Path(cfg.out) / cfg.data / "fig6.png", "sources in distillation", "mIoU, mean of the unseen domains", marks=True)
 
 
 # --- Pictures -----------------------------------------------------------------------------------------------------------
@@ -253,23 +595,33 @@ def sheet(columns, titles, classes, colors, path, width=136, gap=4, top=28, left
 def main(argv=None):
     cfg = data.configure(Config, PRESETS, argv)
     rank, world, device = data.launch()
-    if cfg.demo or cfg.table != "none":
-        if cfg.data not in ("toy", "camvid"):
-            data.fail(f"--data {cfg.data}: the tables are run in the small worlds toy and camvid only")
+    if cfg.demo:
+        cfg = replace(cfg, table="main", data="toy" if cfg.data == "paper" else cfg.data, seeds=cfg.seeds or 1)
+        cfg = replace(cfg, **PRESETS[cfg.data])
+    if cfg.table != "none":
+        if cfg.table not in TABLES:
+            data.fail(f"--table {cfg.table}: not one of {' '.join(TABLES)}")
+        if cfg.data not in ("paper", *SMALL):
+            data.fail(f"--data {cfg.data}: the tables are run in the worlds toy and camvid, or at the paper's scale with --data paper")
         if world > 1:
-            data.fail("--demo and --table run in one process: start them with python, or their commands one by one with torchrun")
-        rows = TABLES["main" if cfg.demo else cfg.table](cfg.data, cfg.out, cfg.seed, cfg.root)
-        table(cfg, rows, *data.SETTINGS[cfg.data], device)
+            data.fail("--demo and --table start their own processes: start them with python")
+        block = print_table(cfg.table, cfg, device)[0]
+        if cfg.table == "fig6" and all(finished(row.runs[-1]) for seed in block.seeds for row in seed):
+            print(f"picture: {sources_figure(block, cfg, device)}")
         if cfg.demo:
-            print(f"picture: {picture(rows, data.SETTINGS[cfg.data][1], cfg.root, Path(cfg.out) / 'demo.png')}")
+            print(f"picture: {picture(block.seeds[0], data.SETTINGS[cfg.data][1], cfg.root, Path(cfg.out) / cfg.data / 'demo.png')}")
         return
     if not 0 < cfg.stride <= 1:
         data.fail(f"--stride {cfg.stride} is a share of the window, above 0 and at most 1")
-    if not cfg.checkpoint:
-        data.fail("give --checkpoint segmenter.pt and --data, or --demo")
+    if cfg.setting != "none":
+        if cfg.setting not in data.SETTINGS:
+            data.fail(f"--setting {cfg.setting}: not one of {' '.join(data.SETTINGS)}")
+        cfg = replace(cfg, data="+".join(data.SETTINGS[cfg.setting][1]))
+    if not cfg.checkpoint or cfg.data == "paper":
+        data.fail("give --checkpoint segmenter.pt and --data or --setting, or --demo, or --table")
     result = measure(cfg.checkpoint, cfg, device)
     if rank == 0:
-        show({cfg.checkpoint: result}, list(result))
+        show({cfg.checkpoint: [f"{value:.1f}" for value in result.values()]}, list(result))
         print(json.dumps({"checkpoint": cfg.checkpoint, "miou": result}))
 
 
