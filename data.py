@@ -981,6 +981,14 @@ def in_parallel(job, items, workers, title):
 
 def configure(Config, presets, argv=None):
     """Build a Config: its defaults, then the preset of --data, then the command line; every field is a flag, its comment the help."""
+    given = vars(flags(Config).parse_args(argv))
+    preset = presets.get(given.get("data", Config.data).split("+")[0], {})
+    return Config(**{**preset, **given})
+
+
+@lru_cache
+def flags(Config):
+    """The command line of a Config, as a parser."""
     help_of = {name: text for cls in Config.__mro__[-2::-1]
                for name, text in re.findall(r"^    (\w+): .*?# (.*)$", inspect.getsource(cls), re.M)}
     parser = argparse.ArgumentParser(allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
@@ -989,9 +997,7 @@ def configure(Config, presets, argv=None):
         bare = {"nargs": "?", "const": True} if f.type is bool else {}  # --demo alone means yes
         parser.add_argument(f"--{f.name}", type=partial(parse_value, f.type), default=argparse.SUPPRESS, metavar="X", **bare,
                             help=f"{help_of.get(f.name, '')} (default {f.default})".replace("%", "%%"))
-    given = vars(parser.parse_args(argv))
-    preset = presets.get(given.get("data", Config.data).split("+")[0], {})
-    return Config(**{**preset, **given})
+    return parser
 
 
 def parse_value(kind, text):

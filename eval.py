@@ -10,11 +10,10 @@ import shlex
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from threading import Lock
 from typing import Callable, Literal, NamedTuple
 
 import numpy as np
@@ -149,14 +148,18 @@ def distilled(p, loss, flags="", name=None, proxy=True, source=None):
     if proxy and p.proxy:
         stages.append((p.proxy, f"{p.out}/{name.split('-on-')[0]}-proxy"))  # shared by all choices of sources
     for images, out in [*stages, (f"{source or p.source} {p.on_source}", f"{p.here}/{name}-source")]:
-        runs.append(f"distill.py --data {images} --loss {loss} {flags} --teacher {p.teacher} --student {student} {p.common} --out {out}")
+        runs.append(line(f"distill.py --data {images} --loss {loss} {flags} --teacher {p.teacher} --student {student} {p.common} --out {out}"))
         student = f"{out}/student.pt"
     return runs, student
 
 
 def task(p, name, encoder, flags="", source=None):
     """Stage 2, or a one-stage baseline: its command."""
-    return f"segment.py --data {source or p.source} --encoder {encoder} {flags} {p.common} --out {p.here}/{name}"
+    return line(f"segment.py --data {source or p.source} --encoder {encoder} {flags} {p.common} --out {p.here}/{name}")
+
+
+def line(text):
+    return " ".join(text.split())  # flags that a row does not have leave no gap
 
 
 def two_stage(p, loss="qsd", flags="", name=None, proxy=True, then="", suffix=""):
@@ -221,7 +224,7 @@ def decoders(p):
     kinds = linear + [("SemFPN", "--decoder fpn", "-fpn"), ("mask decoder", "", "")]
     made = [("GKD", two_stage(p))]
     made += [("MSE", two_stage(p, "mse")), ("teacher", teacher(p))] if p.source in SMALL else []
-    return [Row(f"{title}, {kind}", [*runs[:-1], runs[-1].replace(" --out", f" {flags} --out") + suffix])
+    return [Row(f"{title}, {kind}", [*runs[:-1], line(runs[-1].replace(" --out", f" {flags} --out")) + suffix])
             for title, runs in made for kind, flags, suffix in kinds]
 
 
@@ -402,7 +405,7 @@ def command(text, cfg):
     """What a user types for a run: stage 1 on all GPUs, stage 2 (its batch is 4) on one."""
     processes = cfg.processes or (torch.cuda.device_count() if cfg.data == "paper" else 1) or 8
     launch = f"torchrun --standalone --nproc_per_node={processes}" if text.startswith("distill") and processes > 1 else "python"
-    return " ".join(f"{launch} {text}".split())
+    return f"{launch} {text}"
 
 
 def parsed(text):
@@ -427,33 +430,39 @@ def lacking(text):
 
 
 def run(rows, cfg):
-    """Run the commands of some rows that are not finished, --jobs rows at a time, each process on its share of the cores; a command of
-    several rows runs once."""
-    commands = list(dict.fromkeys(text for row in rows for text in row.runs))
-    busy, done = {text: Lock() for text in commands}, {text for text in commands if finished(text)}
+    """Run the commands of some rows that are not finished, --jobs at a time, each process on its share of the cores; a command of several
+    rows runs once, and first of all those that most others wait for."""
+    needs = {text: set() for row in rows for text in row.runs}
+    for row in rows:
+        for i, text in enumerate(row.runs):
+            needs[text] |= set(row.runs[:i])
+    done = {text for text in needs if finished(text)}
+    pending = sorted(needs.keys() - done, key=lambda text: (-sum(text in before for before in needs.values()), list(needs).index(text)))
     environment = os.environ | {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // cfg.jobs))}
-    bar = tqdm(total=len(commands), initial=len(done), desc="runs", unit="run", dynamic_ncols=True)
+    bar = tqdm(total=len(needs), initial=len(done), desc="runs", unit="run", dynamic_ncols=True)
 
-    def follow(row):
-        for text in row.runs:
-            with busy[text]:
-                if text in done:
-                    continue
-                out, began = parsed(text)[2].parent, time.time()
-                out.parent.mkdir(parents=True, exist_ok=True)
-                launch, argv = command(text, cfg).split(text.split()[0], 1)
-                start = [sys.executable] if launch == "python " else [sys.executable, "-m", "torch.distributed.run", *launch.split()[1:]]
-                with open(f"{out}.txt", "w") as said:  # bars of several runs on one terminal would overwrite each other
-                    status = subprocess.run([*start, Path(__file__).parent / text.split()[0], *shlex.split(argv)], stdout=said, stderr=said,
-                                            env=environment).returncode
-                if status:
-                    data.fail(f"{command(text, cfg)} ended with status {status}: {Path(said.name).read_text().splitlines()[-1:]}, see {said.name}")
-                done.add(text)
-                bar.write(f"{command(text, cfg)}  # {time.time() - began:.0f} s", file=sys.stdout)
-                bar.update()
+    def start(text):
+        out, began = parsed(text)[2].parent, time.time()
+        out.parent.mkdir(parents=True, exist_ok=True)
+        launch, argv = command(text, cfg).split(text.split()[0], 1)
+        launcher = [sys.executable] if launch == "python " else [sys.executable, "-m", "torch.distributed.run", *launch.split()[1:]]
+        with open(f"{out}.txt", "w") as said:  # bars of several runs on one terminal would overwrite each other
+            status = subprocess.run([*launcher, Path(__file__).parent / text.split()[0], *shlex.split(argv)], stdout=said, stderr=said,
+                                    env=environment).returncode
+        if status:
+            data.fail(f"{command(text, cfg)} ended with status {status}: {Path(said.name).read_text().splitlines()[-1:]}, see {said.name}")
+        bar.write(f"{command(text, cfg)}  # {time.time() - began:.0f} s", file=sys.stdout)
+        bar.update()
 
     with ThreadPoolExecutor(cfg.jobs) as pool:
-        list(pool.map(follow, rows))
+        working = {}
+        while pending or working:
+            for text in [text for text in pending if needs[text] <= done][:cfg.jobs - len(working)]:
+                pending.remove(text)
+                working[pool.submit(start, text)] = text
+            for future in wait(working, return_when=FIRST_COMPLETED).done:
+                done.add(working.pop(future))
+                future.result()  # raises what went wrong there
     bar.close()
 
 

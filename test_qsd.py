@@ -2428,20 +2428,91 @@ def test_two_processes_and_accumulation_give_the_loss_curve_of_one(script, comma
 
 # --- Tables: lists of runs --------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("world", ["toy", "camvid"])
+def rows_of(table, world):
+    """All rows of a table in a world, as (setting, row)."""
+    cfg = evaluation.Config(data=world, out="runs/x", root="/data", seed=3, seeds=1)
+    return [(block, row) for block in evaluation.blocks(table, cfg) for row in block.seeds[0]]
+
+
+@pytest.mark.parametrize("world", ["toy", "camvid", "paper"])
 @pytest.mark.parametrize("table", list(evaluation.TABLES))
-def test_every_command_of_a_table_is_accepted_by_its_script(table, world):
-    for row in evaluation.TABLES[table](world, "runs/x", 3, "data"):
-        for command in row.runs:
-            script, *argv = command.split()
-            module = {"distill.py": distill, "segment.py": segment}[script]
-            cfg = data.configure(module.Config, module.PRESETS, argv)
-            assert (cfg.seed, cfg.root) == (3, "data") and cfg.out.startswith("runs/x/")
+def test_every_command_of_a_table_is_accepted_by_its_script_and_begins_where_one_before_it_ended(table, world):
+    if world == "paper" and not evaluation.TABLES[table].settings:
+        with pytest.raises(data.UserError, match=f"--table {table} --data paper .* use --data toy"):
+            rows_of(table, world)
+        return
+    for block, row in rows_of(table, world):
+        made = set()
+        for text in row.runs:
+            _, cfg, result = evaluation.parsed(text)
+            assert cfg.root == "/data" and cfg.out.startswith("runs/x/") and (world == "paper" or cfg.seed == 3)
+            starts = (cfg.student, cfg.teacher) if text.startswith("distill") else (cfg.encoder, cfg.teacher)
+            for start in starts:
+                assert start in qsd.ENCODERS or start == "none" or start in made, f"{start} comes from nowhere"
+            made.add(str(result))
+        assert text.startswith("segment.py")
+        assert not block.paper or row.name in block.paper or world != "paper"
+
+
+def test_runs_of_one_folder_are_the_same_command_in_all_tables():
+    for world in ("toy", "camvid", "paper"):
+        commands = {}
+        for table in evaluation.TABLES:
+            for _, row in rows_of(table, world) if world != "paper" or evaluation.TABLES[table].settings else []:
+                for text in row.runs:
+                    assert commands.setdefault(text.split(" --out ")[1], text) == text
+
+
+def test_the_papers_numbers_fit_their_rows_and_their_means():
+    for name, table in evaluation.TABLES.items():
+        for title, text in table.paper.items():
+            lines = [[float(x) for x in line.split()] for line in text.strip().splitlines()]
+            assert not lines or len(lines) == len(table.rows(evaluation.paper_pair(title, "gtav", "runs", "/data")))
+            for line in lines:
+                assert len(line) == sum(table.settings.values())
+                start = 0
+                for setting, count in table.settings.items():
+                    *domains, mean = line[start:start + count]
+                    start += count
+                    assert not domains or len(domains) == len(data.SETTINGS[setting][1]) and mean == pytest.approx(np.mean(domains), abs=0.1)
+
+
+def test_table_5_adds_one_component_a_row():
+    rows = [row for _, row in rows_of("5", "paper")]
+    stages = [[evaluation.parsed(text)[1] for text in row.runs] for row in rows]
+    assert [[cfg.data for cfg in runs] for runs in stages] == [["gtav"], ["gtav", "gtav"]] + [["imagenet", "gtav", "gtav"]] * 4
+    assert [[cfg.loss for cfg in runs[:-1]] for runs in stages[1:]] == [["mse"], ["mse"] * 2, ["qsd"] * 2, ["qsd"] * 2, ["qsd"] * 2]
+    assert [runs[0].beta for runs in stages[3:]] == [0, 1, 1] and [runs[-1].freeze for runs in stages] == [False] * 5 + [True]
+    assert stages[0][0].kd == 1 and all(runs[-1].kd == 0 for runs in stages[1:])
+
+
+def test_a_table_at_the_papers_scale_says_what_it_needs_and_runs_nothing_without_it(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    evaluation.main(["--table", "1", "--setting", "potsdam-rgb", "--root", "/nowhere"])
+    out = capsys.readouterr().out
+    assert "nproc_per_node=8 distill.py --data imagenet --loss qsd --teacher dinov2_vitb14" in out and "# needs /nowhere/potsdam and a GPU" in out
+    assert "| + GKD " in out and "- [61.3]" in out and "cityscapes" not in out and not (tmp_path / "runs").exists()
 
 
 def test_rows_share_a_run_and_a_failed_run_is_reported(tmp_path, capsys):
     shared = f"segment.py --data toy --encoder toy_small --decoder linear --workers 0 --budget 2 --out {tmp_path}/shared"
-    evaluation.run([evaluation.Row("one", [shared]), evaluation.Row("other", [shared])], 2)
+    rows, cfg = [evaluation.Row("one", [shared]), evaluation.Row("other", [shared])], evaluation.Config(data="toy")
+    evaluation.run(rows, cfg)
     assert (tmp_path / "shared/segmenter.pt").exists() and capsys.readouterr().out.count("python segment.py") == 1
+    evaluation.run(rows, cfg)
+    assert "python segment.py" not in capsys.readouterr().out
     with pytest.raises(data.UserError, match="ended with status 2: .*a fraction like 1/16"):
-        evaluation.run([evaluation.Row("bad", [shared.replace("/shared", "/bad") + " --labels 7"])], 1)
+        evaluation.run([evaluation.Row("bad", [shared.replace("/shared", "/bad") + " --labels 7"])], cfg)
+
+
+def test_a_table_shows_mean_and_spread_over_seeds_and_the_papers_number(tmp_path, capsys, monkeypatch):
+    values = {0: 10.0, 1: 14.0}
+
+    def measured(row, domains, cfg, device):
+        return [values[int(Path(row.runs[-1].split(" --out ")[1]).parts[-2])]] * len(domains) + [60.0, 2e12]
+
+    monkeypatch.setattr(evaluation, "run", lambda rows, cfg: None)
+    monkeypatch.setattr(evaluation, "measured", measured)
+    evaluation.print_table("4", evaluation.Config(data="toy", out=str(tmp_path), seeds=2), torch.device("cpu"))
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("| QSD "))
+    assert [cell.strip() for cell in line.split("|")[2:-1]] == ["12.0 ± 2.8"] * 6 + ["60", "2.0", "54.1"]
