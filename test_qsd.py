@@ -546,22 +546,23 @@ def test_student_checkpoint_loads_strictly_in_timm(tmp_path, name, size):
 # --- Encoders: real weights -------------------------------------------------------------------------------------------
 
 @needs_weights
-@pytest.mark.parametrize("path, mean, measured", [(AUGREG_TINY, 0.5, 84), (DEIT_TINY, 0.485, 79)])
+@pytest.mark.parametrize("path, mean, measured", [(AUGREG_TINY, 0.5, 83), (DEIT_TINY, 0.485, 86)])
 def test_real_weights_classify_imagenet(path, mean, measured):
-    """The file's own head on our CLS, the short side 256, the middle 224; every tenth class, to save time."""
-    vit, head = qsd.load_vit(path).eval(), torch.load(path, weights_only=True)
+    """The file's own head on our CLS, short side 240, bicubic without antialias, the middle 240; every tenth class, to save time: over
+    all 1000 classes 83.1 % (AugReg) and 80.5 % (DeiT) are right."""
+    vit, head = qsd.load_vit(path, img_size=240).eval(), torch.load(path, weights_only=True)
     assert vit.mean[0] == mean and vit.name in qsd.ENCODERS
     classes = sorted((SHARED / "data/imagenet/train").iterdir())
     right = 0
     for label in range(0, 1000, 10):
-        image = Image.open(next(classes[label].iterdir())).convert("RGB")
-        left, top = (image.width - 224) // 2, (image.height - 224) // 2
-        pixels = torch.from_numpy(np.array(image.crop((left, top, left + 224, top + 224)))) / 255
-        x = (pixels - torch.tensor(vit.mean)) / torch.tensor(vit.std)                       # (224, 224, 3)
+        image = data.read_image(next(classes[label].iterdir()))
+        height, width = (round(side * 240 / min(image.shape[1:])) for side in image.shape[1:])
+        image = F.interpolate(image[None].float(), (height, width), mode="bicubic").round().clamp(0, 255)
+        top, left = (height - 240) // 2, (width - 240) // 2
         with torch.no_grad():
-            cls, _ = vit(x.permute(2, 0, 1)[None])
+            cls, _ = vit(data.normalize(image[:, :, top:top + 240, left:left + 240], vit.mean, vit.std))
         right += (F.linear(cls, head["head.weight"], head["head.bias"]).argmax().item() == label)
-    assert right >= measured - 2                                                            # JPEG decoders differ
+    assert abs(right - measured) <= 2, right                                                # JPEG decoders differ
 
 
 @needs_weights
