@@ -222,8 +222,7 @@ def components(p):
 def decoders(p):
     linear = [("linear", "--decoder linear", "-linear")] if p.source in SMALL else []
     kinds = linear + [("SemFPN", "--decoder fpn", "-fpn"), ("mask decoder", "", "")]
-    made = [("GKD", two_stage(p))]
-    made += [("MSE", two_stage(p, "mse")), ("teacher", teacher(p))] if p.source in SMALL else []
+    made = [("GKD", two_stage(p))] + ([("teacher", teacher(p))] if p.source in SMALL else [])
     return [Row(f"{title}, {kind}", [*runs[:-1], line(runs[-1].replace(" --out", f" {flags} --out")) + suffix])
             for title, runs in made for kind, flags, suffix in kinds]
 
@@ -498,7 +497,7 @@ def print_table(name, cfg, device):
             seeds = [measured(seed[i], block.domains, cfg, device) for seed in block.seeds]
             done, paper = [values for values in seeds if values], block.paper.get(row.name, [])
             miou = np.array([values[:-2] + [np.mean(values[len(block.domains) - len(unseen):-2])] for values in done])  # (seeds, domains + 1)
-            ours = [spread(column) for column in miou.T] if done else ["-"] * (len(block.domains) + 1)
+            ours = [mean_of(column) for column in miou.T] if done else ["-"] * (len(block.domains) + 1)
             if cfg.data == "paper":
                 theirs = [""] * (len(ours) - len(paper)) + [f" [{x}]" for x in paper]
                 table[row.name] = [a + b for a, b in zip(ours, theirs)]
@@ -513,7 +512,7 @@ def print_table(name, cfg, device):
     return result
 
 
-def spread(values):
+def mean_of(values):
     """Mean, and with several seeds their standard deviation, in percent."""
     return f"{np.mean(values):.1f}" + (f" ± {np.std(values, ddof=1):.1f}" if len(values) > 1 else "")
 
