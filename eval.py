@@ -241,7 +241,7 @@ def more_sources(p):
 
 def equal_seconds(p, seconds=30):
     """What each objective makes of the same wall-clock time in each stage; run it on an idle machine."""
-    variants = {"MSE": "mse", "Proteus": "proteus", "QSD": "qsd", "QSD, scale C^-1/2": "qsd --scale sqrt", "QSD, cosine": "qsd --scale cosine",
+    variants = {"MSE": "mse", "Proteus": "proteus", "QSD": "qsd", "QSD, scale C^-1/2": "qsd --scale sqrt",
                 "QSD, identity attention": "qsd --attention identity", "QSD, teacher's attention": "qsd --attention teacher",
                 "QSD, four layers": "qsd --layers four", "QSD, LayerNorm targets": "qsd --target_norm layernorm"}
     rows = []

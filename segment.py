@@ -495,7 +495,7 @@ FREE = {"root", "workers", "micro", "log_every", "val_every", "save_minutes", "m
 
 LIGHT = dict(width=64, queries=32, decoder_layers=3, ffn=256, heads=4, pixel="fpn")  # the light decoder of the small worlds
 TOY = LIGHT | dict(encoder="toy_small", size=64, patch=8, batch=8, micro=8, budget="200", lr=2e-3, lr_backbone=1e-3, workers=1,
-                   seed=0, log_every=20, cat_max_ratio=1.0, blocks="last")
+                   seed=0, log_every=20, cat_max_ratio=1.0, blocks="last", dcd_pool=1)
 CAMVID = LIGHT | dict(size=224, points=2048, batch=8, micro=8, budget="250", lr=1e-3, lr_backbone=1e-4, workers=1, seed=0, log_every=20)
 PRESETS = {"toy": TOY, "toy-arcade": TOY, "toy-diorama": TOY, "toy-wide": TOY | dict(batch=16, micro=16, budget="800", lr=1.5e-3, lr_backbone=1.5e-3), "camvid": CAMVID}
 
