@@ -61,12 +61,12 @@ class UserError(ValueError):
 
 # --- Files to pixels --------------------------------------------------------------------------------------------------
 
-def read_image(path):
-    """Read an RGB image as uint8 (3, H, W); TIFFs and stored .npy files are mapped: a crop reads its own rows only."""
+def read_image(path, mapped=True):
+    """Read an image as RGB, uint8 (3, H, W); TIFFs, if mapped, and stored .npy files are mapped: a crop reads its own rows only."""
     try:
         if path.suffix == ".npy":
             return torch.from_numpy(np.load(path, mmap_mode="c")).permute(2, 0, 1)
-        if path.suffix.lower() in (".tif", ".tiff"):
+        if path.suffix.lower() in (".tif", ".tiff") and mapped:
             return torch.from_numpy(map_tiff(path)).permute(2, 0, 1)
         if path.suffix.lower() in (".jpg", ".jpeg"):
             try:
@@ -79,8 +79,20 @@ def read_image(path):
 
 
 def read_rgb(path):
-    image = Image.open(path)
-    return np.array(image if image.mode == "RGB" else image.convert("RGB"))  # convert would copy the pixels once more
+    """Read any kind of image with Pillow as uint8 (H, W, 3)."""
+    return np.array(to_rgb(Image.open(path)))
+
+
+def to_rgb(image):
+    """A Pillow image of any mode as RGB; 16-bit grey is scaled to 8 bits, where Pillow itself would cut it off at 255."""
+    if image.mode == "RGB":
+        return image  # convert would copy the pixels once more
+    if image.mode[0] in "IF":  # I;16, and in older files I
+        values = np.asarray(image)
+        if image.mode == "F" or values.min() < 0 or values.max() > 65535:
+            raise ValueError(f"{image.mode} pixels from {values.min()} to {values.max()}, of which none is known to be white")
+        image = Image.fromarray(((values.astype(np.uint32) * 255 + 32767) // 65535).astype(np.uint8))
+    return image.convert("RGB")
 
 
 def map_tiff(path):
@@ -94,9 +106,9 @@ def map_tiff(path):
                 ends = image.tile[0][2] + bottom * image.width * 3
             if raw:
                 return np.memmap(path, np.uint8, "c", image.tile[0][2], (image.height, image.width, 3))
-            part = path.with_name(f"{path.name}.{os.getpid()}.part")
+            part, pixels = path.with_name(f"{path.name}.{os.getpid()}.part"), np.asarray(to_rgb(image))
             with open(part, "wb") as file:
-                np.save(file, np.asarray(image.convert("RGB")))
+                np.save(file, pixels)
             os.replace(part, unpacked)  # whole or absent, whoever else unpacks it now
     return np.load(unpacked, mmap_mode="c")
 
@@ -1262,8 +1274,11 @@ def chart(series, path, x_title, y_title, title="", log=False, size=(640, 400), 
     canvas = Image.new("RGB", (size[0] * s, size[1] * s), "white")
     pen = ImageDraw.Draw(canvas)
 
+    edge = 20 if marks else 0  # so that no mark lies on the border
+
     def place(value, limits, log, low, high):
         a, b, v = (math.log(max(t, 1e-30)) if log else t for t in (*limits, value))
+        low, high = (low + edge, high - edge) if low < high else (low - edge, high + edge)
         return low + (high - low) * (v - a) / (b - a)
 
     x_limits, y_limits = ((min(t[0], *v), max(t[-1], *v)) for t, v in ((x_ticks, [*xs, xs[0]]), (y_ticks, [*ys, ys[0]])))
@@ -1307,7 +1322,7 @@ def ticks(low, high, log=False):
 
 def number(value):
     """A tick's text."""
-    return f"{value:.0e}".replace("e+0", "e").replace("e-0", "e-") if value and not 1e-3 <= abs(value) < 1e5 else f"{value:.4g}"
+    return f"{value:.0e}".replace("e+0", "e").replace("e-0", "e-").replace("e+", "e") if value and not 1e-3 <= abs(value) < 1e5 else f"{value:.4g}"
 
 
 def device_name(device):

@@ -238,7 +238,7 @@ class ViT(nn.Module):
         if keep is not None:                                                    # (B, K): N becomes K
             x = x.gather(1, keep[..., None].expand(-1, -1, self.embed_dim))
         first = [self.cls_token + pos_embed[:, :1]] + ([self.register_tokens] if self.prefix > 1 else [])
-        x = torch.cat([token.expand(len(x), -1, -1) for token in first] + [x], dim=1)           # (B, T, C)
+        x = torch.cat([token.expand(x.shape[0], -1, -1) for token in first] + [x], dim=1)           # (B, T, C)
 
         rope = None
         if self.rope:
@@ -516,7 +516,9 @@ class LossConfig:
 # --- Query-based soft distillation ------------------------------------------------------------------------------------------------
 
 class QSD(nn.Module):
-    """Student tokens v_s (B, N, C_s) query the teacher's v_t (B, N, C_t) and reweight the student's own values: v_s' (B, N, C_t)."""
+    """Student tokens v_s (B, N, C_s) query the teacher's v_t (B, N, C_t) and reweight the student's own values: v_s' (B, N, C_t).
+
+    value (B, N, D) takes the place of the student's own: with the unit matrix the attention itself comes out, (B, N, N)."""
 
     def __init__(self, dim_s, dim_t, attention="learned", scale="one", temperature=0.07):
         super().__init__()
@@ -525,8 +527,8 @@ class QSD(nn.Module):
             self.varphi = nn.Sequential(nn.LayerNorm(dim_s), nn.Linear(dim_s, dim_t))  # the paper's φ: queries
         self.phi = nn.Sequential(nn.LayerNorm(dim_s), nn.Linear(dim_s, dim_t))         # the paper's ϕ: values
 
-    def forward(self, v_s, v_t):
-        value = self.phi(v_s).float()                                                  # (B, N, C_t)
+    def forward(self, v_s, v_t, value=None):
+        value = self.phi(v_s).float() if value is None else value                      # (B, N, C_t)
         if self.attention == "identity":  # every token attends to itself alone: what is left is the pointwise MSE of vanilla KD
             return value
         query, key = self.varphi(v_s).float() if self.attention == "learned" else v_t, v_t

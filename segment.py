@@ -219,7 +219,7 @@ class MaskDecoder(nn.Module):
             pos = sine_position(x.shape[-2:], x.shape[1], x.device)
             # masks are linear in the pixels: those of a small map are the small versions of the full masks
             levels.append((x.flatten(2).transpose(1, 2) + level, pos, resize(pixels, x.shape[-2:]).flatten(2)))
-        x = self.query.expand(len(pixels), -1, -1)  # (B, Q, width)
+        x = self.query.expand(pixels.shape[0], -1, -1)  # (B, Q, width)
         states = [self.norm(x)]
         for i, layer in enumerate(self.layers):
             tokens, pos, small = levels[i % 3]  # the three coarser levels in turn, coarsest first
@@ -537,12 +537,12 @@ def load_segmenter(path, device="cpu"):
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
         encoder, cfg = qsd.ViT(**saved["encoder"]), Config(**saved["config"])
+        model = Segmenter(encoder, build_decoder(encoder.embed_dim, len(saved["classes"]), cfg), blocks=cfg.blocks)
+        model.load_state_dict(saved["model"])
     except FileNotFoundError:
         raise qsd.UserError(f"{path}: no such file") from None
     except Exception as error:  # the zip reader, the unpickler and the missing keys each raise their own
         raise qsd.UserError(f"{path} is no segmenter.pt of this project ({str(error).splitlines()[0]:.80})") from None
-    model = Segmenter(encoder, build_decoder(encoder.embed_dim, len(saved["classes"]), cfg), blocks=cfg.blocks)
-    model.load_state_dict(saved["model"])
     return model.to(device).eval().requires_grad_(False), saved
 
 
@@ -580,8 +580,13 @@ def starts(length, window, stride):
 
 
 @torch.no_grad()
-def predict(model, x, window, stride=2 / 3, whole=False, flip=False):
-    """Class scores (B, K, H, W) of normalised images x (B, 3, H, W) of any size; stride as a share of the window."""
+def predict(model, x, window, stride=2 / 3, whole=False, flip=False, scales=(1,)):
+    """Class scores (B, K, H, W) of normalised images x (B, 3, H, W) of any size; stride as a share of the window.
+
+    scales: the scores are the mean over the images at these multiples of their size, each resized back."""
+    if tuple(scales) != (1,):
+        sizes = [[max(1, round(scale * side)) for side in x.shape[2:]] for scale in scales]
+        return sum(resize(predict(model, resize(x, size), window, stride, whole, flip), x.shape[2:]) for size in sizes) / len(sizes)
     if flip:
         return predict(model, x, window, stride, whole) + predict(model, x.flip(3), window, stride, whole).flip(3)
     if not whole:
@@ -591,14 +596,14 @@ def predict(model, x, window, stride=2 / 3, whole=False, flip=False):
     return model.decoder.scores(model(padded), padded.shape[2:])[:, :, :H, :W]
 
 
-def evaluate(model, dataset, window, device, stride=2 / 3, whole=False, flip=False, batch=1, workers=0, title=""):
+def evaluate(model, dataset, window, device, stride=2 / 3, whole=False, flip=False, batch=1, workers=0, title="", scales=(1,)):
     """Confusion matrix (K, K) over labelled images, each process taking its share; scores are resized to the label's size."""
     rank, world, K = dist.get_rank(), dist.get_world_size(), dataset.num_classes
     conf = torch.zeros(K, K, dtype=torch.int64, device=device)
     loader = DataLoader(Subset(dataset, range(rank, len(dataset), world)), batch, num_workers=workers)
     for images, label, _ in tqdm(loader, title, disable=rank > 0, leave=False):
         x = data.normalize(images.to(device), model.encoder.mean, model.encoder.std)
-        scores = resize(predict(model, x, window, stride, whole, flip), label.shape[1:])
+        scores = resize(predict(model, x, window, stride, whole, flip, scales), label.shape[1:])
         conf += confusion(scores.argmax(1), label.to(device), K)
     dist.all_reduce(conf)
     return conf.cpu()

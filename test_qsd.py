@@ -2517,3 +2517,258 @@ def test_a_table_shows_mean_and_spread_over_seeds_and_the_papers_number(tmp_path
     evaluation.print_table("4", evaluation.Config(data="toy", out=str(tmp_path), seeds=2), torch.device("cpu"))
     line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("| QSD "))
     assert [cell.strip() for cell in line.split("|")[2:-1]] == ["12.0 ± 2.8"] * 6 + ["60", "2.0", "54.1"]
+
+
+
+# --- Figures, prediction, export, probe -------------------------------------------------------------------------------
+
+@pytest.fixture
+def few(monkeypatch):
+    """Toy domains of a few scenes."""
+    for look, name, train in (("game", "toy", 6), ("night", "toy-night", 0), ("fog", "toy-fog", 0)):
+        monkeypatch.setitem(data.DATASETS, name, data.toy(look, train=train, val=3))
+
+
+@pytest.mark.parametrize("name, legend", [
+    ("3b", data.LINE_COLORS[:2]), ("5", ()), ("7a", data.LINE_COLORS[:1]), ("7b", evaluation.HEAT.tolist()), ("8", data.TOY_COLORS),
+    ("9", data.LINE_COLORS[:2]), ("compute", data.LINE_COLORS[:2])])
+def test_each_figure_is_drawn_with_its_legend_and_nothing_is_cut_off(name, legend, teacher, student, few, tmp_path, capsys):
+    models = f"first={teacher.parent},second={student.parent if name in ('3b', '5', '7a', '7b') else teacher}"
+    evaluation.main(["--figure", name, "--models", models, "--data", "toy-night+toy-fog", "--out", str(tmp_path), "--tokens", "200"])
+    assert f"picture: {tmp_path}/figure-{name}.png" in capsys.readouterr().out
+    picture = np.asarray(Image.open(tmp_path / f"figure-{name}.png").convert("RGB"))
+    colors = np.unique(picture.reshape(-1, 3), axis=0).astype(int)
+    assert min(picture.shape[:2]) > 150 and len(colors) > 20
+    assert all(np.abs(colors - color).sum(1).min() <= 9 for color in legend)  # charts are drawn larger and reduced
+    inside = picture[2:-2, 2:-2].size
+    assert picture.astype(int).sum() - picture[2:-2, 2:-2].astype(int).sum() == 255 * (picture.size - inside)  # a white margin all around
+
+
+def test_token_distances_are_those_after_the_affine_map_that_fits_other_tokens_best():
+    v_t, fit_t, mix = torch.randn(40, 6), torch.randn(60, 6), torch.randn(6, 6)
+    assert evaluation.distances(v_t @ mix + 3, v_t, fit_t @ mix + 3, fit_t).max() < 1e-3  # the teacher itself, in other coordinates
+    v_s, fit_s = torch.randn(40, 4), torch.randn(60, 4)
+    design = np.concatenate([fit_s, np.ones((60, 1))], 1).astype(float)
+    phi = np.linalg.inv(design.T @ design) @ design.T @ fit_t.double().numpy()
+    want = [math.dist((np.append(s, 1) @ phi).tolist(), t.tolist()) for s, t in zip(v_s.double().numpy(), v_t)]
+    assert evaluation.distances(v_s, v_t, fit_s, fit_t).tolist() == pytest.approx(want, rel=1e-5)
+    normed, fit = F.layer_norm(v_s, (4,)), F.layer_norm(fit_s, (4,))  # in a plane: the map is not unique, its result is
+    assert evaluation.distances(normed, v_t, fit, fit_t).max() < 10
+
+
+def test_the_features_of_one_model_turn_onto_those_of_another_as_no_other_rotation_does():
+    teacher = torch.rand(500, 8) * torch.tensor([9.0, 6, 4, 1, 0.5, 0.3, 0.2, 0.1])  # evenly spread: no colour is cut
+    turned = torch.linalg.qr(torch.randn(8, 8))[0]
+    found = evaluation.principal_colors({"teacher": teacher, "same": 3 * teacher @ turned - 7, "other": teacher + torch.rand(500, 8)})
+    torch.testing.assert_close(found["same"], found["teacher"], atol=1e-3, rtol=0)
+    first, other = (5 * (found[name] - 0.5) for name in ("teacher", "other"))
+    centred = (teacher - teacher.mean(0)).double()
+    axes = torch.linalg.eigh(centred.T @ centred).eigenvectors.flip(1)[:, :3]  # by another road: the covariance
+    assert torch.corrcoef(torch.cat([centred @ axes, first.double()], 1).T)[:3, 3:].abs().diag().min() > 0.999
+    assert all((other @ torch.linalg.qr(torch.randn(3, 3))[0] - first).norm() >= (other - first).norm() for _ in range(300))
+
+
+def test_class_ious_are_those_of_a_slow_count_and_bars_are_as_long(teacher, few, tmp_path, monkeypatch):
+    cfg = evaluation.Config(data="toy+toy-fog", workers=0)
+    found = evaluation.class_ious(teacher, cfg, torch.device("cpu"))
+    model, saved = segment.load_segmenter(teacher)
+    for look, name in (("game", "toy"), ("fog", "toy-fog")):
+        both, either = np.zeros(8), np.zeros(8)
+        for i in range(3):
+            image, label = data.toy_scene(look, 10 ** 6 + i)
+            pred = evaluation.classify(model, saved, torch.from_numpy(image).permute(2, 0, 1), cfg, torch.device("cpu")).numpy()
+            for k in range(8):
+                both[k] += ((pred == k) & (label == k)).sum()
+                either[k] += ((pred == k) | (label == k)).sum()
+        want = [100 * a / b if b else math.nan for a, b in zip(both, either)]
+        assert found[name].tolist() == pytest.approx(want, nan_ok=True)
+    ious = torch.tensor([0, 10, 50, 100, math.nan, 1, 2, 3.0])
+    monkeypatch.setattr(evaluation, "class_ious", lambda checkpoint, cfg, device: {"toy": ious})
+    evaluation.class_bars({"teacher": teacher}, evaluation.Config(data="toy"), tmp_path / "bars.png", torch.device("cpu"))
+    blue = (np.asarray(Image.open(tmp_path / "bars.png")) == data.LINE_COLORS[0]).all(2).sum(1)
+    runs = [int(np.median(list(group))) for on, group in itertools.groupby(blue, bool) if on]  # the bars, then the legend's box
+    want = [1, 27, 131, 261, 4, 6, 9, 63]  # 2.6 pixels for 1 %, both ends included; nothing for NaN
+    assert runs[:-1] == pytest.approx([*want[:7], 2.6 * ious.nanmean().item() + 1], abs=1)
+
+
+def test_compute_is_the_sum_over_all_stages_of_the_ledger(teacher, student, few, tmp_path, monkeypatch):
+    out, drawn = tmp_path / "run", {}
+    segment.main(segmenting(student, out, budget=1))
+    monkeypatch.setattr(data, "chart", lambda series, *args, **kwargs: drawn.update(series))
+    evaluation.main(f"--figure compute --models {out},t={teacher} --data toy-fog --out {tmp_path}".split())
+    flops = [json.loads((folder / "log.jsonl").read_text().splitlines()[-1])["flops"] for folder in (student.parent, out, teacher.parent)]
+    cfg = evaluation.Config(data="toy-fog", workers=0)
+    assert drawn == {name: [(pytest.approx(x), pytest.approx(evaluation.measure(path / "segmenter.pt", cfg, torch.device("cpu"))["mean"]))]
+                     for name, x, path in ((str(out), flops[0] + flops[1], out), ("t", flops[2], teacher.parent))}
+
+
+def test_the_attention_that_is_drawn_is_that_of_the_students_saved_head(teacher, student):
+    v_s, v_t = torch.randn(2, 3, 64), torch.randn(2, 3, 128)
+    heads = torch.load(student, weights_only=True)["objective"]
+    W, want = evaluation.attention(student, v_s, v_t), torch.zeros(6, 6)
+    for i, s in enumerate(v_s.flatten(0, 1)):
+        s = (s - s.mean()) / (s.var(unbiased=False) + 1e-5).sqrt() * heads["feat.varphi.0.weight"] + heads["feat.varphi.0.bias"]
+        query = heads["feat.varphi.1.weight"] @ s + heads["feat.varphi.1.bias"]
+        raw = torch.stack([(query * t).sum() for t in v_t.flatten(0, 1)])
+        want[i] = (raw - raw.max()).exp() / (raw - raw.max()).exp().sum()
+    torch.testing.assert_close(W, want, atol=1e-5, rtol=1e-4)
+
+
+def test_scores_at_several_scales_are_averaged_and_scale_1_changes_nothing(teacher, few, capsys):
+    model, x = Lens(16), torch.randn(2, 3, 20, 37)
+    plain = evaluation.predict(model, x, 16)
+    assert torch.equal(evaluation.predict(model, x, 16, scales=(1.0,)), plain)
+    for flip in (False, True):
+        small, large = (evaluation.predict(model, resize(x, size), 16, flip=flip) for size in ((10, 18), (25, 46)))  # 37 / 2 rounds to even
+        want = (resize(small, (20, 37)) + resize(large, (20, 37))) / 2
+        torch.testing.assert_close(evaluation.predict(model, x, 16, flip=flip, scales=(0.5, 1.25)), want)
+    results = []
+    for scales in ("1", "1,1.0", "0.5,1.5"):
+        evaluation.main(f"--checkpoint {teacher} --data toy-fog --scales {scales}".split())
+        results.append(json.loads(capsys.readouterr().out.splitlines()[-1])["miou"]["mean"])
+    assert results[0] == results[1] != results[2]
+
+
+def test_images_of_any_size_and_kind_are_segmented_and_foreign_files_left_alone(teacher, tmp_path, capsys):
+    given, out = tmp_path / "given", tmp_path / "out"
+    color = smooth_image(40, 70).permute(1, 2, 0).numpy()
+    ramp = np.tile(np.arange(0, 65536, 1024, dtype=np.uint16), (50, 1))
+    given.mkdir()
+    for name, image in {"one pixel.png": color[:1, :1], "grey.png": color[..., 0].copy(), "sixteen.png": ramp, "sixteen_tiff.tif": ramp,
+                        "alpha.png": np.dstack([color, color[..., 0]]), "strip.bmp": color[:2], "plain.png": color}.items():
+        Image.fromarray(image).save(given / name)
+    Image.fromarray(color).convert("CMYK").save(given / "cmyk.jpg", quality=95)
+    Image.fromarray(color).quantize(16).save(given / "palette.png")
+    (given / "notes.txt").write_text("no image")
+    write(out / "plain.png", color)
+    (out / "thesis.txt").write_text("mine")
+    before, mine = contents(given), contents(out)
+    for _ in range(2):  # the second time over its own results
+        evaluation.main(f"--checkpoint {teacher} --out {out} --images".split() + [str(given)])
+    assert contents(given) == before and contents(out).items() >= mine.items() and len(contents(out)) == 2 + 2 * 9
+    assert re.search(r"9 images, [\d.]+ images/s", capsys.readouterr().out)
+    model, saved = segment.load_segmenter(teacher)
+    for file in given.glob("*.*"):
+        if file.suffix == ".txt":
+            continue
+        with Image.open(file) as opened:
+            pixels = np.round(ramp / 257) if "sixteen" in file.name else np.asarray(opened.convert("RGB"))
+        if file.stem == "cmyk":  # decoders may differ in the last digit
+            pixels, near = data.read_image(file).permute(1, 2, 0).numpy(), pixels
+            assert np.abs(pixels.astype(int) - near).max() <= 4
+        pixels = np.dstack([pixels] * 3) if pixels.ndim == 2 else pixels
+        label, overlay = (Image.open(out / f"{file.stem}_{what}.png") for what in ("classes", "overlay"))
+        assert label.mode == "P" and label.size == pixels.shape[1::-1] and overlay.width >= label.width and overlay.height > label.height
+        x = data.normalize(torch.from_numpy(pixels.astype(np.float32)).permute(2, 0, 1)[None], model.encoder.mean, model.encoder.std)
+        want = segment.predict(model, x, 64)[0].argmax(0).numpy()
+        assert (np.asarray(label) == want).mean() > 0.999, file
+        blend = (pixels.astype(int) + np.array(saved["colors"])[np.asarray(label)]) / 2
+        assert np.abs(np.asarray(overlay.convert("RGB"))[:label.height, :label.width] - blend).max() < 1.5, file
+
+
+def test_16_bit_grey_is_scaled_and_pixels_without_a_known_white_are_refused(tmp_path):
+    steps = np.uint16([[0, 257, 32896, 65535]])
+    for name, values in {"a.png": steps, "a.tif": steps, "b.tif": np.float32([[0.5, 2]])}.items():
+        Image.fromarray(values).save(tmp_path / name)
+    for file in ("a.png", "a.tif"):
+        assert data.read_image(tmp_path / file)[:, 0].tolist() == [[0, 1, 128, 255]] * 3
+    for mapped in (True, False):
+        with pytest.raises(data.UserError, match="b.tif: cannot be read as an image .*none is known to be white"):
+            data.read_image(tmp_path / "b.tif", mapped=mapped)
+    assert {file.name for file in tmp_path.iterdir()} == {"a.png", "a.tif", "a.tif.npy", "b.tif"}
+
+
+@pytest.mark.parametrize("decoder", ["linear", "mask"])
+def test_an_exported_program_gives_the_scores_of_eager_mode_at_any_batch(decoder, tmp_path, capsys, monkeypatch):
+    cfg = segment.Config(decoder=decoder, width=32, queries=8, decoder_layers=1, ffn=32, heads=2, pixel="fpn", size=32)
+    encoder = qsd.load_vit("toy_small", 32, depth=1)
+    model = segment.Segmenter(encoder, segment.build_decoder(64, 3, cfg)).eval()
+    data.save(tmp_path / "segmenter.pt", dict(model=model.state_dict(), encoder=encoder.config, config=data.as_plain(cfg), ledger=[],
+                                              classes=["a", "b", "c"], colors=[[1, 2, 3]] * 3))
+    out, about = tmp_path / "new/model.pt2", {"about.json": ""}
+    evaluation.main(f"--checkpoint {tmp_path}/segmenter.pt --export {out} --dynamic yes".split())
+    assert "largest difference from eager mode" in capsys.readouterr().out
+    program = torch.export.load(out, extra_files=about).module()
+    for batch in (1, 2, 5):
+        x = torch.randn(batch, 3, 32, 32)
+        torch.testing.assert_close(program(x), model.decoder.scores(model(x), (32, 32)), atol=1e-5, rtol=0)
+    assert json.loads(about["about.json"]) == dict(classes=["a", "b", "c"], colors=[[1, 2, 3]] * 3, mean=list(encoder.mean),
+                                                   std=list(encoder.std), size=32)
+    if decoder == "linear":
+        wrong = argparse.Namespace(module=lambda: lambda x: program(x) + 0.01)
+        monkeypatch.setattr(torch.export, "load", lambda path: wrong)
+        with pytest.raises(data.UserError, match="differ from those of .* by up to 1.0e-02"):
+            evaluation.main(f"--checkpoint {tmp_path}/segmenter.pt --export {out}".split())
+
+
+def test_the_probe_is_a_ridge_regression_on_patches(student, few, capsys):
+    evaluation.main(f"--probe --models s={student.parent},toy_base --data toy+toy-fog --subset 3".split())
+    printed = json.loads(capsys.readouterr().out.splitlines()[-1])["miou"]
+    vit = qsd.load_vit(student).eval()
+
+    def patches(look, number):
+        image, label = data.toy_scene(look, number)
+        with torch.no_grad():
+            x = vit(data.normalize(torch.from_numpy(image).permute(2, 0, 1)[None], vit.mean, vit.std))[1][0].double().numpy()
+        return np.concatenate([x, np.ones((64, 1))], 1), label
+    X, Y = [], []
+    for number in (0, 2, 4):  # every second of six
+        x, label = patches("game", number)
+        X.append(x)
+        Y += [[(label[r:r + 8, c:c + 8] == k).mean() for k in range(8)] for r in range(0, 64, 8) for c in range(0, 64, 8)]
+    X = np.concatenate(X)
+    strength = 1e-3 * np.trace(X.T @ X) / 65
+    weights = np.linalg.lstsq(np.concatenate([X, strength ** 0.5 * np.eye(65)]), np.concatenate([Y, np.zeros((65, 8))]), rcond=None)[0]
+    for look, name in (("game", "toy"), ("fog", "toy-fog")):
+        both, either = np.zeros(8), np.zeros(8)
+        for number in range(10 ** 6, 10 ** 6 + 3):
+            x, label = patches(look, number)
+            scores = torch.from_numpy((x @ weights).T.reshape(1, 8, 8, 8))
+            pred = F.interpolate(scores, (64, 64), mode="bilinear").argmax(1)[0].numpy()
+            for k in range(8):
+                both[k] += ((pred == k) & (label == k)).sum()
+                either[k] += ((pred == k) | (label == k)).sum()
+        assert printed["s"][name] == pytest.approx(100 * (both / either)[either > 0].mean(), abs=0.02)
+    assert set(printed) == {"s", "toy_base"} and printed["s"]["mean"] == pytest.approx((printed["s"]["toy"] + printed["s"]["toy-fog"]) / 2)
+
+
+@pytest.mark.parametrize("command, says", [
+    ("--figure 4 --models a={teacher}", "--figure: '4' is none of none, 3b"),
+    ("--figure 8", "--models: say which"),
+    ("--figure 8 --models a={teacher},a={teacher}", "two are called a"),
+    ("--figure 8 --data toy-fog --models a={tmp}/none.pt", "none.pt: no such file"),
+    ("--figure 8 --data toy-fog --models a={student}", "student.pt is no segmenter.pt"),
+    ("--figure 8 --data camvid --root {tmp} --models a={teacher}", "camvid has the classes"),
+    ("--figure 9 --data toy-fog --models a={teacher},b={tmp}/three.pt", "a, b were trained on different classes"),
+    ("--figure 9 --data toy-fog --models a={tmp}/four.pt", "four.pt is no segmenter.pt"),
+    ("--figure 5 --data toy-fog --models a={tmp}/none.pt", "none.pt: neither a file nor a known encoder"),
+    ("--figure 5 --data toy-fog --models {teacher},toy_small --patch 0 --examples 0", "--examples, --subset and --tokens are at least 1"),
+    ("--figure 3b --models a={teacher},b={tmp}", "holds no log.jsonl"),
+    ("--figure 7a --data toy-fog --models a={teacher}", "wants the teacher, then its students"),
+    ("--figure 5 --data toy-fog --models a={teacher},b={tmp}/wide.pt", "(a 8, b 16 pixels): give all the same with --patch"),
+    ("--figure 7b --data toy-fog --models a={student},b={teacher}", "holds no head of L_feat"),
+    ("--figure 7b --data toy-fog --models a={student},b={student}", "heads are for a teacher of width 128, not 64"),
+    ("--probe --data toy-fog --models a={teacher}", "toy-fog: has no train split"),
+    ("--checkpoint {teacher} --data toy-fog --scales 1,x", "--scales 1,x: numbers"),
+    ("--checkpoint {teacher} --images {tmp}/nowhere", "nowhere: no such file or folder"),
+    ("--checkpoint {teacher} --images {tmp}/empty", "empty: no images here"),
+    ("--checkpoint {teacher} --images {tmp}/cut.png --out {tmp}/new", "cut.png: cannot be read as an image"),
+    ("--checkpoint {teacher} --images {tmp}/cut.png --out {tmp}", "is where the images lie"),
+    ("--checkpoint {teacher} --images {tmp}/cut.png --out {tmp}/four.pt", "four.pt: is a file"),
+    ("--checkpoint {teacher} --images {tmp}/twice --out {tmp}/new", "would both become a_classes.png"),
+    ("--checkpoint {teacher} --export {tmp}/model.onnx", "torch.export names its files .pt2"),
+])
+def test_a_mistake_with_models_or_files_is_one_line_and_exit_status_2(command, says, teacher, student, tmp_path, monkeypatch, capfd):
+    saved = torch.load(teacher, weights_only=True)
+    torch.save(saved | dict(classes=["a", "b", "c", "d"]), tmp_path / "four.pt")  # weights for eight
+    decoder = {key: p[:3] if key.startswith("decoder") and len(p) == 8 else p for key, p in saved["model"].items()}
+    torch.save(saved | dict(classes=["a", "b", "c"], model=decoder), tmp_path / "three.pt")
+    save_student(tmp_path / "wide.pt", qsd.ViT(**qsd.load_vit("toy_small").config | dict(patch_size=16)))
+    (tmp_path / "empty").mkdir()
+    write(tmp_path / "twice/a.png", photo())
+    write(tmp_path / "twice/a.jpg", photo())
+    write(tmp_path / "cut.png", smooth_image().permute(1, 2, 0).numpy())
+    (tmp_path / "cut.png").write_bytes((tmp_path / "cut.png").read_bytes()[:400])
+    status, _, error = typed(monkeypatch, capfd, "eval.py " + command.format(tmp=tmp_path, teacher=teacher, student=student))
+    error = re.sub(r"[^\n]*\r", "", error)  # bars
+    assert status == 2 and says in error and error.count("\n") == 1 and error.startswith("eval.py: ")
