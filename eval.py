@@ -22,6 +22,7 @@ from typing import Callable, Literal, NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from torch.utils.data import ConcatDataset, Subset
 from tqdm import tqdm
@@ -792,14 +793,6 @@ def distances(v_s, v_t, fit_s, fit_t):
     # tokens after a LayerNorm lie in a plane, so the constant is not independent of them: gelsd copes
     phi = torch.linalg.lstsq(fit_s, fit_t.double(), driver="gelsd").solution
     return (v_s @ phi - v_t.double()).norm(dim=1)
-
-
-HEAT = np.array([(255, 255, 255), (255, 225, 140), (245, 130, 50), (170, 20, 70), (40, 0, 60)])
-
-
-def heat(x):
-    """Values 0..1 as colours (..., 3) from white to dark."""
-    return np.stack([np.interp(x, np.linspace(0, 1, len(HEAT)), channel) for channel in HEAT.T], -1).astype(np.uint8)
 
 
 def attention_maps(models, cfg, path, device):

@@ -2734,8 +2734,8 @@ def test_the_probe_is_a_ridge_regression_on_patches(student, few, capsys):
 
 @pytest.mark.parametrize("command, says", [
     ("--figure 4 --models a={teacher}", "--figure: '4' is none of none, 3b"),
-    ("--figure 8", "--models: say which"),
-    ("--figure 8 --models a={teacher},a={teacher}", "two are called a"),
+    ("--figure 8 --data toy-fog", "--models: say which"),
+    ("--figure 8 --data toy-fog --models a={teacher},a={teacher}", "two are called a"),
     ("--figure 8 --data toy-fog --models a={tmp}/none.pt", "none.pt: no such file"),
     ("--figure 8 --data toy-fog --models a={student}", "student.pt is no segmenter.pt"),
     ("--figure 8 --data camvid --root {tmp} --models a={teacher}", "camvid has the classes"),
