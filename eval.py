@@ -713,8 +713,13 @@ def principal_colors(tokens):
 # --- Figures of the paper: models {name: path}, and where the picture goes ------------------------------------------------
 
 def figure(cfg, device):
-    """Draw --figure of --models."""
-    models, path = named(cfg.models), Path(cfg.out)
+    """Draw --figure of --models; where none are given, of the runs of a small world's --table main."""
+    path = Path(cfg.out)
+    if cfg.models or cfg.data not in SMALL:
+        models = named(cfg.models)
+    else:
+        folder, path = path / cfg.data / str(cfg.seed), path / cfg.data
+        models, cfg = {name: folder / run for name, run in DRAWN[cfg.figure].items()}, replace(cfg, data="+".join(data.SETTINGS[cfg.data][1]))
     if cfg.figure in ("7a", "7b") and len(models) < 2:
         data.fail("--models: this figure wants the teacher, then its students")
     if path.suffix.lower() not in data.SUFFIXES:
