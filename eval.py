@@ -1,6 +1,7 @@
 """mIoU on domains nobody trained on, the paper's tables as lists of runs, its figures, and what a trained segmenter is used for.
 
     python eval.py --demo                                             # the whole method in the built-in toy world
+    python eval.py --table 5 --data toy                               # a table of the paper there; without --data at the paper's scale
     python eval.py --checkpoint runs/gtav/segmenter.pt --data cityscapes+bdd100k+mapillary --root /data
     torchrun --standalone --nproc_per_node=8 eval.py ...              # the same numbers, sooner
     python eval.py --checkpoint runs/gtav/segmenter.pt --images photos --out segmented     # or --export model.pt2
@@ -422,26 +423,30 @@ class Block(NamedTuple):
     paper: dict
 
 
+def paper_numbers(table, title, setting):
+    """The paper's numbers {row name: [one per domain, their mean]}, or [their mean], of a pair on a setting; nothing where it has none."""
+    if title not in table.paper or setting not in table.settings:
+        return {}
+    names = [row.name for row in table.rows(paper_pair(title, data.SETTINGS[setting][0], "", ""))]
+    start = sum(list(table.settings.values())[:list(table.settings).index(setting)])
+    lines = [[float(x) for x in line.split()] for line in table.paper[title].strip().splitlines()]
+    return {name: line[start:start + table.settings[setting]] for name, line in zip(names, lines)}
+
+
 def blocks(name, cfg):
     """The blocks of a table: one in a small world; at the paper's scale one per pair and setting (all, or --setting's)."""
-    table, result = TABLES[name], []
-    for title, numbers in table.paper.items():
-        start = 0
-        for setting, count in table.settings.items():
-            source, domains = data.SETTINGS[setting]
-            rows = table.rows(paper_pair(title, source, cfg.out, cfg.root))
-            lines = [[float(x) for x in line.split()[start:start + count]] for line in numbers.strip().splitlines()]
-            paper, start = dict(zip([row.name for row in rows], lines)), start + count
-            if cfg.data == "paper" and cfg.setting in ("none", setting):
-                result.append(Block(f"{table.title}: {title}, trained on {setting}", [rows], [*domains], paper))
-            elif cfg.data != "paper" and title == "DINOv2-B -> DeiT-S" and start == count:
-                result = [paper]  # a small world's rows stand beside this pair's mean over GTAV's three domains
+    table = TABLES[name]
     if cfg.data == "paper":
-        return result or data.fail(f"--table {name} --data paper --setting {cfg.setting}: this table has "
-                                   f"{' '.join(table.settings) or 'no rows at the paper scale: use --data toy'}")
+        chosen = [(title, setting) for title in table.paper for setting in table.settings if cfg.setting in ("none", setting)]
+        if not chosen:
+            data.fail(f"--table {name} --data paper --setting {cfg.setting}: this table has "
+                      f"{' '.join(table.settings) or 'no rows at the paper scale: use --data toy'}")
+        return [Block(f"{table.title}: {title}, trained on {setting}",
+                      [table.rows(paper_pair(title, data.SETTINGS[setting][0], cfg.out, cfg.root))],
+                      [*data.SETTINGS[setting][1]], paper_numbers(table, title, setting)) for title, setting in chosen]
     source, unseen = data.SETTINGS[cfg.data]
     seeds = [table.rows(small_pair(cfg.data, cfg.out, seed, cfg.root)) for seed in range(cfg.seed, cfg.seed + (cfg.seeds or 3))]
-    return [Block(f"{table.title}, in the {cfg.data} world", seeds, [source, *unseen], result[0] if result else {})]
+    return [Block(f"{table.title}, in the {cfg.data} world", seeds, [source, *unseen], paper_numbers(table, "DINOv2-B -> DeiT-S", "gtav"))]
 
 
 def command(text, cfg):
