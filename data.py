@@ -700,7 +700,14 @@ def loader(dataset, batch, seed=0, start_step=0, rank=0, world=1, accumulate=1, 
     dataset.seed = seed
     draws = Draws(len(dataset), batch, seed, start_step, rank, world, accumulate, repeats)
     return DataLoader(dataset, batch_sampler=draws, num_workers=workers, pin_memory=torch.cuda.is_available(),
-                      prefetch_factor=4 if workers else None)
+                      prefetch_factor=4 if workers else None, worker_init_fn=outlast_signals,
+                      multiprocessing_context="fork" if workers else None)  # Python 3.14's default would have to pickle the transforms
+
+
+def outlast_signals(worker):
+    """Ctrl-C and cluster managers signal all processes at once: the loading ones go on until the training one has finished its step."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(30))  # seconds to live; after a crash Python ends them so, too
 
 
 # --- Stage 1: crop, flip, RandAugment ---------------------------------------------------------------------------------
@@ -1066,9 +1073,11 @@ def open_run(cfg, result, free):
         changed = [f"{k} {before.get(k)} -> {v}" for k, v in now.items() if k not in free and before.get(k) != v]
         if changed:
             fail(f"--out {out} holds a run with other constants ({', '.join(changed)}); choose another --out")
-    elif out.exists() and any(out.iterdir()):
+    elif out.exists() and any(path.name != "log.tmp" for path in out.iterdir()):  # log.tmp: killed before its first step
         fail(f"--out {out} is not empty and holds no log.jsonl of this script; choose another --out")
     if (out / result).exists():
+        if dist.get_rank() == 0:
+            tidy(out)
         return "finished"
     for name in ("last.pt", "prev.pt"):  # prev.pt: what last.pt was before, should last.pt be damaged
         if (out / name).exists():
@@ -1118,11 +1127,16 @@ def keep(cfg, saved, at_once, spent, **parts):
 
 def finish(cfg, result, checkpoint):
     """Write a run's result and the picture of its losses, then drop what resuming needed."""
-    out = Path(cfg.out)
-    save(out / result, checkpoint)
-    loss_curves({str(out): out}, out / "loss.png")
-    for name in ("last.pt", "prev.pt"):
-        (out / name).unlink(missing_ok=True)
+    save(Path(cfg.out) / result, checkpoint)
+    tidy(Path(cfg.out))
+
+
+def tidy(out):
+    """Leave a finished run with its picture and without what resuming needed; what a kill in here left, the next start puts right."""
+    if not (out / "loss.png").exists():
+        loss_curves({str(out): out}, out / "loss.png")
+    for path in (*out.glob("*.tmp"), *out.glob("last.pt"), *out.glob("prev.pt")):
+        path.unlink(missing_ok=True)
 
 
 def start_log(cfg, step, **header):

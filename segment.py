@@ -496,7 +496,8 @@ FREE = {"root", "workers", "micro", "log_every", "val_every", "save_minutes", "m
 LIGHT = dict(width=64, queries=32, decoder_layers=3, ffn=256, heads=4, pixel="fpn")  # the light decoder of the small worlds
 TOY = LIGHT | dict(encoder="toy_small", size=64, patch=8, batch=8, micro=8, budget="200", lr=2e-3, lr_backbone=1e-3, workers=1,
                    seed=0, log_every=20, cat_max_ratio=1.0, blocks="last", dcd_pool=1)
-CAMVID = LIGHT | dict(size=224, points=2048, batch=8, micro=8, budget="250", lr=1e-3, lr_backbone=1e-4, workers=1, seed=0, log_every=20)
+CAMVID = LIGHT | dict(size=224, points=2048, batch=8, micro=8, budget="250", lr=1e-3, lr_backbone=1e-4, workers=1, seed=0, log_every=20,
+                      dcd_pool=1)
 PRESETS = {"toy": TOY, "toy-arcade": TOY, "toy-diorama": TOY, "toy-wide": TOY | dict(batch=16, micro=16, budget="800", lr=1.5e-3, lr_backbone=1.5e-3), "camvid": CAMVID}
 
 
@@ -600,7 +601,8 @@ def evaluate(model, dataset, window, device, stride=2 / 3, whole=False, flip=Fal
     """Confusion matrix (K, K) over labelled images, each process taking its share; scores are resized to the label's size."""
     rank, world, K = dist.get_rank(), dist.get_world_size(), dataset.num_classes
     conf = torch.zeros(K, K, dtype=torch.int64, device=device)
-    loader = DataLoader(Subset(dataset, range(rank, len(dataset), world)), batch, num_workers=workers)
+    loader = DataLoader(Subset(dataset, range(rank, len(dataset), world)), batch, num_workers=workers,
+                        multiprocessing_context="fork" if workers else None)
     for images, label, _ in tqdm(loader, title, disable=rank > 0, leave=False):
         x = data.normalize(images.to(device), model.encoder.mean, model.encoder.std)
         scores = resize(predict(model, x, window, stride, whole, flip, scales), label.shape[1:])
