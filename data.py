@@ -1262,12 +1262,13 @@ def count_flops(work):
 
 
 def loss_curves(runs, path):
-    """Draw the losses of runs {name: folder} against their steps; of a single run its parts, too."""
+    """Draw the losses of runs {name: folder} against their steps: of a single run all parts, of several the objective of distillation alone."""
     series = {}
     for name, folder in runs.items():
         lines = [json.loads(line) for line in (Path(folder) / "log.jsonl").read_text().splitlines()[1:]]
         lines = [line for line in lines if "loss" in line]
-        parts = list(lines[0])[1:list(lines[0]).index("lr")] if len(runs) == 1 and lines else ["loss"]  # between step and lr
+        parts = list(lines[0])[1:list(lines[0]).index("lr")] if lines else ["loss"]  # between step and lr
+        parts = parts if len(runs) == 1 else ["kd" if "kd" in parts else "loss"]
         series |= {part if len(runs) == 1 else name: [(line["step"], line[part]) for line in lines] for part in parts}
     chart(series, path, "step", "loss", title=name if len(runs) == 1 else "", log=True)
 

@@ -169,8 +169,8 @@ SMALL = ("toy", "camvid")  # worlds for two CPU cores
 
 def small_pair(world, out, seed, root):
     """The pair of a small world, one seed of it."""
-    out = f"{out}/{world}/{seed}"
-    common = f"--root {root} --seed {seed}"
+    out = f"{shlex.quote(out)}/{world}/{seed}"
+    common = f"--root {shlex.quote(root)} --seed {seed}"
     if world == "toy":  # the teacher is trained on a wide world of looks, the student starts from random weights
         wide = f"segment.py --data toy-wide --encoder toy_base --freeze no --decoder linear {common} --out {out}/teacher"
         return Pair(f"{out}/teacher/segmenter.pt", "toy_small", "toy-proxy", "", "toy", tuned="--freeze no --lr_backbone 2e-4",
@@ -184,8 +184,8 @@ def small_pair(world, out, seed, root):
 
 def paper_pair(title, source, out, root):
     """A pair of the paper, on one of its labelled sources."""
-    folder = f"{out}/paper/{title.replace(' -> ', '-to-').lower()}"
-    return PAIRS[title]._replace(source=source, common=f"--root {root}", out=folder, here=f"{folder}/{source}")
+    folder = f"{shlex.quote(out)}/paper/{title.replace(' -> ', '-to-').lower()}"
+    return PAIRS[title]._replace(source=source, common=f"--root {shlex.quote(root)}", out=folder, here=f"{folder}/{source}")
 
 
 def distilled(p, loss, flags="", name=None, proxy=True, source=None):
@@ -219,7 +219,7 @@ def one_stage(p, loss, flags="", suffix=""):
 
 
 def no_kd(p, flags="", suffix=""):
-    if p.student.startswith("dinov2") or p.student.startswith("eva02"):  # a foundation model as it is: frozen, as the paper's teachers
+    if p.student.startswith(("dinov2", "eva02")):  # a foundation model as it is: frozen, as the paper's teachers
         return [task(p, f"student-frozen{suffix}", p.student, flags)]
     return [task(p, f"no-kd{suffix}", p.student, f"--freeze no {flags}")]
 
@@ -244,8 +244,8 @@ def label_fractions(p):
     rows = []
     for title, runs in (("student", no_kd), ("+ Af-DCD", partial(one_stage, loss="afdcd")), ("+ GKD", partial(two_stage, loss="qsd"))):
         for share in ("1/16", "1/8", "1/4", "1"):
-            more = {} if share == "1" else dict(suffix="-" + share.replace("/", "of"))
-            more |= {} if share == "1" else {"then" if title == "+ GKD" else "flags": f"--labels {share}"}
+            flags = "then" if title == "+ GKD" else "flags"
+            more = {} if share == "1" else {"suffix": "-" + share.replace("/", "of"), flags: f"--labels {share}"}
             rows.append(Row(f"{title}, {'all' if share == '1' else share} labels", runs(p, **more)))
     return rows
 
@@ -416,10 +416,11 @@ TABLES = {
 
 
 class Block(NamedTuple):
-    """A table as it is printed, for one pair and one setting: its rows once per seed, its columns, the paper's numbers by row name."""
+    """A table as it is printed, for one pair and one setting: its rows once per seed, the domains, the paper's numbers by row name."""
     title: str
     seeds: list
-    domains: list
+    source: list   # its own val split in a small world; nothing at the paper's scale
+    unseen: list
     paper: dict
 
 
@@ -443,10 +444,12 @@ def blocks(name, cfg):
                       f"{' '.join(table.settings) or 'no rows at the paper scale: use --data toy'}")
         return [Block(f"{table.title}: {title}, trained on {setting}",
                       [table.rows(paper_pair(title, data.SETTINGS[setting][0], cfg.out, cfg.root))],
-                      [*data.SETTINGS[setting][1]], paper_numbers(table, title, setting)) for title, setting in chosen]
+                      [], [*data.SETTINGS[setting][1]], paper_numbers(table, title, setting)) for title, setting in chosen]
+    if name == "fig6" and cfg.data != "toy":
+        data.fail(f"--table fig6 --data {cfg.data}: has no further sources; use --data toy or paper")
     source, unseen = data.SETTINGS[cfg.data]
     seeds = [table.rows(small_pair(cfg.data, cfg.out, seed, cfg.root)) for seed in range(cfg.seed, cfg.seed + (cfg.seeds or 3))]
-    return [Block(f"{table.title}, in the {cfg.data} world", seeds, [source, *unseen], paper_numbers(table, "DINOv2-B -> DeiT-S", "gtav"))]
+    return [Block(f"{table.title}, in the {cfg.data} world", seeds, [source], [*unseen], paper_numbers(table, "DINOv2-B -> DeiT-S", "gtav"))]
 
 
 def command(text, cfg):
@@ -470,11 +473,16 @@ def finished(text):
     return result.exists() and data.open_run(cfg, result.name, module.FREE) == "finished"
 
 
+def absent(names, root):
+    """Folders below root of the sets that are not there."""
+    folders = [Path(root, entry.folder) for entry in data.rows(names, labelled=False).values() if not entry.generate]
+    return [str(folder) for folder in folders if not folder.is_dir()]
+
+
 def lacking(text):
     """What a run would need that this machine does not have, or nothing."""
     cfg = parsed(text)[1]
-    folders = [Path(cfg.root, entry.folder) for entry in data.rows(cfg.data, labelled=False).values() if not entry.generate]
-    return [f"{folder}" for folder in folders if not folder.is_dir()] + ([] if torch.cuda.is_available() else ["a GPU"])
+    return absent(cfg.data, cfg.root) + ([] if torch.cuda.is_available() else ["a GPU"])
 
 
 def run(rows, cfg):
@@ -514,66 +522,74 @@ def run(rows, cfg):
     bar.close()
 
 
-def measured(row, domains, cfg, device):
-    """A finished row's mIoU per domain, kept in eval.json beside its segmenter, and what its stages spent; None if not finished."""
-    path = parsed(row.runs[-1])[2]
+class Result(NamedTuple):
+    """What is known of a finished row."""
+    miou: list     # per domain, percent, then the mean of the unseen ones
+    seconds: float  # of its stages, the teacher's training not among them
+    flops: float
+
+
+def measured(row, block, cfg, device):
+    """A finished row's Result, its mIoU kept in eval.json beside its segmenter; None if it is not finished or a domain is not here."""
+    path, domains = parsed(row.runs[-1])[2], block.source + block.unseen
     if not path.exists():
         return None
     kept, protocol = path.with_name("eval.json"), [cfg.mode, cfg.window, cfg.stride, cfg.flip, cfg.scales, cfg.precision]
     known = json.loads(kept.read_text()) if kept.exists() else {}
     miou = known.get("miou", {}) if known.get("protocol") == protocol else {}
-    if missing := [domain for domain in domains if domain not in miou]:
-        miou |= measure(path, replace(cfg, data="+".join(missing)), device)
+    if missing := "+".join(domain for domain in domains if domain not in miou):
+        if absent(missing, cfg.root):
+            return None
+        miou |= measure(path, replace(cfg, data=missing), device)
         kept.write_text(json.dumps(dict(protocol=protocol, miou={name: value for name, value in miou.items() if name != "mean"})))
     ledger = torch.load(path, weights_only=True)["ledger"]
-    return [miou[domain] for domain in domains] + [sum(stage[key] for stage in ledger) for key in ("seconds", "flops")]
+    mean = sum(miou[domain] for domain in block.unseen) / len(block.unseen)
+    return Result([miou[domain] for domain in domains] + [mean], *(sum(stage[key] for stage in ledger) for key in ("seconds", "flops")))
 
 
-def print_table(name, cfg, device):
-    """Run what is missing of a table (at the paper's scale: what this machine can), then print it; returns its blocks."""
-    for block in (result := blocks(name, cfg)):
-        rows = [row for seed in block.seeds for row in seed]
-        outstanding = [text for text in dict.fromkeys(text for row in rows for text in row.runs) if not finished(text)]
-        if cfg.data == "paper":
-            rows = [row for row in rows if not any(lacking(text) for text in row.runs if text in outstanding)]
-        if cfg.data == "paper" or not cfg.run:
-            for text in outstanding:
-                print(command(text, cfg) + (f"  # needs {' and '.join(lacking(text))}" if cfg.data == "paper" and lacking(text) else ""))
-        if cfg.run:
-            run(rows, cfg)
-        unseen = block.domains[1:] if cfg.data != "paper" else block.domains
-        table, record = {}, {}
-        for i, row in enumerate(block.seeds[0]):
-            seeds = [measured(seed[i], block.domains, cfg, device) for seed in block.seeds]
-            done, paper = [values for values in seeds if values], block.paper.get(row.name, [])
-            miou = np.array([values[:-2] + [np.mean(values[len(block.domains) - len(unseen):-2])] for values in done])  # (seeds, domains + 1)
-            ours = [mean_of(column) for column in miou.T] if done else ["-"] * (len(block.domains) + 1)
-            if cfg.data == "paper":
-                theirs = [""] * (len(ours) - len(paper)) + [f" [{x}]" for x in paper]
-                table[row.name] = [a + b for a, b in zip(ours, theirs)]
-            else:
-                table[row.name] = ours + ([f"{np.mean([values[-2] for values in done]):.0f}", f"{done[0][-1] / 1e12:.1f}"] if done else ["-", "-"])
-                table[row.name] += [str(paper[-1]) if paper else "-"] if block.paper else []
-            record[row.name] = dict(miou=np.round(miou, 2).tolist(), seconds=[round(values[-2]) for values in done], flops=[values[-1] for values in done])
-        columns = [*block.domains, "unseen mean" if cfg.data != "paper" else "mean"] + (["seconds", "TFLOP"] if cfg.data != "paper" else [])
-        print(f"\n{block.title}" + (", mean and standard deviation of seeds" if len(block.seeds) > 1 else "") + (" [paper]" if cfg.data == "paper" else ""))
-        show(table, columns + (["paper"] if cfg.data != "paper" and block.paper else []))
-        print(json.dumps({"table": name, "title": block.title, "domains": [*block.domains, "mean"], "rows": record}))
-    return result
+def prepare(block, cfg):
+    """Run what is missing of a block's rows; at the paper's scale only what this machine can, after all missing commands are printed."""
+    rows = [row for seed in block.seeds for row in seed]
+    outstanding = [text for text in dict.fromkeys(text for row in rows for text in row.runs) if not finished(text)]
+    needs = {text: lacking(text) if cfg.data == "paper" else [] for text in outstanding}
+    if cfg.data == "paper" or not cfg.run:
+        for text in outstanding:
+            print(command(text, cfg) + (f"  # needs {' and '.join(needs[text])}" if needs[text] else ""))
+    if cfg.run:
+        run([row for row in rows if not any(needs.get(text) for text in row.runs)], cfg)
 
 
-def mean_of(values):
-    """Mean, and with several seeds their standard deviation, in percent."""
+def tabulate(name, block, cfg, device):
+    """Print a block: mIoU, in a small world what it took and the paper's mean, at the paper's scale the paper's numbers in brackets."""
+    small, rows, record = cfg.data != "paper", {}, {}
+    for i, row in enumerate(block.seeds[0]):
+        done = [result for seed in block.seeds if (result := measured(seed[i], block, cfg, device))]
+        miou, paper = np.array([result.miou for result in done]), block.paper.get(row.name, [])      # (seeds, domains + 1)
+        cells = [spread_of(column) for column in miou.T] if done else ["-"] * (len(block.source + block.unseen) + 1)
+        if small:
+            cells += [f"{np.mean([r.seconds for r in done]):.0f}", f"{np.mean([r.flops for r in done]) / 1e12:.1f}"] if done else ["-", "-"]
+            cells += [f"{paper[-1]}" if paper else "-"] if block.paper else []
+        else:
+            cells = [ours + theirs for ours, theirs in zip(cells, [""] * (len(cells) - len(paper)) + [f" [{x}]" for x in paper])]
+        rows[row.name] = cells
+        record[row.name] = dict(miou=miou.round(2).tolist(), seconds=[round(r.seconds) for r in done], flops=[r.flops for r in done])
+    columns = [*block.source, *block.unseen] + (["unseen mean", "seconds", "TFLOP"] + ["paper"] * bool(block.paper) if small else ["mean"])
+    print(f"\n{block.title}" + (", mean and standard deviation of seeds" if len(block.seeds) > 1 else "") + ("" if small else " [paper]"))
+    show(rows, columns)
+    print(json.dumps({"table": name, "title": block.title, "domains": [*block.source, *block.unseen, "mean"], "rows": record}))
+
+
+def spread_of(values):
+    """Mean, and with several seeds their standard deviation, as text."""
     return f"{np.mean(values):.1f}" + (f" ± {np.std(values, ddof=1):.1f}" if len(values) > 1 else "")
 
 
-def sources_figure(block, cfg, device):
+def sources_figure(block, path, cfg, device):
     """Figure 6: unseen mIoU against the number of sources, with the further sources' labels and without."""
-    means = {row.name: np.mean([np.mean(measured(seed[i], block.domains, cfg, device)[-2 - len(block.domains) + (cfg.data != "paper"):-2])
-                                for seed in block.seeds]) for i, row in enumerate(block.seeds[0])}
+    means = {row.name: np.mean([measured(seed[i], block, cfg, device).miou[-1] for seed in block.seeds]) for i, row in enumerate(block.seeds[0])}
     lines = {title: [(1, means["1 source"])] + [(n, means[f"{n} sources, {labels}"]) for n in (2, 3)]
              for title, labels in (("labels of the first source", "labels of 1"), ("labels of all", "all labels"))}
-    return data.chart(lines, Path(cfg.out) / cfg.data / "fig6.png", "sources in distillation", "mIoU, mean of the unseen domains", marks=True)
+    return data.chart(lines, path, "sources in distillation", "mIoU, mean of the unseen domains", title=block.title, marks=True)
 
 
 # --- Pictures -----------------------------------------------------------------------------------------------------------
@@ -633,7 +649,7 @@ def sheet(columns, titles, names, colors, path, width=136, gap=4, top=28):
 
 def picture(rows, domains, root, path, images=8):
     """Draw images of the unseen domains: input, label, the rows' predictions, and the features of teacher and students."""
-    paths = {row.name: Path(row.runs[-1].split(" --out ")[1]) for row in rows}
+    paths = {row.name: parsed(row.runs[-1])[2].parent for row in rows}
     predicted, featured = ("no KD", "two-stage MSE", "GKD (QSD)"), ("teacher", "no KD", "two-stage MSE", "GKD (QSD)")
     cfg = Config(data="+".join(domains), root=root, examples=images // len(domains))
     return compare({name: paths[name] for name in predicted}, {name: paths[name] for name in featured}, cfg, path, torch.device("cpu"))
@@ -723,7 +739,8 @@ def figure(cfg, device):
     if cfg.models or cfg.data not in SMALL:
         models = named(cfg.models)
     else:
-        folder, path = path / cfg.data / str(cfg.seed), path / cfg.data
+        is_file = path.suffix.lower() in data.SUFFIXES
+        folder, path = Path(Config.out if is_file else path, cfg.data, str(cfg.seed)), path if is_file else path / cfg.data
         models, cfg = {name: folder / run for name, run in DRAWN[cfg.figure].items()}, replace(cfg, data="+".join(data.SETTINGS[cfg.data][1]))
     if cfg.figure in ("7a", "7b") and len(models) < 2:
         data.fail("--models: this figure wants the teacher, then its students")
@@ -858,10 +875,10 @@ def heat(x):
 def framed(cell, grid, places):
     """An RGB array, 400 pixels wide, with a numbered frame around some patches {number: (row, column)} of a grid (h, w)."""
     picture = Image.fromarray(cell).resize((400, round(400 * cell.shape[0] / cell.shape[1])), Image.Resampling.NEAREST)
-    pen, font, side = ImageDraw.Draw(picture), ImageFont.load_default(30), picture.width / grid[1]
+    pen, font, high, wide = ImageDraw.Draw(picture), ImageFont.load_default(30), picture.height / grid[0], picture.width / grid[1]
     pen.rectangle((0, 0, picture.width - 1, picture.height - 1), outline="gray", width=2)
     for number, (row, column) in places.items():
-        box = [column * side, row * side, (column + 1) * side, (row + 1) * side]
+        box = [column * wide, row * high, (column + 1) * wide, (row + 1) * high]
         pen.rectangle(box, outline="white", width=6)
         pen.rectangle(box, outline=(0, 90, 255), width=4)
         pen.text((box[2] + 6, box[1]), str(number), (0, 90, 255), font, stroke_width=2, stroke_fill="white")
@@ -933,6 +950,8 @@ def probe(vit, cfg, device, ridge=1e-3):
     """mIoU in percent on the domains of cfg.data that have a val split, and "mean", of ridge regression from the final patch tokens to
     the share of each class in a patch (h, w, K), in closed form on cfg.subset images; scores are resized to the label as always."""
     source, *_ = data.rows(cfg.data)
+    if not any("val" in entry.splits for entry in data.rows(cfg.data).values()):
+        data.fail(f"--data {cfg.data}: none of these has a val split to measure the probe on; add one, as in gtav+cityscapes")
     train = data.scenes(source, cfg.root, "train", data.eval_transform(source), classes=cfg.classes or None)
     K, gram, moment, result = train.num_classes, 0, 0, {}
     for image, label, _ in tqdm(spread(train, cfg.subset), f"probe {source}", leave=False):
@@ -1024,17 +1043,25 @@ def export(checkpoint, path, dynamic):
         x = torch.randn(count, 3, size, size)
         difference = max(difference, (loaded(x) - Scores(model)(x)).abs().max().item())
     if not difference < 1e-4:
+        path.unlink()
         data.fail(f"{path}: its scores differ from those of {checkpoint} by up to {difference:.1e}")
     print(f"{path}: {'any number of images' if dynamic else 'one image'} (3, {size}, {size}) to {len(saved['classes'])} scores a pixel; "
           f"largest difference from eager mode {difference:.1e}")
 
 
 def main(argv=None):
+    argv = sys.argv[1:] if argv is None else argv
     cfg = data.configure(Config, PRESETS, argv)
-    rank, world, device = data.launch()
+    if cfg.demo and cfg.data == "paper":  # once more, with the toy world's preset
+        cfg = data.configure(Config, PRESETS, [*argv, "--data", "toy"])
     if cfg.demo:
-        cfg = replace(cfg, table="main", data="toy" if cfg.data == "paper" else cfg.data, seeds=cfg.seeds or 1)
-        cfg = replace(cfg, **PRESETS[cfg.data])
+        cfg = replace(cfg, table="main", seeds=cfg.seeds or 1)
+    rank, world, device = data.launch()
+    if not 0 < cfg.stride <= 1:
+        data.fail(f"--stride {cfg.stride} is a share of the window, above 0 and at most 1")
+    multiples(cfg)
+    if cfg.setting not in ("none", *data.SETTINGS):
+        data.fail(f"--setting {cfg.setting}: not one of {' '.join(data.SETTINGS)}")
     if cfg.table != "none":
         if cfg.table not in TABLES:
             data.fail(f"--table {cfg.table}: not one of {' '.join(TABLES)}")
@@ -1042,17 +1069,19 @@ def main(argv=None):
             data.fail(f"--data {cfg.data}: the tables are run in the worlds toy and camvid, or at the paper's scale with --data paper")
         if world > 1:
             data.fail("--demo and --table start their own processes: start them with python")
-        block = print_table(cfg.table, cfg, device)[0]
-        if cfg.table == "fig6" and all(finished(row.runs[-1]) for seed in block.seeds for row in seed):
-            print(f"picture: {sources_figure(block, cfg, device)}")
-        if cfg.demo:
-            print(f"picture: {picture(block.seeds[0], data.SETTINGS[cfg.data][1], cfg.root, Path(cfg.out) / cfg.data / 'demo.png')}")
+        for block in blocks(cfg.table, cfg):
+            prepare(block, cfg)
+            tabulate(cfg.table, block, cfg, device)
+            complete = all(finished(row.runs[-1]) for seed in block.seeds for row in seed)
+            folder = parsed(block.seeds[0][0].runs[-1])[2].parent.parent
+            if cfg.table == "fig6" and complete:
+                print(f"picture: {sources_figure(block, folder / 'figure-6.png', cfg, device)}")
+            if cfg.demo and complete:
+                print(f"picture: {picture(block.seeds[0], block.unseen, cfg.root, folder / 'demo.png')}")
         return
-    if not 0 < cfg.stride <= 1:
-        data.fail(f"--stride {cfg.stride} is a share of the window, above 0 and at most 1")
     if cfg.setting != "none":
-        if cfg.setting not in data.SETTINGS:
-            data.fail(f"--setting {cfg.setting}: not one of {' '.join(data.SETTINGS)}")
+        if cfg.probe:
+            data.fail("--probe trains on the first of --data: name source and domains there, not with --setting")
         cfg = replace(cfg, data="+".join(data.SETTINGS[cfg.setting][1]))
     if cfg.figure != "none" or cfg.probe:
         if world > 1:

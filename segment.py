@@ -302,7 +302,7 @@ class MaskDecoder(nn.Module):
         named = logits.softmax(-1).transpose(0, 1).flatten(1, 2).gather(2, classes[:, None].expand_as(bce))
         cost = sum(weight * each for weight, each in zip(self.weights, (-named, bce, dice), strict=True))
         cost = cost.nan_to_num()  # a diverged step is skipped by its gradients, whatever it is matched to
-        cost, classes = cost.unflatten(1, logits.shape[::2][:2]).transpose(2, 3).cpu().numpy(), classes.cpu().numpy()
+        cost, classes = cost.unflatten(1, logits.shape[::2]).transpose(2, 3).cpu().numpy(), classes.cpu().numpy()
         query = np.zeros((len(logits), *classes.shape), dtype=np.int64)
         says = np.full(logits.shape[:3], self.num_classes)
         for l, b in np.ndindex(says.shape[:2]):
