@@ -1,6 +1,6 @@
 """Stage 1 of GKD: distil a teacher's features into a student, on a proxy set or on source images; no labels.
 
-    python distill.py --data toy-proxy --out runs/proxy              # the toy world, with the teacher of `python eval.py --demo`
+    python distill.py --data toy-proxy --out runs/proxy              # the toy world, after `python eval.py --demo` has made its teacher
     torchrun --standalone --nproc_per_node=8 distill.py --data imagenet --root /data --out runs/proxy
     torchrun --standalone --nproc_per_node=8 distill.py --data gtav --root /data --student runs/proxy/student.pt --out runs/source
 

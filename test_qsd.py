@@ -2480,12 +2480,15 @@ def test_a_run_killed_at_ten_random_moments_ends_with_the_weights_of_the_uninter
     monkeypatch.setitem(data.DATASETS, "toy", FEW)
     whole, parts = (command(teacher, tmp_path / name, 24) for name in ("whole", "parts"))
     main(whole)
-    chance, history = random.Random(0), []
+    chance, history, reached = random.Random(0), [], [0]
     for i in range(10):
         number, moment = (signal.SIGKILL, signal.SIGTERM)[i % 2], chance.randint(1, 30)
         status = killed(main, parts, moment, number, tmp_path / "shown")
-        history.append(f"{number.name} before change {moment}: exit status {status}")
+        kept = next((path for name in ("last.pt", "prev.pt") if (path := tmp_path / "parts" / name).exists()), None)
+        reached.append(torch.load(kept, weights_only=True)["spent"]["steps"] if kept else 0)
+        history.append(f"{number.name} before change {moment}: exit status {status}, step {reached[-1]} kept")
         assert status in (-number, 128 + number), (history, (tmp_path / "shown").read_text())  # -SIGTERM: it came before the first step
+        assert reached[-1] >= reached[-2], history
     assert steps_of(main, parts) > 0 and same_runs(tmp_path / "whole", tmp_path / "parts"), history
     shown = (tmp_path / "shown").read_text()
     assert "stopped by signal 15 after step" in shown and "Traceback" not in shown
