@@ -229,7 +229,8 @@ ISPRS_CLASS_OF = np.array([IGNORE, 1, 3, 2, 5, UNKNOWN, 4, 0], np.uint8)  # at r
 
 # --- The toy world: streets drawn on the fly, so that the method runs with no download -----------------------------------------
 # A scene is a layout (which object covers which pixel, exact labels) seen in a look (palette, texture, light, weather). One fixed
-# look is the labelled source ("the game"), two more ("arcade", "diorama") are further sources; four others are never trained on; the wide world draws a random look per image.
+# look is the labelled source ("the game"), two more ("arcade", "diorama") are further sources; four others are never trained on; the
+# wide world draws a random look per image.
 # Only rng.random() and exact arithmetic are used, so that a scene is the same on every machine.
 
 TOY_SIZE = 64
@@ -247,7 +248,7 @@ CITY = np.array([[.70, .72, .75], [.45, .42, .45], [.30, .38, .15], [.38, .37, .
 
 
 def toy_layout(rng, jumble=False):
-    """Draw one scene's objects back to front: object index per pixel (64, 64), and per object its class and its distance (0 near, 1 far)."""
+    """Draw one scene's objects back to front: object index per pixel (64, 64), and per object its class and distance (0 near, 1 far)."""
     canvas = Image.new("L", (TOY_SIZE, TOY_SIZE), 0)
     pen, kinds, far = ImageDraw.Draw(canvas), [SKY], [1.0]
 
@@ -321,8 +322,8 @@ def toy_look(rng, domain):
     elif domain == "wide":
         r = rng.random
         wild = .6 * r() ** 2  # from natural colours towards arbitrary ones
-        look |= dict(palette=(1 - wild) * (.5 * GAME + .5 * CITY) + wild * r((8, 3)), jitter=.2 * r(), texture=.25 * r(), gain=.3 + .8 * r(),
-                     tint=.75 + .5 * r(3), grey=r(), fog=max(0, 1.6 * r() - .8), fog_color=r(3), white=max(0, 1.4 * r() - .8),
+        look |= dict(palette=(1 - wild) * (.5 * GAME + .5 * CITY) + wild * r((8, 3)), jitter=.2 * r(), texture=.25 * r(),
+                     gain=.3 + .8 * r(), tint=.75 + .5 * r(3), grey=r(), fog=max(0, 1.6 * r() - .8), fog_color=r(3), white=max(0, 1.4 * r() - .8),
                      dots=max(0, .10 * r() - .06), streaks=max(0, .12 * r() - .07), lamps=max(0, 1.2 * r() - .7), noise=.10 * r())
     return look
 
@@ -446,11 +447,13 @@ DATASETS = {
     "toy-wide": toy("wide", train=4000, val=100),
     "toy-proxy": toy("wide", jumble=True, train=2000),
 }
-JOINED = {"acdc": "acdc-night+acdc-snow+acdc-fog+acdc-rain"}
+ACDC = ("acdc-night", "acdc-snow", "acdc-fog", "acdc-rain")
+JOINED = {"acdc": "+".join(ACDC)}
+TOY_SOURCES = ("toy", "toy-arcade", "toy-diorama")
 SETTINGS = {  # labelled source -> domains of the table row
     "gtav": ("gtav", ("cityscapes", "bdd100k", "mapillary")),
-    "gtav-acdc": ("gtav", ("acdc-night", "acdc-snow", "acdc-fog", "acdc-rain")),
-    "cityscapes": ("cityscapes", ("acdc-night", "acdc-snow", "acdc-fog", "acdc-rain")),
+    "gtav-acdc": ("gtav", ACDC),
+    "cityscapes": ("cityscapes", ACDC),
     "potsdam-rgb": ("potsdam-rgb", ("potsdam-irrg", "vaihingen-irrg")),
     "endovis18": ("endovis18", ("endovis18",)),  # its val split is the unseen domain: other sequences
     "camvid": ("camvid", ("camvid-dusk",)),
@@ -701,7 +704,12 @@ def loader(dataset, batch, seed=0, start_step=0, rank=0, world=1, accumulate=1, 
     draws = Draws(len(dataset), batch, seed, start_step, rank, world, accumulate, repeats)
     return DataLoader(dataset, batch_sampler=draws, num_workers=workers, pin_memory=torch.cuda.is_available(),
                       prefetch_factor=4 if workers else None, worker_init_fn=outlast_signals,
-                      multiprocessing_context="fork" if workers else None)  # Python 3.14's default would have to pickle the transforms
+                      multiprocessing_context=start_method(workers))
+
+
+def start_method(workers):
+    """How loading processes begin: with a copy of this one; Python 3.14's default would have to pickle the transforms."""
+    return "fork" if workers else None
 
 
 def outlast_signals(worker):
@@ -1164,7 +1172,8 @@ def passes(batch, micro, world, pairs=True):
     """Forward passes a step takes on each process: none holds more than `micro` images, all make up the batch; pairs: none is odd."""
     own, least = batch // world, 2 if pairs else 1
     if batch < 1 or batch % (least * world):
-        fail(f"--batch {batch} does not divide into {'pairs of ' if pairs else ''}images over {world} processes; use a multiple of {least * world}")
+        fail(f"--batch {batch} does not divide into {'pairs of ' if pairs else ''}images over {world} processes; "
+             f"use a multiple of {least * world}")
     return next(n for n in range(1, own + 1) if own % (least * n) == 0 and (own // n <= micro or own // n == least))
 
 
@@ -1175,8 +1184,8 @@ def leave(cfg, spent, stop, skips, dataset, loader, draws):
         sys.exit(128 + int(stop))
     if skips == cfg.max_skips:
         names = [str(dataset.samples[loader.batch_sampler.index(draw)].image) for draw in draws.tolist()]
-        fail(f"{skips} steps in a row had non-finite gradients and changed nothing; {cfg.out}/last.pt holds the weights before them. Look at the "
-             f"last images ({', '.join(names[:8])}), lower --lr or use --precision fp32")
+        fail(f"{skips} steps in a row had non-finite gradients and changed nothing; {cfg.out}/last.pt holds the weights before them. "
+             f"Look at the last images ({', '.join(names[:8])}), lower --lr or use --precision fp32")
 
 
 def parse_budget(text, steps_per_epoch):
@@ -1262,7 +1271,7 @@ def count_flops(work):
 
 
 def loss_curves(runs, path):
-    """Draw the losses of runs {name: folder} against their steps: of a single run all parts, of several the objective of distillation alone."""
+    """Draw the losses of runs {name: folder} against their steps: of a single run all parts, of several the distillation's alone."""
     series = {}
     for name, folder in runs.items():
         lines = [json.loads(line) for line in (Path(folder) / "log.jsonl").read_text().splitlines()[1:]]
@@ -1285,18 +1294,16 @@ def chart(series, path, x_title, y_title, title="", log=False, size=(640, 400), 
     x_ticks, y_ticks = ticks(min(xs), max(xs), log_x), ticks(min(ys), max(ys), log_y)
     legend = max(font.getlength(name) for name in series) + 80 if series else 0
     left, right = 40 + max(font.getlength(number(y)) for y in y_ticks), size[0] * s - legend - 10
-    top, bottom = 60, size[1] * s - 100
+    top, bottom, edge = 60, size[1] * s - 100, 20 if marks else 0  # an edge, so that no mark lies on the border
     canvas = Image.new("RGB", (size[0] * s, size[1] * s), "white")
     pen = ImageDraw.Draw(canvas)
 
-    edge = 20 if marks else 0  # so that no mark lies on the border
-
     def place(value, limits, log, low, high):
-        a, b, v = (math.log(max(t, 1e-30)) if log else t for t in (*limits, value))
+        a, b, v = (math.log(t) if log else t for t in (*limits, value))
         low, high = (low + edge, high - edge) if low < high else (low - edge, high + edge)
         return low + (high - low) * (v - a) / (b - a)
 
-    x_limits, y_limits = ((min(t[0], *v), max(t[-1], *v)) for t, v in ((x_ticks, [*xs, xs[0]]), (y_ticks, [*ys, ys[0]])))
+    x_limits, y_limits = ((min(t[0], *v), max(t[-1], *v)) for t, v in ((x_ticks, xs), (y_ticks, ys)))
     for x in x_ticks:
         at = place(x, x_limits, log_x, left, right)
         pen.line((at, top, at, bottom), (225, 225, 225), 2)
@@ -1337,7 +1344,14 @@ def ticks(low, high, log=False):
 
 def number(value):
     """A tick's text."""
-    return f"{value:.0e}".replace("e+0", "e").replace("e-0", "e-").replace("e+", "e") if value and not 1e-3 <= abs(value) < 1e5 else f"{value:.4g}"
+    if value and not 1e-3 <= abs(value) < 1e5:
+        return f"{value:.0e}".replace("e+0", "e").replace("e-0", "e-").replace("e+", "e")
+    return f"{value:.4g}"
+
+
+def palette(colors):
+    """The colour of each class number as an array (256, 3), uint8: black for those that are none, as 255."""
+    return np.array([*colors, *[(0, 0, 0)] * (256 - len(colors))], np.uint8)
 
 
 def device_name(device):
@@ -1393,9 +1407,7 @@ def overview(samples, pixels, width=300, gap=10, bar=22):
         size = width, round(width * image.height / image.width)
         block = [image.resize(size)]
         if entry.classes:
-            palette = np.zeros((256, 3), np.uint8)  # ignored pixels black
-            palette[:len(entry.colors)] = entry.colors
-            block.append(Image.fromarray(palette[sample.read_label().numpy()]).resize(size, Image.Resampling.NEAREST))
+            block.append(Image.fromarray(palette(entry.colors)[sample.read_label().numpy()]).resize(size, Image.Resampling.NEAREST))
         blocks.append(block)
     columns, cell = min(4, len(blocks)), max(sum(picture.height for picture in block) for block in blocks) + gap
     names, counts = [*entry.classes, "ignored"], [*pixels[:entry.num_classes], pixels[IGNORE]]

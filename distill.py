@@ -65,8 +65,8 @@ FREE = {"root", "workers", "micro", "log_every", "save_minutes", "max_skips"}  #
 PROXY = dict(size=224, patch=14, batch=512, budget="100ep")
 TOY = dict(teacher="runs/toy/0/teacher/segmenter.pt", student="toy_small", size=64, patch=8, batch=16, budget="600", repeats=1, workers=1,
            lr=2e-3, lr_rule="constant", dcd_pool=1, log_every=20)
-GAMES = ("toy", "toy-arcade", "toy-diorama")  # the labelled sources of the toy world
-PRESETS = {"imagenet": PROXY, "toy-proxy": TOY} | dict.fromkeys(GAMES, TOY | dict(lr=1e-3))  # all other sets: the defaults above, the paper's source stage
+# all other sets: the defaults above, the paper's source stage
+PRESETS = {"imagenet": PROXY, "toy-proxy": TOY} | dict.fromkeys(data.TOY_SOURCES, TOY | dict(lr=1e-3))
 
 
 class Pair(nn.Module):

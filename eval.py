@@ -41,7 +41,7 @@ class Config:
     # what is measured
     checkpoint: str = ""           # segmenter.pt
     data: str = "paper"            # domains, joined with +; for --demo and --table: toy, camvid, or paper (the paper's scale)
-    setting: str = "none"          # instead of --data: the unseen domains of gtav, cityscapes, potsdam-rgb, endovis18, gtav-acdc; of a --table: its part
+    setting: str = "none"          # gtav, gtav-acdc, cityscapes, potsdam-rgb, endovis18: instead of --data, its unseen domains; of a --table its part
     root: str = "data"             # the folder that holds the data sets
     # protocol
     mode: Literal["slide", "whole"] = "slide"  # official: sliding window
@@ -76,38 +76,40 @@ class Config:
     out: str = "runs"              # the folder of the tables' runs and pictures; of --images' results; folder or file of --figure
 
 
-PRESETS = {name: dict(batch=50, workers=0) for name in data.DATASETS if name.startswith("toy")} | {"camvid": dict(batch=8, workers=1), "paper": dict(jobs=1)}
+PRESETS = {name: dict(batch=50, workers=0) for name in data.DATASETS if name.startswith("toy")} | {
+    "camvid": dict(batch=8, workers=1), "paper": dict(jobs=1)}
 
 
 # --- What is measured -------------------------------------------------------------------------------------------------------
 
-def measure(checkpoint, cfg, device):
-    """mIoU in percent of a segmenter on each domain of cfg.data, and their plain mean as "mean"."""
-    return with_mean({name: each.nanmean().item() for name, each in class_ious(checkpoint, cfg, device).items()})
+def measure(title, model, saved, cfg, device):
+    """{domain: mIoU in percent} of a segmenter on cfg.data."""
+    return {name: each.nanmean().item() for name, each in class_ious(title, model, saved, cfg, device).items()}
 
 
 def with_mean(result):
+    """{domain: mIoU} and their plain mean as "mean"."""
     return result | {"mean": sum(result.values()) / len(result)}
 
 
-def class_ious(checkpoint, cfg, device):
+def class_ious(title, model, saved, cfg, device):
     """{domain: IoU in percent of each class (K,), NaN where it neither occurs nor is predicted} of a segmenter on cfg.data."""
-    (model, saved), result = segment.load_segmenter(checkpoint, device), {}
+    result = {}
     for name in data.rows(cfg.data):
         with data.precision(cfg.precision, device):
-            conf = evaluate(model, domain(name, cfg, checkpoint, saved), cfg.window or saved["config"]["size"], device, cfg.stride,
+            conf = evaluate(model, domain(name, cfg, title, saved), cfg.window or saved["config"]["size"], device, cfg.stride,
                             cfg.mode == "whole", cfg.flip, cfg.batch, cfg.workers, name, multiples(cfg))
         result[name] = 100 * iou(conf)
     return result
 
 
-def domain(name, cfg, checkpoint="", saved=None):
-    """The val split of a data set, which must have the classes of a checkpoint; your own folder has as many, or without any no labels."""
+def domain(name, cfg, title="", saved=None):
+    """The val split of a data set, which must have the classes of a segmenter; your own folder has as many, or without any no labels."""
     if name == "folder":
         classes = len(saved["classes"]) if saved else cfg.classes
         return data.scenes(name, cfg.root, "val", classes=classes) if classes else data.images(name, cfg.root, split="val")
     if saved and list(data.DATASETS[name].classes) != saved["classes"]:
-        data.fail(f"--data {name} has the classes {', '.join(data.DATASETS[name].classes)}, but {checkpoint} was trained on others")
+        data.fail(f"--data {name} has the classes {', '.join(data.DATASETS[name].classes)}, but {title} was trained on others")
     return data.scenes(name, cfg.root, "val", data.eval_transform(name))
 
 
@@ -128,6 +130,13 @@ def show(rows, columns):
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     lines.insert(1, ["-" * width for width in widths])
     print("\n".join("| " + " | ".join(f"{text:<{width}}" for text, width in zip(line, widths)) + " |" for line in lines))
+
+
+def show_mious(rows):
+    """Print {name: {domain: mIoU}} as a table with their mean; returns the rows with it."""
+    rows = {name: with_mean(result) for name, result in rows.items()}
+    show({name: [f"{value:.1f}" for value in result.values()] for name, result in rows.items()}, list(next(iter(rows.values()))))
+    return rows
 
 
 # --- Tables: lists of runs --------------------------------------------------------------------------------------------------
@@ -158,8 +167,8 @@ class Pair(NamedTuple):
 
 F2L_B = Pair("dinov2_vitl14", "deit_base_distilled", smaller="dinov2_vitb14")
 F2L_S = Pair("dinov2_vitb14", "deit_small_distilled", smaller="dinov2_vits14")
-F2F_B, F2F_S = Pair("dinov2_vitl14", "dinov2_vitb14", ""), Pair("dinov2_vitb14", "dinov2_vits14", "")
-PAIRS = {"DINOv2-L -> DeiT-B": F2L_B, "DINOv2-B -> DeiT-S": F2L_S, "DINOv2-L -> DINOv2-B": F2F_B, "DINOv2-B -> DINOv2-S": F2F_S,
+PAIRS = {"DINOv2-L -> DeiT-B": F2L_B, "DINOv2-B -> DeiT-S": F2L_S,
+         "DINOv2-L -> DINOv2-B": Pair("dinov2_vitl14", "dinov2_vitb14", ""), "DINOv2-B -> DINOv2-S": Pair("dinov2_vitb14", "dinov2_vits14", ""),
          "EVA02-L -> EVA02-B": Pair("eva02_large", "eva02_base", ""), "EVA02-B -> EVA02-S": Pair("eva02_base", "eva02_small", ""),
          "DINOv2-L -> DINO-B": F2L_B._replace(student="dino_vitb16"), "DINOv2-B -> DINO-S": F2L_S._replace(student="dino_vits16")}
 
@@ -241,13 +250,11 @@ def rivals(p, losses):
 
 
 def label_fractions(p):
-    rows = []
-    for title, runs in (("student", no_kd), ("+ Af-DCD", partial(one_stage, loss="afdcd")), ("+ GKD", partial(two_stage, loss="qsd"))):
-        for share in ("1/16", "1/8", "1/4", "1"):
-            flags = "then" if title == "+ GKD" else "flags"
-            more = {} if share == "1" else {"suffix": "-" + share.replace("/", "of"), flags: f"--labels {share}"}
-            rows.append(Row(f"{title}, {'all' if share == '1' else share} labels", runs(p, **more)))
-    return rows
+    kinds = {"student": no_kd, "+ Af-DCD": lambda p, flags, suffix: one_stage(p, "afdcd", flags, suffix),
+             "+ GKD": lambda p, flags, suffix: two_stage(p, then=flags, suffix=suffix)}
+    shares = {"1/16": "-1of16", "1/8": "-1of8", "1/4": "-1of4", "all": ""}
+    return [Row(f"{title}, {share} labels", runs(p, f"--labels {share}" if suffix else "", suffix))
+            for title, runs in kinds.items() for share, suffix in shares.items()]
 
 
 def strategies(p):
@@ -275,7 +282,7 @@ def decoders(p):
 
 def more_sources(p):
     """Figure 6: further sources in distillation only, or with their labels as well."""
-    joined = [p.source] + ([f"{p.source}-arcade", f"{p.source}-diorama"] if p.source == "toy" else ["synthia", "urbansyn"])
+    joined = data.TOY_SOURCES if p.source == "toy" else (p.source, "synthia", "urbansyn")
     rows = [Row("1 source", two_stage(p))]
     for n in (2, 3):
         source = "+".join(joined[:n])
@@ -452,11 +459,16 @@ def blocks(name, cfg):
     return [Block(f"{table.title}, in the {cfg.data} world", seeds, [source], [*unseen], paper_numbers(table, "DINOv2-B -> DeiT-S", "gtav"))]
 
 
-def command(text, cfg):
-    """What a user types for a run: stage 1 on all GPUs, stage 2 (its batch is 4) on one."""
+def launcher(text, cfg):
+    """torchrun's flags for a run: stage 1 on all GPUs; none for stage 2, whose batch is 4, and on one GPU."""
     processes = cfg.processes or (torch.cuda.device_count() if cfg.data == "paper" else 1) or 8
-    launch = f"torchrun --standalone --nproc_per_node={processes}" if text.startswith("distill") and processes > 1 else "python"
-    return f"{launch} {text}"
+    return ["--standalone", f"--nproc_per_node={processes}"] if text.startswith("distill") and processes > 1 else []
+
+
+def command(text, cfg):
+    """What a user types for a run."""
+    flags = launcher(text, cfg)
+    return " ".join(["torchrun", *flags, text] if flags else ["python", text])
 
 
 def parsed(text):
@@ -493,18 +505,17 @@ def run(rows, cfg):
         for i, text in enumerate(row.runs):
             needs[text] |= set(row.runs[:i])
     done = {text for text in needs if finished(text)}
-    pending = sorted(needs.keys() - done, key=lambda text: (-sum(text in before for before in needs.values()), list(needs).index(text)))
+    pending = sorted((text for text in needs if text not in done), key=lambda text: -sum(text in before for before in needs.values()))
     environment = os.environ | {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // cfg.jobs))}
     bar = tqdm(total=len(needs), initial=len(done), desc="runs", unit="run", dynamic_ncols=True)
 
     def start(text):
         out, began = parsed(text)[2].parent, time.time()
         out.parent.mkdir(parents=True, exist_ok=True)
-        launch, argv = command(text, cfg).split(text.split()[0], 1)
-        launcher = [sys.executable] if launch == "python " else [sys.executable, "-m", "torch.distributed.run", *launch.split()[1:]]
+        flags, (script, *argv) = launcher(text, cfg), shlex.split(text)
+        python = [sys.executable, *(["-m", "torch.distributed.run", *flags] if flags else [])]
         with open(f"{out}.txt", "w") as said:  # bars of several runs on one terminal would overwrite each other
-            status = subprocess.run([*launcher, Path(__file__).parent / text.split()[0], *shlex.split(argv)], stdout=said, stderr=said,
-                                    env=environment).returncode
+            status = subprocess.run([*python, Path(__file__).parent / script, *argv], stdout=said, stderr=said, env=environment).returncode
         if status:
             data.fail(f"{command(text, cfg)} ended with status {status}: {Path(said.name).read_text().splitlines()[-1:]}, see {said.name}")
         bar.write(f"{command(text, cfg)}  # {time.time() - began:.0f} s", file=sys.stdout)
@@ -540,8 +551,8 @@ def measured(row, block, cfg, device):
     if missing := "+".join(domain for domain in domains if domain not in miou):
         if absent(missing, cfg.root):
             return None
-        miou |= measure(path, replace(cfg, data=missing), device)
-        kept.write_text(json.dumps(dict(protocol=protocol, miou={name: value for name, value in miou.items() if name != "mean"})))
+        miou |= measure(path, *segment.load_segmenter(path, device), replace(cfg, data=missing), device)
+        kept.write_text(json.dumps(dict(protocol=protocol, miou=miou)))
     ledger = torch.load(path, weights_only=True)["ledger"]
     mean = sum(miou[domain] for domain in block.unseen) / len(block.unseen)
     return Result([miou[domain] for domain in domains] + [mean], *(sum(stage[key] for stage in ledger) for key in ("seconds", "flops")))
@@ -586,20 +597,14 @@ def spread_of(values):
 
 def sources_figure(block, path, cfg, device):
     """Figure 6: unseen mIoU against the number of sources, with the further sources' labels and without."""
-    means = {row.name: np.mean([measured(seed[i], block, cfg, device).miou[-1] for seed in block.seeds]) for i, row in enumerate(block.seeds[0])}
+    means = {row.name: np.mean([measured(seed[i], block, cfg, device).miou[-1] for seed in block.seeds])
+             for i, row in enumerate(block.seeds[0])}
     lines = {title: [(1, means["1 source"])] + [(n, means[f"{n} sources, {labels}"]) for n in (2, 3)]
              for title, labels in (("labels of the first source", "labels of 1"), ("labels of all", "all labels"))}
     return data.chart(lines, path, "sources in distillation", "mIoU, mean of the unseen domains", title=block.title, marks=True)
 
 
 # --- Pictures -----------------------------------------------------------------------------------------------------------
-
-def colorize(label, colors):
-    """Class numbers (H, W) as an RGB array; 255 is black."""
-    palette = np.zeros((256, 3), np.uint8)
-    palette[:len(colors)] = colors
-    return palette[np.asarray(label)]
-
 
 def with_legend(picture, names, colors, left=10, size=13):
     """The picture, and below it a legend of coloured boxes in as many lines as it takes."""
@@ -669,9 +674,9 @@ def compare(predicted, featured, cfg, path, device):
             titles.append(name.removeprefix("toy-").removeprefix("camvid-"))
             columns["image"].append(image.permute(1, 2, 0).numpy())
             if predicted:
-                columns["label"].append(colorize(label, dataset.colors))
+                columns["label"].append(data.palette(dataset.colors)[label])
             for title, (model, saved) in models.items():
-                columns[title].append(colorize(classify(model, saved, image, cfg, device), dataset.colors))
+                columns[title].append(data.palette(dataset.colors)[classify(model, saved, image, cfg, device)])
     tokens = {name: [patch_tokens(vit, image, device) for image in images] for name, vit in encoders(featured, cfg, device).items()}
     for name, colors in principal_colors({name: torch.cat([x.flatten(0, 1) for x in own]) for name, own in tokens.items()}).items():
         parts = colors.split([x.shape[0] * x.shape[1] for x in tokens[name]])
@@ -887,8 +892,9 @@ def framed(cell, grid, places):
 
 def class_bars(models, cfg, path, device):
     """Figure 9: the IoU of each class, and their mean, as bars: a panel for each domain, a colour for each model."""
-    classes = [*next(iter(segmenters(models, device).values()))[1]["classes"], "mean"]
-    ious = {name: class_ious(file_in(place, "segmenter.pt"), cfg, device) for name, place in models.items()}
+    loaded = segmenters(models, device)
+    classes = [*next(iter(loaded.values()))[1]["classes"], "mean"]
+    ious = {name: class_ious(name, model, saved, cfg, device) for name, (model, saved) in loaded.items()}
     font, small = ImageFont.load_default(13), ImageFont.load_default(10)
     colors = [data.LINE_COLORS[i % len(data.LINE_COLORS)] for i in range(len(models))]
     bar, panel, top = 12, 260, 34
@@ -918,11 +924,8 @@ def class_bars(models, cfg, path, device):
 
 def compute(models, cfg, path, device):
     """mIoU against the FLOPs of all stages that made each segmenter, its teacher's training not among them."""
-    points = {}
-    for name, place in models.items():
-        checkpoint = file_in(place, "segmenter.pt")
-        miou = measure(checkpoint, cfg, device)["mean"]
-        points[name] = [(sum(stage["flops"] for stage in torch.load(checkpoint, weights_only=True)["ledger"]), miou)]
+    points = {name: [(sum(stage["flops"] for stage in saved["ledger"]), with_mean(measure(name, model, saved, cfg, device))["mean"])]
+              for name, (model, saved) in segmenters(models, device).items()}
     data.chart(points, path, "FLOPs of the student's training, all stages (2 per multiply-add; log scale)", f"mIoU, %, mean of {cfg.data}",
                log="x", size=(800, 420), marks=True)
 
@@ -942,13 +945,13 @@ FIGURES = {"3b": losses, "5": features, "7a": distance_histogram, "7b": attentio
 def probes(cfg, device):
     """Print the mIoU of a linear probe on each encoder of --models, trained on the first domain of cfg.data."""
     rows = {name: probe(encoders({name: path}, cfg, device)[name], cfg, device) for name, path in named(cfg.models).items()}
-    show(rows, list(next(iter(rows.values()))))
+    rows = show_mious(rows)
     print(json.dumps({"probe": cfg.models, "miou": rows}))
 
 
 def probe(vit, cfg, device, ridge=1e-3):
-    """mIoU in percent on the domains of cfg.data that have a val split, and "mean", of ridge regression from the final patch tokens to
-    the share of each class in a patch (h, w, K), in closed form on cfg.subset images; scores are resized to the label as always."""
+    """{domain: mIoU in percent}, for the domains of cfg.data that have a val split, of ridge regression from the final patch tokens to the
+    share of each class in a patch (h, w, K), in closed form on cfg.subset images; scores are resized to the label as always."""
     source, *_ = data.rows(cfg.data)
     if not any("val" in entry.splits for entry in data.rows(cfg.data).values()):
         data.fail(f"--data {cfg.data}: none of these has a val split to measure the probe on; add one, as in gtav+cityscapes")
@@ -968,7 +971,7 @@ def probe(vit, cfg, device, ridge=1e-3):
                 scores = F.pad(patch_tokens(vit, image, device).double(), (0, 1), value=1) @ weights  # (h, w, K)
                 conf += confusion(segment.resize(scores.movedim(-1, 0)[None], label.shape).argmax(1)[0], label, K)
             result[name] = 100 * iou(conf).nanmean().item()
-    return with_mean(result)
+    return result
 
 
 # --- A segmenter at work --------------------------------------------------------------------------------------------------
@@ -998,15 +1001,13 @@ def segment_images(cfg, rank, world, device):
     if out.is_file() or out.resolve() == files[0].parent.resolve():
         data.fail(f"--out {out}: is {'a file' if out.is_file() else 'where the images lie'}; choose another folder for the results")
     model, saved = segment.load_segmenter(cfg.checkpoint, device)
-    colors = np.zeros((256, 3), np.uint8)
-    colors[:len(saved["colors"])] = saved["colors"]
     out.mkdir(parents=True, exist_ok=True)
     began = time.time()
     with tqdm(files[rank::world], "images", disable=rank > 0, leave=False) as bar:
         for file in bar:
             image = data.read_image(file, mapped=False)  # mapping would unpack TIFFs beside themselves
             picture = Image.fromarray(classify(model, saved, image, cfg, device).numpy())
-            picture.putpalette(colors.tobytes())
+            picture.putpalette(data.palette(saved["colors"]).tobytes())
             picture.save(out / f"{file.stem}_classes.png")
             blend = Image.blend(Image.fromarray(image.permute(1, 2, 0).numpy()), picture.convert("RGB"), 0.5)
             with_legend(blend, saved["classes"], saved["colors"], size=max(13, blend.width // 80)).save(out / f"{file.stem}_overlay.png")
@@ -1099,10 +1100,10 @@ def main(argv=None):
         return export(cfg.checkpoint, Path(cfg.export), cfg.dynamic) if rank == 0 else None
     if cfg.data == "paper":
         data.fail("say on which images with --data or --setting")
-    result = measure(cfg.checkpoint, cfg, device)
+    result = measure(cfg.checkpoint, *segment.load_segmenter(cfg.checkpoint, device), cfg, device)
     if rank == 0:
-        show({cfg.checkpoint: [f"{value:.1f}" for value in result.values()]}, list(result))
-        print(json.dumps({"checkpoint": cfg.checkpoint, "miou": result}))
+        rows = show_mious({cfg.checkpoint: result})
+        print(json.dumps({"checkpoint": cfg.checkpoint, "miou": rows[cfg.checkpoint]}))
 
 
 if __name__ == "__main__":

@@ -717,7 +717,8 @@ class AfDCD(nn.Module):
     def forward(self, student, x, s, t, noise):
         grid = (-1, t[1].shape[-1], x.shape[2] // student.patch_size, x.shape[3] // student.patch_size)
         if min(grid[2:]) < self.pool * self.patch:
-            raise UserError(f"--dcd_pool {self.pool} leaves no {self.patch}x{self.patch} patch on a grid of {grid[2]}x{grid[3]}: use a smaller one")
+            raise UserError(f"--dcd_pool {self.pool} leaves no {self.patch}x{self.patch} patch on a grid of {grid[2]}x{grid[3]}: "
+                            "use a smaller one")
         kept = ~random_mask(noise, self.drop)                                  # (B, N)
         f = self.project((self.align(s[1]) * kept[..., None]).mT.reshape(grid)).float()  # (B, C_t, h, w)
         target = t[1].mT.reshape(grid)

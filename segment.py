@@ -498,7 +498,8 @@ TOY = LIGHT | dict(encoder="toy_small", size=64, patch=8, batch=8, micro=8, budg
                    seed=0, log_every=20, cat_max_ratio=1.0, blocks="last", dcd_pool=1)
 CAMVID = LIGHT | dict(size=224, points=2048, batch=8, micro=8, budget="250", lr=1e-3, lr_backbone=1e-4, workers=1, seed=0, log_every=20,
                       dcd_pool=1)
-PRESETS = {"toy": TOY, "toy-arcade": TOY, "toy-diorama": TOY, "toy-wide": TOY | dict(batch=16, micro=16, budget="800", lr=1.5e-3, lr_backbone=1.5e-3), "camvid": CAMVID}
+PRESETS = dict.fromkeys(data.TOY_SOURCES, TOY) | {
+    "toy-wide": TOY | dict(batch=16, micro=16, budget="800", lr=1.5e-3, lr_backbone=1.5e-3), "camvid": CAMVID}
 
 
 # --- Encoder and decoder together -----------------------------------------------------------------------------------------
@@ -602,7 +603,7 @@ def evaluate(model, dataset, window, device, stride=2 / 3, whole=False, flip=Fal
     rank, world, K = dist.get_rank(), dist.get_world_size(), dataset.num_classes
     conf = torch.zeros(K, K, dtype=torch.int64, device=device)
     loader = DataLoader(Subset(dataset, range(rank, len(dataset), world)), batch, num_workers=workers,
-                        multiprocessing_context="fork" if workers else None)
+                        multiprocessing_context=data.start_method(workers))
     for images, label, _ in tqdm(loader, title, disable=rank > 0, leave=False):
         x = data.normalize(images.to(device), model.encoder.mean, model.encoder.std)
         scores = resize(predict(model, x, window, stride, whole, flip, scales), label.shape[1:])
@@ -648,8 +649,8 @@ def parameter_groups(learner, cfg):
         if p.requires_grad:
             no_decay = id(p) in norms or name.rpartition(".")[2] in ("query", "query_pos", "level_embed", "gamma")
             lr = cfg.lr_backbone if name.startswith("segmenter.encoder") else cfg.lr
-            group = groups.setdefault((lr, no_decay), {"params": [], "lr": lr, "peak": lr, "weight_decay": 0.0 if no_decay else cfg.weight_decay})
-            group["params"].append(p)
+            decay = 0.0 if no_decay else cfg.weight_decay
+            groups.setdefault((lr, no_decay), {"params": [], "lr": lr, "peak": lr, "weight_decay": decay})["params"].append(p)
     return list(groups.values())
 
 

@@ -2177,7 +2177,8 @@ def test_validation_while_training_is_logged_and_keeps_the_best(teacher, tmp_pat
     monkeypatch.setitem(data.DATASETS, "toy", data.toy("game", train=100, val=5))
     segment.main(segmenting(teacher, tmp_path / "a", 2, "--val_every 2"))
     logged = [line["val_miou"] for line in records(tmp_path / "a") if "val_miou" in line]
-    measured = evaluation.measure(tmp_path / "a/segmenter.pt", evaluation.Config(data="toy"), torch.device("cpu"))
+    saved = segment.load_segmenter(tmp_path / "a/segmenter.pt")
+    measured = evaluation.measure("a", *saved, evaluation.Config(data="toy"), torch.device("cpu"))
     assert logged == [pytest.approx(measured["toy"], abs=0.01)]
     scores = iter([0.3, 0.5, 0.4])
     monkeypatch.setattr(segment, "iou", lambda conf: torch.tensor([next(scores)]))
@@ -2743,8 +2744,8 @@ def test_the_features_of_one_model_turn_onto_those_of_another_as_no_other_rotati
 
 def test_class_ious_are_those_of_a_slow_count_and_bars_are_as_long(teacher, few, tmp_path, monkeypatch):
     cfg = evaluation.Config(data="toy+toy-fog", workers=0)
-    found = evaluation.class_ious(teacher, cfg, torch.device("cpu"))
     model, saved = segment.load_segmenter(teacher)
+    found = evaluation.class_ious("teacher", model, saved, cfg, torch.device("cpu"))
     for look, name in (("game", "toy"), ("fog", "toy-fog")):
         both, either = np.zeros(8), np.zeros(8)
         for i in range(3):
@@ -2756,7 +2757,7 @@ def test_class_ious_are_those_of_a_slow_count_and_bars_are_as_long(teacher, few,
         want = [100 * a / b if b else math.nan for a, b in zip(both, either)]
         assert found[name].tolist() == pytest.approx(want, nan_ok=True)
     ious = torch.tensor([0, 10, 50, 100, math.nan, 1, 2, 3.0])
-    monkeypatch.setattr(evaluation, "class_ious", lambda checkpoint, cfg, device: {"toy": ious})
+    monkeypatch.setattr(evaluation, "class_ious", lambda title, model, saved, cfg, device: {"toy": ious})
     evaluation.class_bars({"teacher": teacher}, evaluation.Config(data="toy"), tmp_path / "bars.png", torch.device("cpu"))
     blue = (np.asarray(Image.open(tmp_path / "bars.png")) == data.LINE_COLORS[0]).all(2).sum(1)
     runs = [int(np.median(list(group))) for on, group in itertools.groupby(blue, bool) if on]  # the bars, then the legend's box
@@ -2771,8 +2772,10 @@ def test_compute_is_the_sum_over_all_stages_of_the_ledger(teacher, student, few,
     evaluation.main(f"--figure compute --models {out},t={teacher} --data toy-fog --out {tmp_path}".split())
     flops = [json.loads((folder / "log.jsonl").read_text().splitlines()[-1])["flops"] for folder in (student.parent, out, teacher.parent)]
     cfg = evaluation.Config(data="toy-fog", workers=0)
-    assert drawn == {name: [(pytest.approx(x), pytest.approx(evaluation.measure(path / "segmenter.pt", cfg, torch.device("cpu"))["mean"]))]
-                     for name, x, path in ((str(out), flops[0] + flops[1], out), ("t", flops[2], teacher.parent))}
+    mious = [evaluation.measure("", *segment.load_segmenter(folder / "segmenter.pt"), cfg, torch.device("cpu"))["toy-fog"]
+             for folder in (out, teacher.parent)]
+    assert drawn == {str(out): [(pytest.approx(flops[0] + flops[1]), pytest.approx(mious[0]))],
+                     "t": [(pytest.approx(flops[2]), pytest.approx(mious[1]))]}
 
 
 def test_the_attention_that_is_drawn_is_that_of_the_students_saved_head(teacher, student):
@@ -2876,7 +2879,10 @@ def test_an_exported_program_gives_the_scores_of_eager_mode_at_any_batch(decoder
 
 def test_the_probe_is_a_ridge_regression_on_patches(student, few, capsys):
     evaluation.main(f"--probe --models s={student.parent},toy_base --data toy+toy-fog --subset 3".split())
-    printed = json.loads(capsys.readouterr().out.splitlines()[-1])["miou"]
+    *lines, last = capsys.readouterr().out.splitlines()
+    table, printed = [line for line in lines if line.startswith("|")], json.loads(last)["miou"]
+    assert [cell.strip() for cell in table[0].split("|")[2:-1]] == ["toy", "toy-fog", "mean"]
+    assert [cell.strip() for cell in table[2].split("|")[1:-1]] == ["s", *(f"{value:.1f}" for value in printed["s"].values())]
     vit = qsd.load_vit(student).eval()
 
     def patches(look, number):
