@@ -1088,12 +1088,22 @@ def open_run(cfg, result, free):
             tidy(out)
         return "finished"
     for name in ("last.pt", "prev.pt"):  # prev.pt: what last.pt was before, should last.pt be damaged
-        if (out / name).exists():
-            try:
-                return torch.load(out / name, map_location="cpu", weights_only=True)
-            except Exception as error:  # torch raises whatever the zip reader or the unpickler met
-                print(f"{out / name} cannot be read ({str(error).splitlines()[0]:.80}); trying the checkpoint before it", file=sys.stderr)
+        try:
+            return torch.load(out / name, map_location="cpu", weights_only=True)
+        except FileNotFoundError:
+            pass
+        except (OSError, MemoryError) as error:  # of the disk, the network, the machine: the file itself may be sound
+            fail(f"{out / name} cannot be read ({error}); nothing was changed")
+        except Exception as error:  # torch raises whatever the zip reader or the unpickler met
+            print(f"{out / name} is damaged ({first_line(error)}); trying the checkpoint before it", file=sys.stderr)
+            if dist.get_rank() == 0:  # set aside, or the next save would keep it in the good one's place
+                os.replace(out / name, out / f"damaged-{name}")
     return None
+
+
+def first_line(error):
+    """The beginning of an exception's text."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)[:80]
 
 
 def as_plain(cfg):
@@ -1143,7 +1153,7 @@ def tidy(out):
     """Leave a finished run with its picture and without what resuming needed; what a kill in here left, the next start puts right."""
     if not (out / "loss.png").exists():
         loss_curves({str(out): out}, out / "loss.png")
-    for path in (*out.glob("*.tmp"), *out.glob("last.pt"), *out.glob("prev.pt")):
+    for path in (*out.glob("*.tmp"), *out.glob("last.pt"), *out.glob("prev.pt"), *out.glob("damaged-*.pt")):
         path.unlink(missing_ok=True)
 
 

@@ -544,7 +544,7 @@ def load_segmenter(path, device="cpu"):
     except FileNotFoundError:
         raise qsd.UserError(f"{path}: no such file") from None
     except Exception as error:  # the zip reader, the unpickler and the missing keys each raise their own
-        raise qsd.UserError(f"{path} is no segmenter.pt of this project ({str(error).splitlines()[0]:.80})") from None
+        raise qsd.UserError(f"{path} is no segmenter.pt of this project ({data.first_line(error)})") from None
     return model.to(device).eval().requires_grad_(False), saved
 
 

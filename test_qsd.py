@@ -13,6 +13,7 @@ import pickle
 import random
 import re
 import runpy
+import shutil
 import signal
 import struct
 import subprocess
@@ -2195,7 +2196,7 @@ def test_a_truncated_last_checkpoint_falls_back_to_the_one_before(main, command,
     last = tmp_path / "parts/last.pt"
     last.write_bytes(last.read_bytes()[:len(last.read_bytes()) // 2])
     assert steps_of(main, parts) == 3  # prev.pt was after step 2
-    assert "last.pt cannot be read" in capsys.readouterr().err
+    assert "last.pt is damaged" in capsys.readouterr().err
     assert same(tmp_path / "whole" / result, tmp_path / "parts" / result)
     assert [line["step"] for line in records(tmp_path / "parts")] == [1, 2, 3, 4, 5]
 
@@ -2505,6 +2506,24 @@ def test_a_run_killed_before_one_change_of_its_folder_after_the_other_is_complet
         statuses.append(killed(main, parts, len(statuses), signal.SIGKILL, tmp_path / "shown"))
     assert statuses[-1] == 0 and len(statuses) > 9, (statuses, (tmp_path / "shown").read_text())
     assert same_runs(tmp_path / "whole", tmp_path / "parts"), statuses
+
+
+def test_a_damaged_checkpoint_never_takes_the_place_of_the_good_one_before_it(teacher, tmp_path, monkeypatch):
+    monkeypatch.setitem(data.DATASETS, "toy", FEW)
+    argv = distilling(teacher, tmp_path / "parts", 4, f"--loss mse {EACH}")
+    interrupted(distill.main, argv, 3)
+    (tmp_path / "parts/last.pt").write_bytes(b"damaged")
+    shutil.copytree(tmp_path / "parts", tmp_path / "before")
+    for moment in itertools.count(1):  # until the kill comes after the first save
+        shutil.rmtree(tmp_path / "parts")
+        shutil.copytree(tmp_path / "before", tmp_path / "parts")
+        assert killed(distill.main, argv, moment, signal.SIGKILL, tmp_path / "shown") == -signal.SIGKILL
+        readable = [path for name in ("last.pt", "prev.pt") if (path := tmp_path / "parts" / name).exists() and path.stat().st_size > 7]
+        steps = torch.load(readable[0], weights_only=True)["spent"]["steps"]
+        if steps == 3:
+            break
+        assert steps == 2
+    assert moment > 5
 
 
 def signal_all(number, argv, shown):
