@@ -21,6 +21,7 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
 import types
 import typing
 from concurrent.futures import ProcessPoolExecutor
@@ -1010,6 +1011,10 @@ def configure(Config, presets, argv=None):
     """Build a Config: its defaults, then the preset of --data, then the command line; every field is a flag, its comment the help."""
     given = vars(flags(Config).parse_args(argv))
     preset = presets.get(given.get("data", Config.data).split("+")[0], {})
+    for name, value in given.items():
+        least = name in ("batch", "micro", "size", "patch", "log_every", "max_skips", "jobs") and bool(getattr(Config, name))
+        if type(value) is int and value < least:
+            fail(f"--{name} {value}: at least {least:d} was expected")
     return Config(**{**preset, **given})
 
 
@@ -1046,14 +1051,20 @@ def fail(message):
 
 def cli(main, *errors):
     """Run a script's main; a user's mistake becomes one line on stderr and exit status 2."""
+    status = 0
     try:
         main()
     except (UserError, *errors) as error:
         print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
-        sys.exit(2)
+        status = 2
+    except Exception:
+        traceback.print_exc()
+        status = 1
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+    if status:
+        sys.exit(status)  # here, where nothing holds main's loading processes any more: they would be waited for
 
 
 def launch():
@@ -1081,6 +1092,8 @@ def open_run(cfg, result, free):
         changed = [f"{k} {before.get(k)} -> {v}" for k, v in now.items() if k not in free and before.get(k) != v]
         if changed:
             fail(f"--out {out} holds a run with other constants ({', '.join(changed)}); choose another --out")
+    elif out.is_file():
+        fail(f"--out {out} is a file, not a folder; choose another --out")
     elif out.exists() and any(path.name != "log.tmp" for path in out.iterdir()):  # log.tmp: killed before its first step
         fail(f"--out {out} is not empty and holds no log.jsonl of this script; choose another --out")
     if (out / result).exists():
@@ -1165,8 +1178,9 @@ def start_log(cfg, step, **header):
         kept = [line for line in lines[1:] if line.endswith("}") and json.loads(line)["step"] <= step]
         text = "\n".join([lines[0], *kept]) + "\n"
     else:
-        git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
-        text = json.dumps(dict(config=as_plain(cfg), command=" ".join(sys.argv), git=git.stdout.strip() or None, torch=torch.__version__,
+        ask = ["git", "rev-parse", "--short", "HEAD"]
+        git = subprocess.run(ask, capture_output=True, text=True, cwd=Path(__file__).parent).stdout.strip() if shutil.which("git") else ""
+        text = json.dumps(dict(config=as_plain(cfg), command=" ".join(sys.argv), git=git or None, torch=torch.__version__,
                                torchvision=torchvision.__version__, python=sys.version.split()[0], **header)) + "\n"
     temporary = path.with_suffix(".tmp")
     temporary.write_text(text)
@@ -1200,7 +1214,7 @@ def leave(cfg, spent, stop, skips, dataset, loader, draws):
 
 def parse_budget(text, steps_per_epoch):
     """A budget as (unit, amount): '600' and '300ep' in steps, '2h' and '30m' in seconds, '3e18flop' in FLOPs."""
-    match = re.fullmatch(r"([0-9.]+(?:e[0-9]+)?)(ep|h|m|s|flop|)", text)
+    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?(?:e[0-9]+)?)(ep|h|m|s|flop|)", text)
     if not match or float(match[1]) <= 0:
         fail(f"--budget {text} is not one of 600 (steps), 300ep, 2h, 30m, 45s, 3e18flop")
     amount, unit = float(match[1]), match[2]
@@ -1346,7 +1360,7 @@ def ticks(low, high, log=False):
         some = [m * 10.0 ** d for d in decades for m in ((1, 2, 5) if len(decades) < 4 else (1,))]
         inside = [t for t in some if low <= t <= high]
         return inside if len(inside) > 1 else [low, high] if high > low else [low, low * 10]
-    step = 10.0 ** math.floor(math.log10(max(high - low, 1e-12)))
+    step = 10.0 ** math.floor(math.log10((high - low) or abs(high) or 1))
     step *= next((m for m in (0.2, 0.5, 1, 2) if (high - low) / (m * step) <= 7), 2)
     first = math.floor(low / step)
     return [step * i for i in range(first, max(math.ceil(high / step - 1e-9), first + 1) + 1)]

@@ -69,7 +69,7 @@ TOY = dict(teacher="runs/toy/0/teacher/segmenter.pt", student="toy_small", size=
 PRESETS = {"imagenet": PROXY, "toy-proxy": TOY} | dict.fromkeys(data.TOY_SOURCES, TOY | dict(lr=1e-3))
 
 
-class Pair(nn.Module):
+class Learner(nn.Module):
     """Student and objective as one module, so that one DDP wrapper sees every trained parameter."""
 
     def __init__(self, student, objective):
@@ -115,7 +115,7 @@ def main(argv=None):
             objective.load_state_dict(heads or {})
         except RuntimeError:
             data.fail(f"--keep_heads: {cfg.student} holds no heads of this --loss, teacher and student")
-    pair, run_teacher, autocast = Pair(student, objective), teacher.run, data.precision(cfg.precision, device)
+    learner, run_teacher, autocast = Learner(student, objective), teacher.run, data.precision(cfg.precision, device)
     N = (cfg.size // cfg.patch) ** 2
     statistics = None
     if cfg.target_norm == "phis":
@@ -133,19 +133,19 @@ def main(argv=None):
 
     # two images through one step: what it costs, and which parameters this objective does not touch
     two = torch.zeros(2, 3, cfg.size, cfg.size, dtype=torch.uint8), torch.arange(2)
-    cost = data.count_flops(lambda: distil(pair, *two)["loss"].backward()) / 2  # FLOPs per image
-    for p in pair.parameters():
+    cost = data.count_flops(lambda: distil(learner, *two)["loss"].backward()) / 2  # FLOPs per image
+    for p in learner.parameters():
         p.requires_grad_(p.grad is not None)
-    pair.zero_grad()
+    learner.zero_grad()
 
     if cfg.compile == "yes" or cfg.compile == "auto" and device.type == "cuda":
-        pair.compile()
+        learner.compile()
         run_teacher = torch.compile(teacher.run)
-    model = DistributedDataParallel(pair)
-    optimizer = torch.optim.AdamW(weight_decay_groups(pair, cfg.weight_decay), betas=(0.9, 0.999), fused=True)
+    model = DistributedDataParallel(learner)
+    optimizer = torch.optim.AdamW(weight_decay_groups(learner, cfg.weight_decay), betas=(0.9, 0.999), fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=cfg.precision == "fp16")
 
-    parts = dict(pair=pair, optimizer=optimizer, scaler=scaler)
+    parts = dict(learner=learner, optimizer=optimizer, scaler=scaler)
     spent = data.resume(resumed, **parts)                                # this stage's ledger
     unit, budget = data.parse_budget(cfg.budget, len(dataset) / cfg.batch)
     passes = data.passes(cfg.batch, cfg.micro, world)
@@ -170,7 +170,7 @@ def main(argv=None):
                 losses = distil(model, images, draws)                    # Eq. 4 on the proxy set, Eq. 5 on the source set
                 scaler.scale(losses["loss"] / passes).backward()
             totals = {k: totals.get(k, 0) + v.detach() / passes for k, v in losses.items()}
-        bad, stop, seconds = data.agree(not data.step(optimizer, scaler), sum(signals[:1]), time.time() - began)
+        bad, stop, seconds = data.agree(not data.step(optimizer, scaler), signals[0] if signals else 0, time.time() - began)
 
         # the books: what has been spent, what is reported, what is kept
         data.spend(spent, steps=1, images=cfg.batch, tokens=cfg.batch * N, flops=cfg.batch * cost, seconds=seconds, skipped=bad, waited=waited)

@@ -10,14 +10,16 @@
 """
 import json
 import math
+import multiprocessing
 import os
+import runpy
 import shlex
-import subprocess
+import signal
 import sys
 import time
-from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 from functools import partial
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Callable, Literal, NamedTuple
 
@@ -32,7 +34,7 @@ import data
 import distill
 import qsd
 import segment
-from segment import confusion, evaluate, iou, predict, slide  # noqa: F401, the names are part of this file's interface
+from segment import confusion, evaluate, iou, predict
 
 
 @dataclass
@@ -459,16 +461,18 @@ def blocks(name, cfg):
     return [Block(f"{table.title}, in the {cfg.data} world", seeds, [source], [*unseen], paper_numbers(table, "DINOv2-B -> DeiT-S", "gtav"))]
 
 
-def launcher(text, cfg):
-    """torchrun's flags for a run: stage 1 on all GPUs; none for stage 2, whose batch is 4, and on one GPU."""
-    processes = cfg.processes or (torch.cuda.device_count() if cfg.data == "paper" else 1) or 8
-    return ["--standalone", f"--nproc_per_node={processes}"] if text.startswith("distill") and processes > 1 else []
+def processes(text, cfg):
+    """How many processes a run takes: stage 1 one per GPU, their number a power of two as the batch's; stage 2, whose batch is 4, one."""
+    if text.startswith("segment"):
+        return 1
+    gpus = torch.cuda.device_count() or 8
+    return cfg.processes or (1 << gpus.bit_length() - 1 if cfg.data == "paper" else 1)
 
 
 def command(text, cfg):
     """What a user types for a run."""
-    flags = launcher(text, cfg)
-    return " ".join(["torchrun", *flags, text] if flags else ["python", text])
+    world = processes(text, cfg)
+    return f"torchrun --standalone --nproc_per_node={world} {text}" if world > 1 else f"python {text}"
 
 
 def parsed(text):
@@ -506,38 +510,65 @@ def run(rows, cfg):
             needs[text] |= set(row.runs[:i])
     done = {text for text in needs if finished(text)}
     pending = sorted((text for text in needs if text not in done), key=lambda text: -sum(text in before for before in needs.values()))
-    environment = os.environ | {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // cfg.jobs))}
-    bar = tqdm(total=len(needs), initial=len(done), desc="runs", unit="run", dynamic_ncols=True)
-
-    def start(text):
-        out, began = parsed(text)[2].parent, time.time()
-        out.parent.mkdir(parents=True, exist_ok=True)
-        flags, (script, *argv) = launcher(text, cfg), shlex.split(text)
-        python = [sys.executable, *(["-m", "torch.distributed.run", *flags] if flags else [])]
-        with open(f"{out}.txt", "w") as said:  # bars of several runs on one terminal would overwrite each other
-            status = subprocess.run([*python, Path(__file__).parent / script, *argv], stdout=said, stderr=said, env=environment).returncode
-        if status:
-            data.fail(f"{command(text, cfg)} ended with status {status}: {Path(said.name).read_text().splitlines()[-1:]}, see {said.name}")
-        bar.write(f"{command(text, cfg)}  # {time.time() - began:.0f} s", file=sys.stdout)
-        bar.update()
-
-    with ThreadPoolExecutor(cfg.jobs) as pool:
-        working = {}
+    os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // cfg.jobs))  # torch reads it as it is loaded: in the runs
+    context = multiprocessing.get_context("forkserver")  # loads torch and torchvision once; each run, a copy, begins seconds sooner
+    context.set_forkserver_preload(["torchvision.transforms.v2", "torch.distributed.run"])
+    working, signals = {}, data.catch_signals()
+    with tqdm(total=len(needs), initial=len(done), desc="runs", unit="run", dynamic_ncols=True) as bar:
         while pending or working:
             for text in [text for text in pending if needs[text] <= done][:cfg.jobs - len(working)]:
                 pending.remove(text)
-                working[pool.submit(start, text)] = text
-            for future in wait(working, return_when=FIRST_COMPLETED).done:
-                done.add(working.pop(future))
-                future.result()  # raises what went wrong there
-    bar.close()
+                out = parsed(text)[2].parent
+                out.parent.mkdir(parents=True, exist_ok=True)
+                said = Path(f"{out}.txt")  # bars of several runs on one terminal would overwrite each other
+                said.write_text("")
+                process = context.Process(target=execute, args=(text, processes(text, cfg), said))
+                process.start()
+                working[text] = process, said, time.time()
+            wait([process.sentinel for process, _, _ in working.values()], timeout=1)
+            for text, (process, said, began) in list(working.items()):
+                if signals:
+                    process.terminate()  # Ctrl-C has reached it, too, kill has not: it saves its step and ends
+                    process.join()
+                elif process.exitcode is not None:
+                    del working[text]
+                    if process.exitcode:
+                        data.fail(f"{command(text, cfg)} ended with status {process.exitcode}: "
+                                  f"{' '.join(said.read_text().splitlines()[-1:])} (see {said})")
+                    done.add(text)
+                    bar.write(f"{command(text, cfg)}  # {time.time() - began:.0f} s", file=sys.stdout)
+                    bar.update()
+            if signals:
+                print(f"stopped by signal {signals[0]}; the same command goes on from there", file=sys.stderr)
+                sys.exit(128 + signals[0])
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def execute(text, world, said):
+    """Do in this process what a run's command does on a terminal, in `world` processes; what it says goes to a file."""
+    with open(said, "w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    script, *argv = shlex.split(text)
+    sys.argv, status = [str(Path(__file__).parent / script), *argv], 0
+    try:
+        if world > 1:
+            os.environ["OMP_NUM_THREADS"] = str(max(1, int(os.environ["OMP_NUM_THREADS"]) // world))
+            sys.argv = ["torchrun", "--standalone", f"--nproc_per_node={world}", *sys.argv]
+            runpy.run_module("torch.distributed.run", run_name="__main__")
+        else:
+            runpy.run_path(sys.argv[0], run_name="__main__")
+    except SystemExit as end:
+        status = end.code
+    sys.exit(status)  # here, where nothing holds the run's loading processes any more: they would be waited for
 
 
 class Result(NamedTuple):
     """What is known of a finished row."""
-    miou: list     # per domain, percent, then the mean of the unseen ones
-    seconds: float  # of its stages, the teacher's training not among them
-    flops: float
+    miou: list      # per domain, percent, then the mean of the unseen ones
+    seconds: float  # of all stages that led to its encoder and decoder; a distilled one's teacher is not among them
+    flops: float    # likewise
 
 
 def measured(row, block, cfg, device):
@@ -545,15 +576,16 @@ def measured(row, block, cfg, device):
     path, domains = parsed(row.runs[-1])[2], block.source + block.unseen
     if not path.exists():
         return None
-    kept, protocol = path.with_name("eval.json"), [cfg.mode, cfg.window, cfg.stride, cfg.flip, cfg.scales, cfg.precision]
+    kept, ledger = path.with_name("eval.json"), torch.load(path, map_location="cpu", weights_only=True)["ledger"]
+    protocol = [cfg.mode, cfg.window, cfg.stride, cfg.flip, cfg.scales, cfg.precision, ledger]  # another training, another measurement
     known = json.loads(kept.read_text()) if kept.exists() else {}
     miou = known.get("miou", {}) if known.get("protocol") == protocol else {}
     if missing := "+".join(domain for domain in domains if domain not in miou):
         if absent(missing, cfg.root):
             return None
         miou |= measure(path, *segment.load_segmenter(path, device), replace(cfg, data=missing), device)
-        kept.write_text(json.dumps(dict(protocol=protocol, miou=miou)))
-    ledger = torch.load(path, weights_only=True)["ledger"]
+        kept.with_suffix(".tmp").write_text(json.dumps(dict(protocol=protocol, miou=miou)))
+        os.replace(kept.with_suffix(".tmp"), kept)
     mean = sum(miou[domain] for domain in block.unseen) / len(block.unseen)
     return Result([miou[domain] for domain in domains] + [mean], *(sum(stage[key] for stage in ledger) for key in ("seconds", "flops")))
 
@@ -571,10 +603,12 @@ def prepare(block, cfg):
 
 
 def tabulate(name, block, cfg, device):
-    """Print a block: mIoU, in a small world what it took and the paper's mean, at the paper's scale the paper's numbers in brackets."""
-    small, rows, record = cfg.data != "paper", {}, {}
+    """Print a block: mIoU, in a small world what it took and the paper's mean, at the paper's scale the paper's numbers in brackets.
+    Returns whether all its rows could be measured."""
+    small, complete, rows, record = cfg.data != "paper", True, {}, {}
     for i, row in enumerate(block.seeds[0]):
         done = [result for seed in block.seeds if (result := measured(seed[i], block, cfg, device))]
+        complete = complete and len(done) == len(block.seeds)
         miou, paper = np.array([result.miou for result in done]), block.paper.get(row.name, [])      # (seeds, domains + 1)
         cells = [spread_of(column) for column in miou.T] if done else ["-"] * (len(block.source + block.unseen) + 1)
         if small:
@@ -588,6 +622,7 @@ def tabulate(name, block, cfg, device):
     print(f"\n{block.title}" + (", mean and standard deviation of seeds" if len(block.seeds) > 1 else "") + ("" if small else " [paper]"))
     show(rows, columns)
     print(json.dumps({"table": name, "title": block.title, "domains": [*block.source, *block.unseen, "mean"], "rows": record}))
+    return complete
 
 
 def spread_of(values):
@@ -855,7 +890,7 @@ def attention(path, v_s, v_t):
     heads = {key.removeprefix("feat."): p for key, p in (qsd.lineage(path)[1] or {}).items() if key.startswith(("feat.phi", "feat.varphi"))}
     if not heads:
         data.fail(f"{path}: holds no head of L_feat; this figure wants a student.pt distilled with --loss qsd and --alpha above 0")
-    config = torch.load(path, weights_only=True)["config"]
+    config = torch.load(path, map_location="cpu", weights_only=True)["config"]
     if config["target_norm"] == "phis":
         data.fail(f"{path}: was distilled with --target_norm phis, whose statistics no checkpoint keeps")
     head = qsd.QSD(v_s.shape[-1], v_t.shape[-1], config["attention"], config["scale"], config["temperature"])
@@ -923,7 +958,7 @@ def class_bars(models, cfg, path, device):
 
 
 def compute(models, cfg, path, device):
-    """mIoU against the FLOPs of all stages that made each segmenter, its teacher's training not among them."""
+    """mIoU against the FLOPs of all stages that led to each segmenter; those of a distilled one's teacher are not among them."""
     points = {name: [(sum(stage["flops"] for stage in saved["ledger"]), with_mean(measure(name, model, saved, cfg, device))["mean"])]
               for name, (model, saved) in segmenters(models, device).items()}
     data.chart(points, path, "FLOPs of the student's training, all stages (2 per multiply-add; log scale)", f"mIoU, %, mean of {cfg.data}",
@@ -1056,6 +1091,8 @@ def main(argv=None):
     if cfg.demo and cfg.data == "paper":  # once more, with the toy world's preset
         cfg = data.configure(Config, PRESETS, [*argv, "--data", "toy"])
     if cfg.demo:
+        if cfg.table not in ("none", "main"):
+            data.fail(f"--demo is --table main: without it, --table {cfg.table} --data toy")
         cfg = replace(cfg, table="main", seeds=cfg.seeds or 1)
     rank, world, device = data.launch()
     if not 0 < cfg.stride <= 1:
@@ -1068,12 +1105,15 @@ def main(argv=None):
             data.fail(f"--table {cfg.table}: not one of {' '.join(TABLES)}")
         if cfg.data not in ("paper", *SMALL):
             data.fail(f"--data {cfg.data}: the tables are run in the worlds toy and camvid, or at the paper's scale with --data paper")
+        if cfg.setting != "none" and cfg.data != "paper":
+            data.fail(f"--setting {cfg.setting}: belongs to the paper's scale, not to --data {cfg.data}")
+        if Path(cfg.out).is_file():
+            data.fail(f"--out {cfg.out} is a file, not a folder; choose another --out")
         if world > 1:
             data.fail("--demo and --table start their own processes: start them with python")
         for block in blocks(cfg.table, cfg):
             prepare(block, cfg)
-            tabulate(cfg.table, block, cfg, device)
-            complete = all(finished(row.runs[-1]) for seed in block.seeds for row in seed)
+            complete = tabulate(cfg.table, block, cfg, device)
             folder = parsed(block.seeds[0][0].runs[-1])[2].parent.parent
             if cfg.table == "fig6" and complete:
                 print(f"picture: {sources_figure(block, folder / 'figure-6.png', cfg, device)}")

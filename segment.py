@@ -592,7 +592,7 @@ def predict(model, x, window, stride=2 / 3, whole=False, flip=False, scales=(1,)
     if flip:
         return predict(model, x, window, stride, whole) + predict(model, x.flip(3), window, stride, whole).flip(3)
     if not whole:
-        return slide(model, x, window, round(stride * window))
+        return slide(model, x, window, max(1, round(stride * window)))
     (H, W), patch = x.shape[2:], model.encoder.patch_size
     padded = F.pad(x, (0, -W % patch, 0, -H % patch))
     return model.decoder.scores(model(padded), padded.shape[2:])[:, :, :H, :W]
@@ -678,8 +678,8 @@ def main(argv=None):
         teacher = qsd.load_vit(cfg.teacher, cfg.size, cfg.patch).to(device).eval().requires_grad_(False)
         objective = qsd.LOSSES[cfg.loss](encoder, teacher, cfg).to(device)
     if cfg.kd_logits:
-        judge, saved = load_segmenter(cfg.teacher, device)
-        if saved["classes"] != list(dataset.classes):
+        judge, trained = load_segmenter(cfg.teacher, device)
+        if trained["classes"] != list(dataset.classes):
             data.fail(f"--teacher {cfg.teacher} was trained on other classes than those of --data {cfg.data}")
     statistics = None
     if cfg.kd and cfg.target_norm == "phis":
@@ -720,8 +720,8 @@ def main(argv=None):
     model = DistributedDataParallel(learner)
     optimizer = torch.optim.AdamW(parameter_groups(learner, cfg), fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=cfg.precision == "fp16")
-    kept = dict(learner=learner, optimizer=optimizer, scaler=scaler)
-    spent = data.resume(resumed, **kept)                                 # this stage's ledger
+    parts = dict(learner=learner, optimizer=optimizer, scaler=scaler)
+    spent = data.resume(resumed, **parts)                                # this stage's ledger
     spent.setdefault("best_miou", 0.0)
     unit, budget = data.parse_budget(cfg.budget, len(dataset) / cfg.batch)
     passes = data.passes(cfg.batch, cfg.micro, world, pairs=bool(cfg.kd))
@@ -737,20 +737,19 @@ def main(argv=None):
                     colors=[list(c) for c in dataset.colors], ledger=ancestors + [dict(script="segment", data=cfg.data, **spent)])
 
     signals, skips, saved = data.catch_signals(), 0, time.time()
-
     while spent[unit] < budget:
         began = time.time()
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * (1 - spent[unit] / budget) ** cfg.power
-        parts = [next(batches) for _ in range(passes)]
+        micros = [next(batches) for _ in range(passes)]
         waited = time.time() - began
-        share, totals = count_share([label for _, label, _ in parts]), {}
-        for i, (images, label, draws) in enumerate(parts):
+        share, totals = count_share([label for _, label, _ in micros]), {}
+        for i, (images, label, draws) in enumerate(micros):
             with model.no_sync() if i < passes - 1 else nullcontext():
                 losses = learn(model, images, label, draws, share)
                 scaler.scale(losses["loss"] / passes).backward()
             totals = {k: totals.get(k, 0) + v.detach() / passes for k, v in losses.items()}
-        bad, stop, seconds = data.agree(not data.step(optimizer, scaler), sum(signals[:1]), time.time() - began)
+        bad, stop, seconds = data.agree(not data.step(optimizer, scaler), signals[0] if signals else 0, time.time() - began)
 
         data.spend(spent, steps=1, images=cfg.batch, tokens=cfg.batch * N, flops=cfg.batch * cost, seconds=seconds, skipped=bad, waited=waited)
         skips = skips + 1 if bad else 0
@@ -763,7 +762,7 @@ def main(argv=None):
                 if miou > spent["best_miou"]:
                     spent["best_miou"] = miou
                     data.save(out / "best.pt", result())
-        saved = data.keep(cfg, saved, stop or skips == cfg.max_skips, spent, **kept)
+        saved = data.keep(cfg, saved, stop or skips == cfg.max_skips, spent, **parts)
         data.leave(cfg, spent, stop, skips, dataset, loader, draws)
 
     if rank == 0:

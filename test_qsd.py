@@ -13,7 +13,6 @@ import pickle
 import random
 import re
 import runpy
-import shutil
 import signal
 import struct
 import subprocess
@@ -1902,12 +1901,12 @@ def test_the_sliding_window_equals_a_slow_loop_that_counts_overlaps(height, widt
                 total[:, :, top + a, left + b] += x[:, :2, top + a, left + b] * model.weight[a, b]
                 count[top + a, left + b] += 1
     assert count.min() >= 1
-    torch.testing.assert_close(evaluation.slide(model, x, window, stride), total / count)
+    torch.testing.assert_close(segment.slide(model, x, window, stride), total / count)
 
 
 def test_a_constant_model_gives_a_constant_map_without_seams():
     for constant in (0.5, 0.3):
-        scores = evaluation.slide(Lens(16, constant), torch.randn(1, 3, 45, 61), 16, 11)
+        scores = segment.slide(Lens(16, constant), torch.randn(1, 3, 45, 61), 16, 11)
         torch.testing.assert_close(scores, torch.full((1, 2, 45, 61), constant), rtol=3e-7, atol=0)
 
 
@@ -1916,8 +1915,8 @@ def test_an_image_smaller_than_the_window_is_padded_on_the_right_and_below():
     for height, width in ((10, 7), (10, 40)):
         x = torch.randn(1, 3, height, width)
         padded = F.pad(x, (0, max(0, 16 - width), 0, 6))
-        want = evaluation.slide(model, padded, 16, 11)[:, :, :height, :width]
-        assert torch.equal(evaluation.slide(model, x, 16, 11), want) and want.shape[2:] == (height, width)
+        want = segment.slide(model, padded, 16, 11)[:, :, :height, :width]
+        assert torch.equal(segment.slide(model, x, 16, 11), want) and want.shape[2:] == (height, width)
 
 
 def test_whole_images_are_padded_to_whole_patches_and_flips_are_averaged():
@@ -1929,7 +1928,7 @@ def test_whole_images_are_padded_to_whole_patches_and_flips_are_averaged():
     torch.testing.assert_close(both / both.sum(), mean / mean.sum())  # their sum is as good
     x = torch.randn(1, 3, 700, 512)
     model = Lens(512)
-    assert torch.equal(evaluation.predict(model, x, 512), evaluation.slide(model, x, 512, 341))  # the official stride
+    assert torch.equal(evaluation.predict(model, x, 512), segment.slide(model, x, 512, 341))  # the official stride
 
 
 # --- Runs: flags ------------------------------------------------------------------------------------------------------
@@ -1997,11 +1996,11 @@ def test_the_learning_rate_follows_the_fraction_of_the_budget():
 
 
 def test_weights_decay_as_in_the_official_recipes():
-    pair = distill.Pair(qsd.load_vit("toy_small"), torch.nn.Linear(4, 4))
-    decayed, still = distill.weight_decay_groups(pair, 0.05)
+    learner = distill.Learner(qsd.load_vit("toy_small"), torch.nn.Linear(4, 4))
+    decayed, still = distill.weight_decay_groups(learner, 0.05)
     assert decayed["weight_decay"] == 0.05 and still["weight_decay"] == 0 and all(p.ndim == 1 for p in still["params"])
-    assert len(decayed["params"]) + len(still["params"]) == len(list(pair.parameters()))
-    assert any(p is pair.student.pos_embed for p in decayed["params"])
+    assert len(decayed["params"]) + len(still["params"]) == len(list(learner.parameters()))
+    assert any(p is learner.student.pos_embed for p in decayed["params"])
     cfg = segment.Config(lr=1.0, lr_backbone=0.1, freeze=False)
     learner = segment.Learner(segment.Segmenter(qsd.load_vit("toy_small"), MaskDecoder(64, 3), frozen=False), None, cfg)
     group_of = {id(p): group for group in segment.parameter_groups(learner, cfg) for p in group["params"]}
@@ -2240,7 +2239,7 @@ def test_several_bad_steps_in_a_row_stop_the_run_with_the_last_good_checkpoint(m
     images = [[index for index, _ in next(batches)] for _ in range(5)][-1]
     assert stop.value.code == 2 and "a.py: 3 steps in a row had non-finite" in error and f"({', '.join(map(str, images))})" in error
     last = torch.load(tmp_path / "a/last.pt", weights_only=True)
-    assert last["spent"]["skipped"] == 3 and all(p.isfinite().all() for p in last.get("pair", last.get("learner")).values())
+    assert last["spent"]["skipped"] == 3 and all(p.isfinite().all() for p in last["learner"].values())
 
 
 def test_the_one_stage_loss_is_the_task_loss_plus_the_weighted_objectives():
@@ -2365,6 +2364,15 @@ def typed(monkeypatch, capfd, command):
     ("segment.py --data toy --queries 3 --out {tmp}/a", "3 queries for 8 classes"),
     ("segment.py --data toy-night --out {tmp}/a", "toy-night: has no train split"),
     ("distill.py --data toy --teacher {teacher} --student dinov2_vits15", "dinov2_vits15: neither a file nor a known encoder"),
+    ("distill.py --data toy --teacher {teacher} --out {tmp}/junk.pt", "junk.pt is a file, not a folder"),
+    ("distill.py --data toy --teacher {teacher} --seed -1", "--seed -1: at least 0 was expected"),
+    ("segment.py --data toy --log_every 0", "--log_every 0: at least 1 was expected"),
+    ("distill.py --data toy --teacher {teacher} --budget 1.2.3 --out {tmp}/a", "--budget 1.2.3 is not one of"),
+    ("eval.py --table 5 --data toy --jobs 0", "--jobs 0: at least 1 was expected"),
+    ("eval.py --table 5 --data toy --seeds -1", "--seeds -1: at least 0 was expected"),
+    ("eval.py --table 5 --data toy --setting gtav", "--setting gtav: belongs to the paper's scale"),
+    ("eval.py --table 5 --data toy --out {tmp}/junk.pt", "junk.pt is a file, not a folder"),
+    ("eval.py --demo --table 5", "--demo is --table main"),
 ])
 def test_a_users_mistake_is_one_line_and_exit_status_2(command, says, teacher, student, tmp_path, monkeypatch, capfd):
     (tmp_path / "junk.pt").write_bytes(b"junk" * 100)
@@ -2509,21 +2517,21 @@ def test_a_run_killed_before_one_change_of_its_folder_after_the_other_is_complet
 
 
 def test_a_damaged_checkpoint_never_takes_the_place_of_the_good_one_before_it(teacher, tmp_path, monkeypatch):
-    monkeypatch.setitem(data.DATASETS, "toy", FEW)
-    argv = distilling(teacher, tmp_path / "parts", 4, f"--loss mse {EACH}")
+    argv, replace = distilling(teacher, tmp_path / "a", 4, f"--loss mse {EACH}"), os.replace
     interrupted(distill.main, argv, 3)
-    (tmp_path / "parts/last.pt").write_bytes(b"damaged")
-    shutil.copytree(tmp_path / "parts", tmp_path / "before")
-    for moment in itertools.count(1):  # until the kill comes after the first save
-        shutil.rmtree(tmp_path / "parts")
-        shutil.copytree(tmp_path / "before", tmp_path / "parts")
-        assert killed(distill.main, argv, moment, signal.SIGKILL, tmp_path / "shown") == -signal.SIGKILL
-        readable = [path for name in ("last.pt", "prev.pt") if (path := tmp_path / "parts" / name).exists() and path.stat().st_size > 7]
-        steps = torch.load(readable[0], weights_only=True)["spent"]["steps"]
-        if steps == 3:
-            break
-        assert steps == 2
-    assert moment > 5
+    (tmp_path / "a/last.pt").write_bytes(b"damaged")
+
+    def killed(source, target):
+        if Path(target).name == "last.pt":
+            raise KeyboardInterrupt
+        replace(source, target)
+    monkeypatch.setattr(os, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):  # between the two renames of the next save
+        distill.main(argv)
+    assert torch.load(tmp_path / "a/prev.pt", weights_only=True)["spent"]["steps"] == 2
+    monkeypatch.setattr(os, "replace", replace)
+    assert steps_of(distill.main, argv) == 2
+    assert sorted(path.name for path in (tmp_path / "a").iterdir()) == ["log.jsonl", "loss.png", "student.pt"]
 
 
 def signal_all(number, argv, shown):
@@ -2552,6 +2560,45 @@ def test_a_signal_to_all_processes_at_once_leaves_time_to_finish_and_save_the_st
     process.join(120)
     assert process.exitcode == 128 + number, (tmp_path / "shown").read_text()
     assert torch.load(tmp_path / "a/last.pt", weights_only=True)["spent"]["steps"] == 3
+
+
+def crash(shown):
+    """A script that crashes while a process loads its images."""
+    sys.stderr = open(shown, "w", buffering=1)
+
+    def main():
+        batches = iter(data.loader(data.images("toy", "", data.distill_transform(16)), 2, workers=1))
+        raise RuntimeError(f"crashed after {len(next(batches))}")
+    data.cli(main)
+
+
+def test_a_crash_ends_at_once_though_loading_processes_outlast_signals(tmp_path):
+    process = FORKS.Process(target=crash, args=(tmp_path / "shown",))
+    process.start()
+    process.join(20)  # they would live for 30 s
+    assert process.exitcode == 1
+    assert "Traceback" in (tmp_path / "shown").read_text() and "crashed after 2" in (tmp_path / "shown").read_text()
+
+
+def run_rows(rows, shown):
+    sys.stdout = sys.stderr = open(shown, "w", buffering=1)
+    evaluation.run(rows, evaluation.Config(data="toy"))
+
+
+def test_a_killed_table_ends_its_runs_with_their_step_saved(tmp_path):
+    text = f"segment.py --data toy --encoder toy_small --decoder linear --budget 5000 --log_every 1 --out {tmp_path}/a"
+    process = FORKS.Process(target=run_rows, args=([evaluation.Row("a", [text])], tmp_path / "shown"))
+    process.start()
+    log, until = tmp_path / "a/log.jsonl", time.time() + 120
+    while not (log.exists() and '"step": 2,' in log.read_text()):
+        assert process.is_alive() and time.time() < until, (tmp_path / "shown").read_text()
+        time.sleep(0.05)
+    os.kill(process.pid, signal.SIGTERM)
+    process.join(20)
+    assert process.exitcode == 128 + signal.SIGTERM and "stopped by signal 15; the same command" in (tmp_path / "shown").read_text()
+    kept = torch.load(tmp_path / "a/last.pt", weights_only=True)["spent"]["steps"]
+    time.sleep(1)
+    assert kept == records(tmp_path / "a")[-1]["step"] >= 2  # and nothing goes on there
 
 
 ONE_STAGE = "--freeze no --kd 1 --kd_logits 1 --teacher {teacher}"
@@ -2720,6 +2767,36 @@ def few(monkeypatch):
     """Toy domains of a few scenes."""
     for look, name, train in (("game", "toy", 6), ("night", "toy-night", 0), ("fog", "toy-fog", 0)):
         monkeypatch.setitem(data.DATASETS, name, data.toy(look, train=train, val=3))
+
+
+def test_a_measurement_is_kept_until_its_segmenter_is_trained_again(teacher, few, tmp_path):
+    out, cfg = tmp_path / "a", evaluation.Config(data="toy", workers=0)
+    segment.main(["--data", "toy", "--encoder", "toy_small", "--decoder", "linear", "--workers", "0", "--budget", "1", "--out", str(out)])
+    row = evaluation.Row("row", [f"segment.py --data toy --encoder toy_small --decoder linear --workers 0 --budget 1 --out {out}"])
+    block = evaluation.Block("table", [[row]], ["toy"], ["toy-night", "toy-fog"], {})
+    first = evaluation.measured(row, block, cfg, torch.device("cpu"))
+    assert first.miou[3] == pytest.approx((first.miou[1] + first.miou[2]) / 2)
+    kept = json.loads((out / "eval.json").read_text())
+    (out / "eval.json").write_text(json.dumps(kept | {"miou": {"toy": 1, "toy-night": 2, "toy-fog": 4}}))
+    assert evaluation.measured(row, block, cfg, torch.device("cpu")).miou == [1, 2, 4, 3]
+    assert evaluation.measured(row, block, dataclasses.replace(cfg, flip=True), torch.device("cpu")).miou != [1, 2, 4, 3]
+    (out / "eval.json").write_text(json.dumps(kept | {"miou": {"toy": 1, "toy-night": 2, "toy-fog": 4}}))
+    saved = torch.load(out / "segmenter.pt", weights_only=True)
+    saved["ledger"][-1]["seconds"] += 1
+    torch.save(saved, out / "segmenter.pt")
+    assert evaluation.measured(row, block, cfg, torch.device("cpu")).miou == first.miou
+
+
+@pytest.mark.parametrize("value", [0, 1e-9, 7, 2000, 40000])
+def test_a_chart_of_a_single_value_is_drawn(value, tmp_path):
+    assert np.diff(data.ticks(value, value)).min() > 0
+    data.chart({"a": [(value, value)]}, tmp_path / "a.png", "x", "y")
+
+
+def test_a_run_needs_no_git(teacher, tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    segment.main(segmenting(teacher, tmp_path / "a", budget=1))
+    assert json.loads((tmp_path / "a/log.jsonl").read_text().splitlines()[0])["git"] is None
 
 
 @pytest.mark.parametrize("name, legend", [
