@@ -63,7 +63,7 @@ class Config(qsd.LossConfig):
 FREE = {"root", "workers", "micro", "log_every", "save_minutes", "max_skips"}  # may change when a run resumes; all else is mathematics
 
 PROXY = dict(size=224, patch=14, batch=512, budget="100ep")
-TOY = dict(teacher="runs/toy/0/teacher/segmenter.pt", student="toy_small", size=64, patch=8, batch=16, budget="600", repeats=1, workers=1,
+TOY = dict(teacher="runs/toy/0/teacher/segmenter.pt", student="toy_small", size=64, patch=8, batch=16, budget="500", repeats=1, workers=1,
            lr=2e-3, lr_rule="constant", dcd_pool=1, log_every=20)
 # all other sets: the defaults above, the paper's source stage
 PRESETS = {"imagenet": PROXY, "toy-proxy": TOY} | dict.fromkeys(data.TOY_SOURCES, TOY | dict(lr=1e-3))

@@ -499,7 +499,7 @@ TOY = LIGHT | dict(encoder="toy_small", size=64, patch=8, batch=8, micro=8, budg
 CAMVID = LIGHT | dict(size=224, points=2048, batch=8, micro=8, budget="250", lr=1e-3, lr_backbone=1e-4, workers=1, seed=0, log_every=20,
                       dcd_pool=1)
 PRESETS = dict.fromkeys(data.TOY_SOURCES, TOY) | {
-    "toy-wide": TOY | dict(batch=16, micro=16, budget="800", lr=1.5e-3, lr_backbone=1.5e-3), "camvid": CAMVID}
+    "toy-wide": TOY | dict(batch=16, micro=16, budget="700", lr=1.5e-3, lr_backbone=1.5e-3), "camvid": CAMVID}
 
 
 # --- Encoder and decoder together -----------------------------------------------------------------------------------------
