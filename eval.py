@@ -34,7 +34,7 @@ import data
 import distill
 import qsd
 import segment
-from segment import confusion, evaluate, iou, predict
+from segment import confusion, evaluate, iou, predict, slide  # noqa: F401, the names are part of this file's interface
 
 
 @dataclass

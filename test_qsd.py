@@ -1901,12 +1901,12 @@ def test_the_sliding_window_equals_a_slow_loop_that_counts_overlaps(height, widt
                 total[:, :, top + a, left + b] += x[:, :2, top + a, left + b] * model.weight[a, b]
                 count[top + a, left + b] += 1
     assert count.min() >= 1
-    torch.testing.assert_close(segment.slide(model, x, window, stride), total / count)
+    torch.testing.assert_close(evaluation.slide(model, x, window, stride), total / count)
 
 
 def test_a_constant_model_gives_a_constant_map_without_seams():
     for constant in (0.5, 0.3):
-        scores = segment.slide(Lens(16, constant), torch.randn(1, 3, 45, 61), 16, 11)
+        scores = evaluation.slide(Lens(16, constant), torch.randn(1, 3, 45, 61), 16, 11)
         torch.testing.assert_close(scores, torch.full((1, 2, 45, 61), constant), rtol=3e-7, atol=0)
 
 
@@ -1915,8 +1915,8 @@ def test_an_image_smaller_than_the_window_is_padded_on_the_right_and_below():
     for height, width in ((10, 7), (10, 40)):
         x = torch.randn(1, 3, height, width)
         padded = F.pad(x, (0, max(0, 16 - width), 0, 6))
-        want = segment.slide(model, padded, 16, 11)[:, :, :height, :width]
-        assert torch.equal(segment.slide(model, x, 16, 11), want) and want.shape[2:] == (height, width)
+        want = evaluation.slide(model, padded, 16, 11)[:, :, :height, :width]
+        assert torch.equal(evaluation.slide(model, x, 16, 11), want) and want.shape[2:] == (height, width)
 
 
 def test_whole_images_are_padded_to_whole_patches_and_flips_are_averaged():
@@ -1928,7 +1928,7 @@ def test_whole_images_are_padded_to_whole_patches_and_flips_are_averaged():
     torch.testing.assert_close(both / both.sum(), mean / mean.sum())  # their sum is as good
     x = torch.randn(1, 3, 700, 512)
     model = Lens(512)
-    assert torch.equal(evaluation.predict(model, x, 512), segment.slide(model, x, 512, 341))  # the official stride
+    assert torch.equal(evaluation.predict(model, x, 512), evaluation.slide(model, x, 512, 341))  # the official stride
 
 
 # --- Runs: flags ------------------------------------------------------------------------------------------------------
