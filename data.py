@@ -1011,10 +1011,10 @@ def configure(Config, presets, argv=None):
     """Build a Config: its defaults, then the preset of --data, then the command line; every field is a flag, its comment the help."""
     given = vars(flags(Config).parse_args(argv))
     preset = presets.get(given.get("data", Config.data).split("+")[0], {})
-    for name, value in given.items():
-        least = name in ("batch", "micro", "size", "patch", "log_every", "max_skips", "jobs") and bool(getattr(Config, name))
+    for name, value in given.items():  # nothing is negative; these are above 0, unless their 0 has a meaning, the default
+        least = 1 if name in ("batch", "micro", "size", "patch", "log_every", "max_skips", "jobs") and getattr(Config, name) else 0
         if type(value) is int and value < least:
-            fail(f"--{name} {value}: at least {least:d} was expected")
+            fail(f"--{name} {value}: at least {least} was expected")
     return Config(**{**preset, **given})
 
 
@@ -1182,9 +1182,13 @@ def start_log(cfg, step, **header):
         git = subprocess.run(ask, capture_output=True, text=True, cwd=Path(__file__).parent).stdout.strip() if shutil.which("git") else ""
         text = json.dumps(dict(config=as_plain(cfg), command=" ".join(sys.argv), git=git or None, torch=torch.__version__,
                                torchvision=torchvision.__version__, python=sys.version.split()[0], **header)) + "\n"
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)
+    write(path, text)
+
+
+def write(path, text):
+    """Write a text file beside its place and rename it: no kill leaves half of it."""
+    path.with_suffix(".tmp").write_text(text)
+    os.replace(path.with_suffix(".tmp"), path)
 
 
 def log(out, record):

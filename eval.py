@@ -526,19 +526,19 @@ def run(rows, cfg):
                 process.start()
                 working[text] = process, said, time.time()
             wait([process.sentinel for process, _, _ in working.values()], timeout=1)
-            for text, (process, said, began) in list(working.items()):
-                if signals:
-                    process.terminate()  # Ctrl-C has reached it, too, kill has not: it saves its step and ends
+            for text in [text for text, (process, _, _) in working.items() if process.exitcode is not None and not signals]:
+                process, said, began = working.pop(text)
+                if process.exitcode:
+                    data.fail(f"{command(text, cfg)} ended with status {process.exitcode}: "
+                              f"{' '.join(said.read_text().splitlines()[-1:])} (see {said})")
+                done.add(text)
+                bar.write(f"{command(text, cfg)}  # {time.time() - began:.0f} s", file=sys.stdout)
+                bar.update()
+            if signals:  # Ctrl-C has reached the runs, too, kill has not: they save their step and end
+                for process, _, _ in working.values():
+                    process.terminate()
+                for process, _, _ in working.values():
                     process.join()
-                elif process.exitcode is not None:
-                    del working[text]
-                    if process.exitcode:
-                        data.fail(f"{command(text, cfg)} ended with status {process.exitcode}: "
-                                  f"{' '.join(said.read_text().splitlines()[-1:])} (see {said})")
-                    done.add(text)
-                    bar.write(f"{command(text, cfg)}  # {time.time() - began:.0f} s", file=sys.stdout)
-                    bar.update()
-            if signals:
                 print(f"stopped by signal {signals[0]}; the same command goes on from there", file=sys.stderr)
                 sys.exit(128 + signals[0])
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -584,8 +584,7 @@ def measured(row, block, cfg, device):
         if absent(missing, cfg.root):
             return None
         miou |= measure(path, *segment.load_segmenter(path, device), replace(cfg, data=missing), device)
-        kept.with_suffix(".tmp").write_text(json.dumps(dict(protocol=protocol, miou=miou)))
-        os.replace(kept.with_suffix(".tmp"), kept)
+        data.write(kept, json.dumps(dict(protocol=protocol, miou=miou)))
     mean = sum(miou[domain] for domain in block.unseen) / len(block.unseen)
     return Result([miou[domain] for domain in domains] + [mean], *(sum(stage[key] for stage in ledger) for key in ("seconds", "flops")))
 

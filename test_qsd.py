@@ -2771,8 +2771,8 @@ def few(monkeypatch):
 
 def test_a_measurement_is_kept_until_its_segmenter_is_trained_again(teacher, few, tmp_path):
     out, cfg = tmp_path / "a", evaluation.Config(data="toy", workers=0)
-    segment.main(["--data", "toy", "--encoder", "toy_small", "--decoder", "linear", "--workers", "0", "--budget", "1", "--out", str(out)])
     row = evaluation.Row("row", [f"segment.py --data toy --encoder toy_small --decoder linear --workers 0 --budget 1 --out {out}"])
+    segment.main(row.runs[0].split()[1:])
     block = evaluation.Block("table", [[row]], ["toy"], ["toy-night", "toy-fog"], {})
     first = evaluation.measured(row, block, cfg, torch.device("cpu"))
     assert first.miou[3] == pytest.approx((first.miou[1] + first.miou[2]) / 2)
