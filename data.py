@@ -1,5 +1,5 @@
 """Every dataset of the paper, read from its original download without conversion, and the augmentations of both stages;
-at the end what every script shares: flags, processes, checkpoints, the log.
+in the last part what every training script shares: flags, processes, the run with its checkpoints and its log.
 
 An image is a uint8 tensor (3, H, W), a label an int64 tensor (H, W) of class numbers with 255 = ignore. A domain is a
 row of DATASETS; sources join with "+" (gtav+synthia+urbansyn). Check a download, or store it at training size:
@@ -25,45 +25,46 @@ import traceback
 import types
 import typing
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Callable, NamedTuple
+from typing import Callable, Literal, NamedTuple
 
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 import torchvision
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.io import ImageReadMode, decode_jpeg, read_file
 from torchvision.transforms import InterpolationMode, RandomResizedCrop
-from torchvision.transforms.v2 import functional as F
+from torchvision.transforms.v2 import functional as TF
 from tqdm import tqdm
 
-IGNORE = 255  # label of a pixel that no loss and no metric sees
-UNKNOWN = 254  # a label value that the dataset's table does not name: always an error
-FILL = (124, 116, 104)  # the mean as a pixel, for what lies outside an image: 0 after normalisation
-BAD_SHARE = 0.01  # share of the training images that may be unreadable before a run stops
-LABEL_SEED = 0  # of the subset that labels="1/16" takes: the same images in every run
+from qsd import UserError
+
+IGNORE = 255                # label of a pixel that no loss and no metric sees
+UNKNOWN = 254               # a label value that the dataset's table does not name: always an error
+FILL = (124, 116, 104)      # the mean as a pixel, for what lies outside an image: 0 after normalisation
+BAD_SHARE = 0.01            # share of the training images that may be unreadable before a run stops
+LABEL_SEED = 0              # of the subset that labels="1/16" takes: the same images in every run
 SUFFIXES = {".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp"}
-BROKEN = (OSError, ValueError, SyntaxError, RuntimeError, Image.DecompressionBombError)  # of bad files
+BROKEN = (OSError, ValueError, SyntaxError, RuntimeError, Image.DecompressionBombError)  # what damaged files raise
+ORDER, ERASED_BOX, ERASED_PIXELS, MASKS = range(1, 5)  # each use of a draw's number has random numbers of its own
 
 
-class UserError(ValueError):
-    """Something the user can mend: one line that says what is wrong, in which file or flag."""
-
-    def __str__(self):
-        return super().__str__().split("UserError: ")[-1].strip()  # a loader's worker wraps the line in its traceback
-
-
-# --- Files to pixels --------------------------------------------------------------------------------------------------
+# --- Files to pixels ------------------------------------------------------------------------------------------------
 
 def read_image(path, mapped=True):
-    """Read an image as RGB, uint8 (3, H, W); TIFFs, if mapped, and stored .npy files are mapped: a crop reads its own rows only."""
+    """Read an image as RGB, uint8 (3, H, W).
+
+    Stored .npy files are mapped into memory, and so are TIFFs if `mapped`: a crop then reads its own rows only."""
     try:
         if path.suffix == ".npy":
             return torch.from_numpy(np.load(path, mmap_mode="c")).permute(2, 0, 1)
@@ -85,14 +86,16 @@ def read_rgb(path):
 
 
 def to_rgb(image):
-    """A Pillow image of any mode as RGB; 16-bit grey is scaled to 8 bits, where Pillow itself would cut it off at 255."""
+    """A Pillow image of any mode as RGB; 16-bit grey is scaled to 8 bits, where Pillow would cut it off at 255."""
     if image.mode == "RGB":
         return image  # convert would copy the pixels once more
     if image.mode[0] in "IF":  # I;16, and in older files I
         values = np.asarray(image)
         if image.mode == "F" or values.min() < 0 or values.max() > 65535:
-            raise ValueError(f"{image.mode} pixels from {values.min()} to {values.max()}, of which none is known to be white")
-        image = Image.fromarray(((values.astype(np.uint32) * 255 + 32767) // 65535).astype(np.uint8))
+            raise ValueError(f"{image.mode} pixels from {values.min()} to {values.max()}, "
+                             "of which none is known to be white")
+        scaled = (values.astype(np.uint32) * 255 + 32767) // 65535
+        image = Image.fromarray(scaled.astype(np.uint8))
     return image.convert("RGB")
 
 
@@ -101,32 +104,51 @@ def map_tiff(path):
     unpacked = path.with_name(path.name + ".npy")
     if not unpacked.exists():
         with Image.open(path) as image:
-            ends, raw = image.tile[0][2], image.mode == "RGB"
-            for codec, (left, _, right, bottom), start, _ in image.tile:  # strips of rows without gaps?
-                raw &= codec == "raw" and start == ends and left == 0 and right == image.width
-                ends = image.tile[0][2] + bottom * image.width * 3
-            if raw:
-                return np.memmap(path, np.uint8, "c", image.tile[0][2], (image.height, image.width, 3))
-            part, pixels = path.with_name(f"{path.name}.{os.getpid()}.part"), np.asarray(to_rgb(image))
-            with open(part, "wb") as file:
-                np.save(file, pixels)
-            os.replace(part, unpacked)  # whole or absent, whoever else unpacks it now
+            offset = raw_offset(image)
+            if offset is not None:
+                return np.memmap(path, np.uint8, "c", offset, (image.height, image.width, 3))
+            pixels = np.asarray(to_rgb(image))
+        part = path.with_name(f"{path.name}.{os.getpid()}.part")
+        with open(part, "wb") as file:
+            np.save(file, pixels)
+        os.replace(part, unpacked)  # whole or absent, whoever else unpacks it now
     return np.load(unpacked, mmap_mode="c")
+
+
+def raw_offset(image):
+    """Where in its file a TIFF's pixels begin if they are raw RGB rows without gaps; None for every other TIFF."""
+    begin = image.tile[0][2]
+    expected = begin
+    for codec, (left, _, right, bottom), start, _ in image.tile:  # strips of whole rows, each after the one before
+        if image.mode != "RGB" or codec != "raw" or start != expected or left != 0 or right != image.width:
+            return None
+        expected = begin + bottom * image.width * 3
+    return begin
 
 
 def resize(image, size, mode=InterpolationMode.BILINEAR, antialias=False):
     """Resize (3, H, W) to size (width, height); without antialias as mmsegmentation does."""
-    return F.resize(image, [size[1], size[0]], mode, antialias=antialias)
+    width, height = size
+    return TF.resize(image, [height, width], mode, antialias=antialias)
 
 
 def resize_label(label, size):
     """Resize (H, W) to size (width, height): the nearest pixel's class, by the same pixel centres as the image."""
-    return F.resize(label[None], [size[1], size[0]], InterpolationMode.NEAREST_EXACT)[0]
+    width, height = size
+    return TF.resize(label[None], [height, width], InterpolationMode.NEAREST_EXACT)[0]
 
 
-# --- Files to labels: each decoder takes a path and returns uint8 (H, W), 255 = ignore --------------------------------
+def crop(image, box):
+    """The part of (3, H, W) inside the box (left, top, right, bottom); all of it if box is None."""
+    if box is None:
+        return image
+    left, top, right, bottom = box
+    return image[:, top:bottom, left:right]
 
-def known(path, label, values):
+
+# --- Files to labels: each decoder takes a path and returns uint8 (H, W), 255 = ignore ------------------------------
+
+def checked(path, label, values):
     """The label, unless some of the file's values are in no table."""
     if (label == UNKNOWN).any():
         listed = np.unique(values[label == UNKNOWN], axis=0)[:8].tolist()
@@ -134,11 +156,15 @@ def known(path, label, values):
     return label
 
 
-def lookup_table(classes):
-    """256 entries from {label value: class}."""
+def lookup_table(values, ignored=()):
+    """The class of each of 256 label values; `values` holds the value of one class after the other, or a list of them.
+
+    Values in `ignored` that belong to no class, and 255, become IGNORE, all others UNKNOWN."""
     table = np.full(256, UNKNOWN, np.uint8)
     table[IGNORE] = IGNORE
-    table[list(classes)] = list(classes.values())
+    table[list(ignored)] = IGNORE
+    for number, values_of_class in enumerate(values):
+        table[values_of_class] = number
     return table
 
 
@@ -147,17 +173,17 @@ def by_value(path, table):
     values = np.asarray(Image.open(path))
     if values.ndim != 2 or values.dtype != np.uint8:
         raise UserError(f"{path}: is {values.dtype} with shape {values.shape}, but one 8-bit channel was expected")
-    return known(path, table[values], values)
+    return checked(path, table[values], values)
 
 
 def by_color(path, colors, unknown=UNKNOWN):
     """Class = position of the pixel's colour in `colors`; an alpha channel is dropped."""
     rgb = read_rgb(path)
-    packed = rgb @ np.array([1 << 16, 1 << 8, 1], np.int32)
+    packed = rgb @ np.array([1 << 16, 1 << 8, 1], np.int32)  # (H, W), 0xRRGGBB
     label = np.full(packed.shape, unknown, np.uint8)
     for number, (red, green, blue) in enumerate(colors):
         label[packed == (red << 16 | green << 8 | blue)] = number
-    return known(path, label, rgb)
+    return checked(path, label, rgb)
 
 
 def cityscapes_label(path):
@@ -174,12 +200,14 @@ def synthia_label(path):
     image = Image.open(path)
     image.tile = [(codec, box, start, "RGB;16L") for codec, box, start, _ in image.tile]  # the low bytes
     values = np.asarray(image)[..., 0]
-    return known(path, SYNTHIA_IDS[values], values)
+    return checked(path, SYNTHIA_IDS[values], values)
 
 
 def endovis_label(path):
-    label = by_color(path, ENDOVIS_COLORS + ((12, 255, 141),))
-    label[label == len(ENDOVIS_COLORS)] = IGNORE  # the ultrasound probe is not evaluated
+    """Class by colour; the ultrasound probe has a colour, too, but is not evaluated."""
+    probe = len(ENDOVIS_COLORS)
+    label = by_color(path, (*ENDOVIS_COLORS, (12, 255, 141)))
+    label[label == probe] = IGNORE
     return label
 
 
@@ -187,14 +215,10 @@ def isprs_label(path, box=None):
     """Six colours, and black for void; channels are cut at 127 because tiles 4_12 and 6_7 hold shades of them."""
     rgb = crop(read_image(path), box).numpy()
     red, green, blue = rgb > 127
-    return known(path, ISPRS_CLASS_OF[red * 4 + green * 2 + blue], np.moveaxis(rgb, 0, 2))
+    return checked(path, ISPRS_CLASS_OF[red * 4 + green * 2 + blue], np.moveaxis(rgb, 0, 2))
 
 
-def crop(image, box):
-    return image if box is None else image[:, box[1]:box[3], box[0]:box[2]]  # box: left, top, right, bottom
-
-
-# --- Class names, colours, lookup tables ------------------------------------------------------------------------------
+# --- Class names, colours, lookup tables ----------------------------------------------------------------------------
 
 CITYSCAPES_CLASSES = ("road", "sidewalk", "building", "wall", "fence", "pole", "traffic light", "traffic sign",
                       "vegetation", "terrain", "sky", "person", "rider", "car", "truck", "bus", "train", "motorcycle",
@@ -213,178 +237,297 @@ CAMVID_CLASSES = ("sky", "building", "pole", "road", "pavement", "tree", "sign",
 CAMVID_COLORS = ((70, 130, 180), (70, 70, 70), (153, 153, 153), (128, 64, 128), (244, 35, 232), (107, 142, 35),
                  (220, 220, 0), (190, 153, 153), (0, 0, 142), (220, 20, 60), (119, 11, 32))
 
-TRAIN_IDS = lookup_table({number: number for number in range(19)})
-URBANSYN_IDS = lookup_table({number: number for number in range(19)} | {19: IGNORE})
-CAMVID_IDS = lookup_table({number: number for number in range(11)} | {11: IGNORE})
-LABEL_IDS = lookup_table(dict.fromkeys(range(35), IGNORE) | {value: number for number, value in enumerate(
-    (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33))})  # Cityscapes, GTAV and ACDC
-SYNTHIA_IDS = lookup_table(dict.fromkeys(range(23), IGNORE) | {
-    3: 0, 4: 1, 2: 2, 21: 3, 5: 4, 7: 5, 15: 6, 9: 7, 6: 8, 16: 9, 1: 10, 10: 11, 17: 12, 8: 13, 18: 14, 19: 15, 20: 16,
-    12: 17, 11: 18})
-MAPILLARY_IDS = lookup_table(dict.fromkeys(range(66), IGNORE) | {
-    2: 1, 3: 4, 6: 3, 7: 0, 8: 0, 9: 1, 10: 0, 11: 1, 13: 0, 14: 0, 15: 1, 17: 2, 19: 11, 20: 12, 21: 12, 22: 12,
-    23: 0, 24: 0, 27: 10, 29: 9, 30: 8, 44: 5, 45: 5, 46: 7, 47: 5, 48: 6, 49: 7, 50: 7, 52: 18, 54: 15, 55: 13, 57: 17,
-    58: 16, 61: 14})
+TRAIN_IDS = lookup_table(range(19))
+URBANSYN_IDS = lookup_table(range(19), ignored=[19])
+CAMVID_IDS = lookup_table(range(11), ignored=[11])
+LABEL_IDS = lookup_table((7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33),
+                         ignored=range(35))  # Cityscapes, GTAV and ACDC
+SYNTHIA_IDS = lookup_table((3, 4, 2, 21, 5, 7, 15, 9, 6, 16, 1, 10, 17, 8, 18, 19, 20, 12, 11), ignored=range(23))
+MAPILLARY_IDS = lookup_table((
+    [7, 8, 10, 13, 14, 23, 24],     # road: also bike lane, crosswalk, parking, service lane, lane markings
+    [2, 9, 11, 15],                 # sidewalk: also curb, curb cut, pedestrian area
+    17, 6, 3,                       # building, wall, fence
+    [44, 45, 47],                   # pole: also street light, utility pole
+    48,                             # traffic light
+    [46, 49, 50],                   # traffic sign: its frame, back and front
+    30, 29, 27, 19,                 # vegetation, terrain, sky, person
+    [20, 21, 22],                   # rider: bicyclist, motorcyclist, other
+    55, 61, 54, 58, 57, 52,         # car, truck, bus, train (on rails), motorcycle, bicycle
+), ignored=range(66))
 ISPRS_CLASS_OF = np.array([IGNORE, 1, 3, 2, 5, UNKNOWN, 4, 0], np.uint8)  # at red 4 + green 2 + blue; magenta: no class
 
 
-# --- The toy world: streets drawn on the fly, so that the method runs with no download -----------------------------------------
-# A scene is a layout (which object covers which pixel, exact labels) seen in a look (palette, texture, light, weather). One fixed
-# look is the labelled source ("the game"), two more ("arcade", "diorama") are further sources; four others are never trained on; the
-# wide world draws a random look per image.
+# --- The toy world: streets drawn on the fly, so that the method runs with no download ------------------------------
+# A scene is a layout (which object covers which pixel, with exact labels) seen in a look (palette, texture, light,
+# weather). One fixed look is the labelled source ("the game"), two more ("arcade", "diorama") are further sources; four
+# others are never trained on. The wide world draws a random look for each image. Coordinates are pixels of 64 x 64.
 # Only rng.random() and exact arithmetic are used, so that a scene is the same on every machine.
 
 TOY_SIZE = 64
 TOY_CLASSES = ("sky", "building", "vegetation", "road", "pavement", "car", "pole", "person")
 SKY, BUILDING, VEGETATION, ROAD, PAVEMENT, CAR, POLE, PERSON = range(8)
-TOY_COLORS = ((70, 130, 180), (70, 70, 70), (107, 142, 35), (128, 64, 128), (244, 35, 232), (0, 0, 142), (220, 220, 0), (220, 20, 60))
-GAME = np.array([[.55, .75, .95], [.62, .50, .42], [.25, .50, .20], [.30, .30, .32], [.62, .60, .58], [.75, .15, .15], [.80, .75, .30],
-                 [.85, .60, .45]])  # the source's palette, RGB in 0..1
-ARCADE = np.array([[.40, .60, .85], [.75, .68, .55], [.35, .60, .25], [.42, .40, .40], [.72, .70, .62], [.20, .45, .75], [.55, .55, .60],
-                   [.35, .30, .70]])  # two further labelled sources, as SYNTHIA and UrbanSyn are to GTAV
-DIORAMA = np.array([[.80, .85, .90], [.50, .35, .30], [.20, .40, .28], [.22, .22, .25], [.55, .50, .45], [.85, .80, .20], [.30, .30, .30],
-                    [.60, .25, .45]])
-CITY = np.array([[.70, .72, .75], [.45, .42, .45], [.30, .38, .15], [.38, .37, .36], [.50, .48, .45], [.15, .22, .55], [.14, .14, .17],
-                 [.58, .24, .20]])  # the palette under the unseen weather: another place, not a filter over the game
+TOY_COLORS = ((70, 130, 180), (70, 70, 70), (107, 142, 35), (128, 64, 128), (244, 35, 232), (0, 0, 142), (220, 220, 0),
+              (220, 20, 60))
 
+# The palettes: each class's colour, RGB in 0..1, in the order of TOY_CLASSES. The game is the labelled source; arcade
+# and diorama are further sources, as SYNTHIA and UrbanSyn are to GTAV. The city is the place under the unseen weather:
+# it has colours of its own and is not the game behind a filter.
+GAME = np.array([[.55, .75, .95], [.62, .50, .42], [.25, .50, .20], [.30, .30, .32],
+                 [.62, .60, .58], [.75, .15, .15], [.80, .75, .30], [.85, .60, .45]])
+ARCADE = np.array([[.40, .60, .85], [.75, .68, .55], [.35, .60, .25], [.42, .40, .40],
+                   [.72, .70, .62], [.20, .45, .75], [.55, .55, .60], [.35, .30, .70]])
+DIORAMA = np.array([[.80, .85, .90], [.50, .35, .30], [.20, .40, .28], [.22, .22, .25],
+                    [.55, .50, .45], [.85, .80, .20], [.30, .30, .30], [.60, .25, .45]])
+CITY = np.array([[.70, .72, .75], [.45, .42, .45], [.30, .38, .15], [.38, .37, .36],
+                 [.50, .48, .45], [.15, .22, .55], [.14, .14, .17], [.58, .24, .20]])
 
-def toy_layout(rng, jumble=False):
-    """Draw one scene's objects back to front: object index per pixel (64, 64), and per object its class and distance (0 near, 1 far)."""
-    canvas = Image.new("L", (TOY_SIZE, TOY_SIZE), 0)
-    pen, kinds, far = ImageDraw.Draw(canvas), [SKY], [1.0]
-
-    def u(low, high):
-        return low + (high - low) * rng.random()
-
-    def add(kind, distance, shape, *box):  # shape: the pen's own rectangle, ellipse or polygon
-        kinds.append(kind)
-        far.append(distance)
-        shape(box if shape == pen.polygon else [min(box[0], box[2]), min(box[1], box[3]), max(box[0], box[2]), max(box[1], box[3])],
-              fill=len(kinds) - 1)
-
-    def thing(kind, x, y, s, z):  # one object standing at (x, y) with size s in pixels
-        if kind == CAR:
-            add(CAR, z, pen.rectangle, x - s, y - .55 * s, x + s, y)
-            add(CAR, z, pen.polygon, (x - .7 * s, y - .5 * s), (x - .4 * s, y - s), (x + .4 * s, y - s), (x + .7 * s, y - .5 * s))
-        elif kind == POLE:
-            add(POLE, z, pen.rectangle, x, y - 3.2 * s, x + .35 * s, y)
-            if rng.random() < .6:  # a sign or a lamp on top
-                add(POLE, z, pen.rectangle, x - .4 * s, y - 3.6 * s, x + .7 * s, y - 2.7 * s)
-        elif kind == PERSON:
-            add(PERSON, z, pen.rectangle, x - .4 * s, y - 1.4 * s, x + .4 * s, y)
-            add(PERSON, z, pen.ellipse, x - .35 * s, y - 2.1 * s, x + .35 * s, y - 1.3 * s)
-        elif kind == VEGETATION:
-            add(VEGETATION, z, pen.ellipse, x - .8 * s, y - 2 * s, x + .8 * s, y)
-        else:  # a block of building
-            add(BUILDING, z, pen.rectangle, x - s, y - u(1., 2.6) * s, x + s, y)
-
-    if jumble:  # the proxy set: the same kinds of objects, but no street; anything anywhere at any size
-        add(int(u(0, 5)), 1, pen.rectangle, 0, 0, 64, 64)
-        add(int(u(0, 5)), u(0, 1), pen.polygon, (0, u(0, 64)), (64, u(0, 64)), (64, 64), (0, 64))
-        for _ in range(int(u(4, 11))):
-            thing((BUILDING, VEGETATION, CAR, POLE, PERSON)[int(u(0, 5))], u(0, 64), u(16, 70), u(4, 15), u(0, 1))
-    else:
-        horizon, vanish = u(18, 30), u(16, 48)
-        for _ in range(int(u(2, 6))):
-            thing(BUILDING, u(0, 64), horizon + 1, u(6, 13), u(.7, .95))
-        for _ in range(int(u(0, 5))):
-            thing(VEGETATION, u(0, 64), horizon + 2, u(6, 11), u(.6, .9))
-        left, right = u(-14, 14), u(50, 78)
-        add(VEGETATION if rng.random() < .4 else PAVEMENT, .5, pen.rectangle, 0, horizon, 64, 64)
-        add(PAVEMENT, .5, pen.polygon, (vanish - 4, horizon), (vanish + 4, horizon), (right + u(8, 24), 64), (left - u(8, 24), 64))
-        add(ROAD, .5, pen.polygon, (vanish - 2, horizon), (vanish + 2, horizon), (right, 64), (left, 64))
-        for t in sorted(u(.08, .95) for _ in range(int(u(2, 6)))):  # far to near
-            y, kind = horizon + t * (64 - horizon), (CAR, CAR, POLE, PERSON, VEGETATION)[int(u(0, 5))]
-            edge_l, edge_r = vanish + t * (left - vanish), vanish + t * (right - vanish)
-            if kind == CAR:
-                x = u(edge_l, edge_r)
-            else:  # beside the road
-                x = edge_l - u(1, 14) if rng.random() < .5 else edge_r + u(1, 14)
-            thing(kind, x, y, {CAR: 7 + 8 * t, POLE: 9 + 5 * t, PERSON: 9 + 6 * t, VEGETATION: 7 + 6 * t}[kind], 1 - t)
-    return np.array(canvas), np.array(kinds), np.array(far)
+GAME_LOOK = dict(
+    palette=GAME,
+    jitter=.08,             # how far an object's colour may lie from its class's
+    texture=.10,            # contrast of each class's pattern
+    gain=1.,                # brightness of the light
+    tint=np.ones(3),        # its colour
+    grey=0.,                # share of the colour that is lost
+    fog=0.,                 # share of the fog's colour in what is farthest away
+    fog_color=np.full(3, .8),
+    white=0.,               # how much snow lies on the ground and on plants
+    dots=0.,                # share of the pixels that are falling flakes
+    streaks=0.,             # share of the pixels that are streaks of rain
+    lamps=0.,               # brightness of lamps on poles and of lights on cars
+    noise=.02,              # of the camera
+)
+LOOKS = {  # in what a domain differs from the game
+    "game": {},
+    "arcade": dict(palette=ARCADE, gain=1.05, texture=.16, jitter=.12),
+    "diorama": dict(palette=DIORAMA, gain=.85, tint=np.array([1.1, 1., .85]), texture=.05),
+    "night": dict(palette=CITY, gain=.38, tint=np.array([.85, .95, 1.25]), lamps=.5, noise=.06),
+    "fog": dict(palette=CITY, fog=.65, grey=.3, noise=.03),
+    "snow": dict(palette=CITY, white=.65, dots=.04, fog=.25, noise=.03),
+    "rain": dict(palette=CITY, gain=.75, grey=.4, streaks=.06, fog=.3, fog_color=np.full(3, .5), noise=.04),
+}
 
 
 def toy_look(rng, domain):
-    """One look as plain numbers: fixed for a named domain, random for the wide world."""
-    look = dict(palette=GAME, jitter=.08, texture=.10, gain=1., tint=np.ones(3), grey=0., fog=0., fog_color=np.full(3, .8), white=0.,
-                dots=0., streaks=0., lamps=0., noise=.02)
-    if domain == "arcade":
-        look |= dict(palette=ARCADE, gain=1.05, texture=.16, jitter=.12)
-    elif domain == "diorama":
-        look |= dict(palette=DIORAMA, gain=.85, tint=np.array([1.1, 1., .85]), texture=.05)
-    elif domain == "night":
-        look |= dict(palette=CITY, gain=.38, tint=np.array([.85, .95, 1.25]), lamps=.5, noise=.06)
-    elif domain == "fog":
-        look |= dict(palette=CITY, fog=.65, grey=.3, noise=.03)
-    elif domain == "snow":
-        look |= dict(palette=CITY, white=.65, dots=.04, fog=.25, noise=.03)
-    elif domain == "rain":
-        look |= dict(palette=CITY, gain=.75, grey=.4, streaks=.06, fog=.3, fog_color=np.full(3, .5), noise=.04)
-    elif domain == "wide":
-        r = rng.random
-        wild = .6 * r() ** 2  # from natural colours towards arbitrary ones
-        look |= dict(palette=(1 - wild) * (.5 * GAME + .5 * CITY) + wild * r((8, 3)), jitter=.2 * r(), texture=.25 * r(),
-                     gain=.3 + .8 * r(), tint=.75 + .5 * r(3), grey=r(), fog=max(0, 1.6 * r() - .8), fog_color=r(3), white=max(0, 1.4 * r() - .8),
-                     dots=max(0, .10 * r() - .06), streaks=max(0, .12 * r() - .07), lamps=max(0, 1.2 * r() - .7), noise=.10 * r())
-    return look
+    """One look as plain numbers: fixed for a named domain, random for "wide": any light, now and then each weather."""
+    if domain != "wide":
+        return GAME_LOOK | LOOKS[domain]
+    wild = .6 * rng.random() ** 2  # from natural colours towards arbitrary ones
+    return dict(
+        palette=(1 - wild) * (.5 * GAME + .5 * CITY) + wild * rng.random((8, 3)),
+        jitter=.2 * rng.random(),
+        texture=.25 * rng.random(),
+        gain=.3 + .8 * rng.random(),
+        tint=.75 + .5 * rng.random(3),
+        grey=rng.random(),
+        fog=max(0, 1.6 * rng.random() - .8),
+        fog_color=rng.random(3),
+        white=max(0, 1.4 * rng.random() - .8),
+        dots=max(0, .10 * rng.random() - .06),
+        streaks=max(0, .12 * rng.random() - .07),
+        lamps=max(0, 1.2 * rng.random() - .7),
+        noise=.10 * rng.random(),
+    )
+
+
+class ToyCanvas:
+    """A scene while it is drawn, back to front: a map of object numbers, and each object's class and distance."""
+
+    def __init__(self, rng):
+        self.rng = rng
+        self.map = Image.new("L", (TOY_SIZE, TOY_SIZE), 0)
+        self.pen = ImageDraw.Draw(self.map)
+        self.kinds = [SKY]          # object 0 is the sky, and
+        self.distances = [1.0]      # as far away as anything can be; 0 is near
+
+    def between(self, low, high):
+        return low + (high - low) * self.rng.random()
+
+    def one_of(self, *kinds):
+        return kinds[int(self.between(0, len(kinds)))]
+
+    def new_object(self, kind, distance):
+        """The number of a new object, which the pen draws over those before it."""
+        self.kinds.append(kind)
+        self.distances.append(distance)
+        return len(self.kinds) - 1
+
+    def rectangle(self, kind, distance, left, top, right, bottom):
+        self.pen.rectangle([left, top, right, bottom], fill=self.new_object(kind, distance))
+
+    def ellipse(self, kind, distance, left, top, right, bottom):
+        self.pen.ellipse([left, top, right, bottom], fill=self.new_object(kind, distance))
+
+    def polygon(self, kind, distance, *corners):
+        self.pen.polygon(corners, fill=self.new_object(kind, distance))
+
+    def thing(self, kind, x, y, s, distance):
+        """A thing that stands at (x, y), of size s in pixels."""
+        if kind == CAR:
+            self.rectangle(CAR, distance, x - s, y - .55 * s, x + s, y)
+            self.polygon(CAR, distance, (x - .7 * s, y - .5 * s), (x - .4 * s, y - s),
+                         (x + .4 * s, y - s), (x + .7 * s, y - .5 * s))
+        elif kind == POLE:
+            self.rectangle(POLE, distance, x, y - 3.2 * s, x + .35 * s, y)
+            if self.rng.random() < .6:  # a sign or a lamp on top
+                self.rectangle(POLE, distance, x - .4 * s, y - 3.6 * s, x + .7 * s, y - 2.7 * s)
+        elif kind == PERSON:
+            self.rectangle(PERSON, distance, x - .4 * s, y - 1.4 * s, x + .4 * s, y)
+            self.ellipse(PERSON, distance, x - .35 * s, y - 2.1 * s, x + .35 * s, y - 1.3 * s)
+        elif kind == VEGETATION:
+            self.ellipse(VEGETATION, distance, x - .8 * s, y - 2 * s, x + .8 * s, y)
+        elif kind == BUILDING:
+            height = self.between(1., 2.6) * s
+            self.rectangle(BUILDING, distance, x - s, y - height, x + s, y)
+
+
+def toy_layout(rng, jumble=False):
+    """Draw one scene: object number per pixel (64, 64), and per object its class and distance (0 near, 1 far)."""
+    canvas = ToyCanvas(rng)
+    if jumble:
+        draw_jumble(canvas)
+    else:
+        draw_street(canvas)
+    return np.array(canvas.map), np.array(canvas.kinds), np.array(canvas.distances)
+
+
+def draw_jumble(canvas):
+    """A scene of the proxy set: the same kinds of things, but no street; anything anywhere at any size."""
+    between = canvas.between
+
+    # Two grounds of any classes share the image; a slanted border divides them.
+    grounds = (SKY, BUILDING, VEGETATION, ROAD, PAVEMENT)
+    canvas.rectangle(canvas.one_of(*grounds), 1, 0, 0, 64, 64)
+    canvas.polygon(canvas.one_of(*grounds), between(0, 1), (0, between(0, 64)), (64, between(0, 64)), (64, 64), (0, 64))
+
+    # Four to ten things lie before them.
+    for _ in range(int(between(4, 11))):
+        kind = canvas.one_of(BUILDING, VEGETATION, CAR, POLE, PERSON)
+        canvas.thing(kind, x=between(0, 64), y=between(16, 70), s=between(4, 15), distance=between(0, 1))
+
+
+def draw_street(canvas):
+    """A street that leads to a vanishing point on the horizon, with things on it and beside it."""
+    between = canvas.between
+    horizon = between(18, 30)
+    vanish = between(16, 48)
+
+    # Buildings and trees stand along the horizon.
+    for _ in range(int(between(2, 6))):
+        canvas.thing(BUILDING, x=between(0, 64), y=horizon + 1, s=between(6, 13), distance=between(.7, .95))
+    for _ in range(int(between(0, 5))):
+        canvas.thing(VEGETATION, x=between(0, 64), y=horizon + 2, s=between(6, 11), distance=between(.6, .9))
+
+    # The ground is grass or pavement; on it lie the street's own pavement and, narrower, its road.
+    left = between(-14, 14)
+    right = between(50, 78)
+    ground = VEGETATION if canvas.rng.random() < .4 else PAVEMENT
+    canvas.rectangle(ground, .5, 0, horizon, 64, 64)
+    right_curb = right + between(8, 24)
+    left_curb = left - between(8, 24)
+    canvas.polygon(PAVEMENT, .5, (vanish - 4, horizon), (vanish + 4, horizon), (right_curb, 64), (left_curb, 64))
+    canvas.polygon(ROAD, .5, (vanish - 2, horizon), (vanish + 2, horizon), (right, 64), (left, 64))
+
+    # Cars drive on the road, other things stand beside it, from far (nearness 0) to near (nearness 1).
+    count = int(between(2, 6))
+    for nearness in sorted(between(.08, .95) for _ in range(count)):
+        left_edge = vanish + nearness * (left - vanish)
+        right_edge = vanish + nearness * (right - vanish)
+        kind = canvas.one_of(CAR, CAR, POLE, PERSON, VEGETATION)
+        if kind == CAR:
+            x = between(left_edge, right_edge)
+        elif canvas.rng.random() < .5:
+            x = left_edge - between(1, 14)
+        else:
+            x = right_edge + between(1, 14)
+        y = horizon + nearness * (64 - horizon)
+        sizes = {CAR: 7 + 8 * nearness, POLE: 9 + 5 * nearness, PERSON: 9 + 6 * nearness, VEGETATION: 7 + 6 * nearness}
+        canvas.thing(kind, x, y, sizes[kind], distance=1 - nearness)
 
 
 @lru_cache(maxsize=8192)  # a scene takes longer to draw than to train on
 def toy_scene(domain, index, jumble=False, seed=0):
-    """Image (64, 64, 3) uint8 and label (64, 64) uint8 of scene `index`; domain: game, arcade, diorama, night, fog, snow, rain or wide."""
+    """Image (64, 64, 3) uint8 and label (64, 64) uint8 of scene number `index`; domain: a key of LOOKS, or "wide"."""
     rng = np.random.Generator(np.random.PCG64([seed, index, sum(domain.encode())]))
-    inst, kinds, far = toy_layout(rng, jumble)
+    objects, kinds, distances = toy_layout(rng, jumble)
     look = toy_look(rng, domain)
-    label, y, x = kinds[inst], *np.mgrid[:TOY_SIZE, :TOY_SIZE]
-    fine, coarse = rng.random((64, 64)) - .5, np.kron(rng.random((16, 16)), np.ones((4, 4))) - .5
-    windows = ((x % 5 < 2) & (y % 6 < 3)) - .3
-    fields = np.stack([(y - 24) / 64, windows, coarse + fine, fine, ((x + y) % 8 < 1) - .2, ((y % 7) < 2) - .3, ((y % 6) < 3) - .5, coarse])
-    colors = look["palette"][kinds] + look["jitter"] * (rng.random((len(kinds), 1)) + .5 * rng.random((len(kinds), 3)) - .75) * 2
-    image = colors[inst] + look["texture"] * np.take_along_axis(fields, label[None], 0)[0][..., None]
-    ground = (label == ROAD) | (label == PAVEMENT) | (label == VEGETATION)
-    image += look["white"] * (ground * (.6 + .8 * coarse))[..., None] * (1 - image)          # lying snow
+    label = kinds[objects]
+    y, x = np.mgrid[:TOY_SIZE, :TOY_SIZE]
+
+    # Materials: each object has its own shade of its class's colour, each class its pattern.
+    fine = rng.random((64, 64)) - .5
+    coarse = np.kron(rng.random((16, 16)), np.ones((4, 4))) - .5
+    patterns = np.stack([
+        (y - 24) / 64,                              # sky: brighter towards the horizon
+        ((x % 5 < 2) & (y % 6 < 3)) - .3,           # building: windows
+        coarse + fine,                              # vegetation: leaves
+        fine,                                       # road
+        ((x + y) % 8 < 1) - .2,                     # pavement: diagonal joints
+        (y % 7 < 2) - .3,                           # car
+        (y % 6 < 3) - .5,                           # pole: rings
+        coarse,                                     # person
+    ])  # (8, 64, 64)
+    shade = rng.random((len(kinds), 1)) + .5 * rng.random((len(kinds), 3)) - .75
+    colors = look["palette"][kinds] + look["jitter"] * shade * 2
+    pattern = np.take_along_axis(patterns, label[None], 0)[0]
+    image = colors[objects] + look["texture"] * pattern[..., None]
+
+    # Light: snow lies on the ground before the light falls on it; lamps shine of themselves.
+    paved = (label == ROAD) | (label == PAVEMENT)
+    ground = paved | (label == VEGETATION)
+    snow = ground * (.6 + .8 * coarse)
+    image += look["white"] * snow[..., None] * (1 - image)
     image = image * look["gain"] * look["tint"]
-    for i in range(len(kinds)):                                                            # lamps on poles, lights on cars
-        if look["lamps"] and kinds[i] in (POLE, CAR) and (inst == i).any():
-            py, px = np.argwhere(inst == i)[0]
-            image += look["lamps"] / (1 + .06 * ((y - py) ** 2 + (x - px) ** 2))[..., None] * np.array([1., .85, .55])
+    for number, kind in enumerate(kinds):
+        visible = objects == number
+        if look["lamps"] and kind in (POLE, CAR) and visible.any():
+            top, left = np.argwhere(visible)[0]
+            glow = look["lamps"] / (1 + .06 * ((y - top) ** 2 + (x - left) ** 2))
+            image += glow[..., None] * np.array([1., .85, .55])
+
+    # Weather: colours fade, fog thickens with the distance, flakes and streaks fall before all else.
     image += look["grey"] * (image.mean(2, keepdims=True) - image)
-    row = np.clip(1.6 - y / 40, 0, 1)                                                      # the ground recedes row by row
-    distance = np.where((label == ROAD) | (label == PAVEMENT), row, far[inst])
+    ground_distance = np.clip(1.6 - y / 40, 0, 1)  # road and pavement recede row by row
+    distance = np.where(paved, ground_distance, distances[objects])
     image += (look["fog"] * distance)[..., None] * (look["fog_color"] - image)
-    image += ((rng.random((64, 64)) < look["dots"])[..., None]) * (.95 - image)                 # flakes
-    fall = np.kron(rng.random((8, 64)) < look["streaks"], np.ones((8, 1)))[..., None]         # streaks
-    image += .5 * fall * (.8 - image)
+    flakes = rng.random((64, 64)) < look["dots"]
+    image += flakes[..., None] * (.95 - image)
+    streaks = np.kron(rng.random((8, 64)) < look["streaks"], np.ones((8, 1)))
+    image += .5 * streaks[..., None] * (.8 - image)
+
+    # The camera adds its noise.
     image += look["noise"] * (rng.random((64, 64, 3)) + rng.random((64, 64, 3)) - 1) * 1.5
-    return (np.clip(image, 0, 1) * 255 + .5).astype(np.uint8), label.astype(np.uint8)
+    image = np.clip(image, 0, 1) * 255 + .5
+    return image.astype(np.uint8), label.astype(np.uint8)
 
 
-# --- The datasets: one row each ---------------------------------------------------------------------------------------
+# --- The datasets: one row each -------------------------------------------------------------------------------------
 # A pattern names files of any image suffix below the dataset's folder: "*" stands for text within one name, "{a,b}" for
 # either, "**/" for any folders, "<split>" for the row's text of that split. Image and label are a pair where "*" and
 # "{}" stood for the same texts. Of several patterns (layouts of different releases) the first that finds a file counts.
 
 @dataclass(frozen=True)
 class Dataset:
-    folder: str  # below --root, which may also be the folder itself
-    images: tuple = ()
+    folder: str                 # below --root, which may also be the folder itself
+    images: tuple = ()          # patterns
     labels: tuple = ()
-    splits: dict = None  # {split: text of "<split>"}; of a generated set {split: range of scene numbers}
-    decode: Callable = None  # label file -> uint8 (H, W)
+    splits: dict = None         # {split: text of "<split>"}; of a generated set {split: range of scene numbers}
+    decode: Callable = None     # label file -> uint8 (H, W)
     classes: tuple = ()
     colors: tuple = ()
-    eval_size: tuple = None  # evaluation scales images to fit (long edge, short edge); None: native size
-    eval_half: bool = False  # evaluation first halves image and label
-    tile: int = None  # images are cut into tiles of this side
+    eval_size: tuple = None     # evaluation scales images to fit (long edge, short edge); None: native size
+    eval_half: bool = False     # evaluation first halves image and label
+    tile: int = None            # images are cut into tiles of this side
     resize_label: bool = False  # labels of another size than their image are known to occur: resized, no error
-    generate: Callable = None  # scene number -> image uint8 (H, W, 3), label uint8 (H, W): a set without files
+    generate: Callable = None   # scene number -> image uint8 (H, W, 3), label uint8 (H, W): a set without files
+    converted: tuple = ()       # ends of names of files that converters write beside the labels: no labels of this set
 
     @property
     def num_classes(self):
         return len(self.classes)
 
 
-TRAIN, TRAIN_VAL = {"train": "train"}, {"train": "train", "val": "val"}
+TRAIN = {"train": "train"}
+TRAIN_VAL = {"train": "train", "val": "val"}
 POTSDAM = {"train": "{2_10,2_11,2_12,3_10,3_11,3_12,4_10,4_11,4_12,5_10,5_11,5_12,"
                     "6_7,6_8,6_9,6_10,6_11,6_12,7_7,7_8,7_9,7_10,7_11,7_12}",
            "val": "{2_13,2_14,3_13,3_14,4_13,4_14,4_15,5_13,5_14,5_15,6_13,6_14,6_15,7_13}"}
@@ -397,22 +540,33 @@ camvid = partial(Dataset, classes=CAMVID_CLASSES, colors=CAMVID_COLORS, decode=p
 
 
 def acdc(condition):
+    """One of the four conditions of ACDC, each a domain."""
     return street("acdc", (f"rgb_anon/{condition}/<split>/*/*_rgb_anon",),
                   (f"gt/{condition}/<split>/*/*_gt_labelTrainIds", f"gt/{condition}/<split>/*/*_gt_labelIds"),
                   TRAIN_VAL, cityscapes_label, eval_size=(960, 540))
 
 
 def toy(domain, jumble=False, train=0, val=0):
-    splits = {"train": range(train), "val": range(10 ** 6, 10 ** 6 + val)}
-    return Dataset("toy", splits={name: numbers for name, numbers in splits.items() if numbers}, classes=TOY_CLASSES, colors=TOY_COLORS,
+    """A toy domain with so many scenes for training and for evaluation."""
+    splits = {}
+    if train:
+        splits["train"] = range(train)
+    if val:
+        splits["val"] = range(10 ** 6, 10 ** 6 + val)
+    return Dataset("toy", splits=splits, classes=TOY_CLASSES, colors=TOY_COLORS,
                    generate=partial(toy_scene, domain, jumble=jumble))
 
 
 DATASETS = {
-    "imagenet": Dataset("imagenet", ("<split>/*/*", "<split>/*", "n*/*", "*"), splits=TRAIN_VAL),  # or any flat folder
-    "gtav": street("gtav", ("images/*",), ("labels/*",), TRAIN, cityscapes_label, resize_label=True),
-    "synthia": street("synthia", ("**/RGB/*",), ("**/GT/LABELS/*",), TRAIN, synthia_label),
+    # ImageNet, or any flat folder of images
+    "imagenet": Dataset("imagenet", ("<split>/*/*", "<split>/*", "n*/*", "*"), splits=TRAIN_VAL),
+    # synthetic streets
+    "gtav": street("gtav", ("images/*",), ("labels/*",), TRAIN, cityscapes_label, resize_label=True,
+                   converted=("_labelTrainIds",)),
+    "synthia": street("synthia", ("**/RGB/*",), ("**/GT/LABELS/*",), TRAIN, synthia_label,
+                      converted=("_labelTrainIds",)),
     "urbansyn": street("urbansyn", ("rgb/**/rgb_*",), ("ss/**/ss_*",), TRAIN, partial(by_value, table=URBANSYN_IDS)),
+    # real streets
     "cityscapes": street("cityscapes", ("leftImg8bit/<split>/*/*_leftImg8bit",),
                          ("gtFine/<split>/*/*_gtFine_labelIds", "gtFine/<split>/*/*_gtFine_labelTrainIds"),
                          TRAIN_VAL, cityscapes_label, eval_size=(1024, 512)),
@@ -426,18 +580,23 @@ DATASETS = {
     "acdc-snow": acdc("snow"),
     "acdc-fog": acdc("fog"),
     "acdc-rain": acdc("rain"),
+    # from the air
     "potsdam-rgb": isprs("potsdam", ("**/top_potsdam_<split>_RGB",),
-                          ("**/top_potsdam_<split>_label_noBoundary",), POTSDAM),
+                         ("**/top_potsdam_<split>_label_noBoundary",), POTSDAM),
     "potsdam-irrg": isprs("potsdam", ("**/top_potsdam_<split>_IRRG",),
-                           ("**/top_potsdam_<split>_label_noBoundary",), POTSDAM),
+                          ("**/top_potsdam_<split>_label_noBoundary",), POTSDAM),
     "vaihingen-irrg": isprs("vaihingen", ("**/top_mosaic_09cm_area<split>",),
                             ("**/top_mosaic_09cm_area<split>_noBoundary",), VAIHINGEN),
+    # surgery
     "endovis18": Dataset("endovis18", ("**/<split>/left_frames/*",), ("**/<split>/labels/*",), ENDOVIS, endovis_label,
                          ENDOVIS_CLASSES, ENDOVIS_COLORS),
+    # CamVid by day, and at dusk as an unseen domain
     "camvid": camvid("camvid", ("<split>/{0006R0,0016E5,Seq05VD}_*",), ("<split>annot/{0006R0,0016E5,Seq05VD}_*",),
-                     {"train": "train", "val": "test"}),  # by day
+                     {"train": "train", "val": "test"}),
     "camvid-dusk": camvid("camvid", ("<split>/0001TP_*",), ("<split>annot/0001TP_*",), {"val": "{train,val,test}"}),
+    # one's own images
     "folder": Dataset("folder", ("images/<split>*",), ("masks/<split>*",), {"train": "{train/,}", "val": "val/"}),
+    # the toy world
     "toy": toy("game", train=1000, val=100),
     "toy-night": toy("night", val=100),
     "toy-fog": toy("fog", val=100),
@@ -449,7 +608,7 @@ DATASETS = {
     "toy-proxy": toy("wide", jumble=True, train=2000),
 }
 ACDC = ("acdc-night", "acdc-snow", "acdc-fog", "acdc-rain")
-JOINED = {"acdc": "+".join(ACDC)}
+JOINED = {"acdc": ACDC}  # short names of several rows
 TOY_SOURCES = ("toy", "toy-arcade", "toy-diorama")
 SETTINGS = {  # labelled source -> domains of the table row
     "gtav": ("gtav", ("cityscapes", "bdd100k", "mapillary")),
@@ -462,15 +621,17 @@ SETTINGS = {  # labelled source -> domains of the table row
 }
 
 
-# --- Finding the files ------------------------------------------------------------------------------------------------
+# --- Finding the files ----------------------------------------------------------------------------------------------
 
 class Sample(NamedTuple):
+    """One image with its label: where they lie, and how they are read."""
     entry: Dataset
-    image: object  # Path, or the number of a generated scene
-    label: object = None  # Path
-    box: tuple = None  # (left, top, right, bottom) of a tile
+    image: object           # Path, or the number of a generated scene
+    label: object = None    # Path
+    box: tuple = None       # (left, top, right, bottom) of a tile
 
     def read_image(self):
+        """uint8 (3, H, W); UserError names a file that is broken."""
         if self.entry.generate:
             return torch.from_numpy(self.entry.generate(self.image)[0]).permute(2, 0, 1)
         return crop(read_image(self.image), self.box)
@@ -482,64 +643,92 @@ class Sample(NamedTuple):
         try:
             if self.label.suffix == ".npy":
                 return torch.from_numpy(np.load(self.label))
-            tile = (self.box,) if self.entry.tile else ()
-            return torch.from_numpy(self.entry.decode(self.label, *tile))
+            if self.entry.tile:
+                return torch.from_numpy(self.entry.decode(self.label, self.box))
+            return torch.from_numpy(self.entry.decode(self.label))
         except UserError:
             raise
         except BROKEN as error:
             raise UserError(f"{self.label}: cannot be read as a label ({error})") from None
 
 
-def rows(name, classes=None, labelled=True):
+def entries(name, classes=None, labelled=True):
     """{name: row of DATASETS} for a name like gtav+synthia; `classes` is the number of classes of --data folder."""
-    entries = {}
-    for part in "+".join(JOINED.get(part, part) for part in name.split("+")).split("+"):
+    parts = []
+    for part in name.split("+"):
+        parts += JOINED.get(part, [part])
+    found = {}
+    for part in parts:
         if part not in DATASETS:
             raise UserError(f"--data {part}: not one of {' '.join(DATASETS)}")
-        entries[part] = DATASETS[part]
         if classes and (part != "folder" or classes > UNKNOWN):
             raise UserError(f"--classes {classes}: is for --data folder, and at most {UNKNOWN}")
-        if part == "folder" and classes:
-            colors = np.random.default_rng(0).integers(40, 256, (classes, 3)).tolist()
-            table = lookup_table({number: number for number in range(classes)})
-            entries[part] = replace(DATASETS[part], decode=partial(by_value, table=table),
-                                    classes=tuple(map(str, range(classes))), colors=tuple(map(tuple, colors)))
-    if labelled and len({entry.classes for entry in entries.values()}) > 1:
+        found[part] = numbered_classes(DATASETS[part], classes) if classes else DATASETS[part]
+    if labelled and len({entry.classes for entry in found.values()}) > 1:
         raise UserError(f"--data {name}: these sets have different classes")
-    return entries
+    return found
+
+
+def numbered_classes(entry, classes):
+    """The row for one's own images with so many classes, which have numbers for names and bright colours."""
+    colors = np.random.default_rng(0).integers(40, 256, (classes, 3)).tolist()
+    table = lookup_table(range(classes))
+    return replace(entry, decode=partial(by_value, table=table), classes=tuple(map(str, range(classes))),
+                   colors=tuple(map(tuple, colors)))
 
 
 def locate(root, entry):
-    folder = next((folder for folder in (Path(root, entry.folder), Path(root)) if folder.is_dir()), None)
-    if folder is None:
-        raise UserError(f"--root {root}: no such folder (it holds one folder per dataset, or is the dataset's own)")
-    return folder
+    """The dataset's folder: below root, or root itself."""
+    for folder in (Path(root, entry.folder), Path(root)):
+        if folder.is_dir():
+            return folder
+    raise UserError(f"--root {root}: no such folder (it holds one folder per dataset, or is the dataset's own)")
 
 
-def find(folder, patterns, split):
-    """Files below a folder that the first successful pattern names: sorted {texts for "*" and "{}": Path}."""
-    patterns = [pattern.replace("<split>", split) for pattern in patterns]
+def find(folder, patterns, text, skipped=()):
+    """Files below a folder that the first successful pattern names: sorted {texts for "*" and "{}": Path}.
+
+    `text` stands for <split>; files whose name without suffix ends in one of `skipped` are passed over."""
     for pattern in patterns:
-        regex = re.escape(pattern).replace(r"\{", "(").replace(r"\}", ")").replace(",", "|")
-        regex = re.compile(regex.replace(r"\*\*/", "(?:.*/)?").replace(r"\*", "([^/]*)") + r"(?:\.\w+)")
-        top = folder / re.split(r"[*{]", pattern)[0].rpartition("/")[0]  # the files lie nowhere else
+        pattern = pattern.replace("<split>", text)
+        regex = as_regex(pattern)
+        top = re.split(r"[*{]", pattern)[0].rpartition("/")[0]  # the files lie nowhere else
         files = {}
-        for parent, _, names in os.walk(top):
-            below = Path(parent).relative_to(folder).as_posix().removeprefix(".") + "/"
-            for name in names if "__MACOSX" not in below else ():
-                match = regex.fullmatch((below + name).removeprefix("/"))
-                if match and os.path.splitext(name)[1].lower() in SUFFIXES and not name.startswith("."):
-                    files[match.groups()] = Path(parent, name)
+        for parent, _, names in os.walk(folder / top):
+            below = Path(parent).relative_to(folder).as_posix()
+            if "__MACOSX" in below:
+                continue
+            for name in names:
+                stem, suffix = os.path.splitext(name)
+                if suffix.lower() in SUFFIXES and not name.startswith(".") and not stem.endswith(skipped):
+                    match = regex.fullmatch(f"{below}/{name}".removeprefix("./"))
+                    if match:
+                        files[match.groups()] = Path(parent, name)
         if files:
             return dict(sorted(files.items()))
     return {}
 
 
+def as_regex(pattern):
+    """A pattern of DATASETS as a regular expression, whose groups are the texts for "*" and "{}"."""
+    regex = re.escape(pattern)
+    regex = regex.replace(r"\{", "(").replace(r"\}", ")").replace(",", "|")
+    regex = regex.replace(r"\*\*/", "(?:.*/)?").replace(r"\*", "([^/]*)")
+    return re.compile(regex + r"\.\w+")
+
+
 def tile_boxes(width, height, side):
     """Boxes (left, top, right, bottom) every `side` pixels, the last flush with the border; 12 x 12 for 6000 px."""
-    def starts(length):
-        return sorted({max(min(start, length - side), 0) for start in range(0, length, side)})
-    return [(left, top, left + side, top + side) for top in starts(height) for left in starts(width)]
+    boxes = []
+    for top in tile_starts(height, side):
+        for left in tile_starts(width, side):
+            boxes.append((left, top, left + side, top + side))
+    return boxes
+
+
+def tile_starts(length, side):
+    last = max(length - side, 0)
+    return sorted({min(start, last) for start in range(0, length, side)})
 
 
 def listing(part, entry, root, split, labelled, cache=None):
@@ -549,26 +738,40 @@ def listing(part, entry, root, split, labelled, cache=None):
     if entry.generate:
         return [Sample(entry, number) for number in entry.splits[split]], []
     if labelled and not entry.decode:
-        raise UserError(f"--data {part}: " + ("say how many --classes" if part == "folder" else "has no labels"))
+        missing = "say how many --classes" if part == "folder" else "has no labels"
+        raise UserError(f"--data {part}: {missing}")
+
     folder = locate(root, entry)
-    images = find(folder, entry.images, entry.splits[split])
-    labels = find(folder, entry.labels, entry.splits[split]) if labelled else {}
-    for found, patterns in ((images, entry.images), (labels or not labelled, entry.labels)):
-        if not found:
-            looked_for = " or ".join(pattern.replace("<split>", entry.splits[split]) for pattern in patterns)
-            raise UserError(f"--data {part}: {folder} holds no files like {looked_for}")
-    alone = [images[key] for key in images if labelled and key not in labels]
-    alone += [labels[key] for key in labels if key not in images]
-    samples = [Sample(entry, image, labels.get(key)) for key, image in images.items() if key in labels or not labelled]
+    image_files = find_some(part, folder, entry.images, entry.splits[split])
+    label_files = {}
+    if labelled:
+        label_files = find_some(part, folder, entry.labels, entry.splits[split], entry.converted)
+    samples = []
+    alone = []
+    for key, image in image_files.items():
+        if labelled and key not in label_files:
+            alone.append(image)
+        else:
+            samples.append(Sample(entry, image, label_files.get(key)))
+    alone += [label for key, label in label_files.items() if key not in image_files]
     if cache and split == "train":  # evaluation sees the original pixels
-        samples = stored(samples, part, folder, cache)
+        samples = use_stored(samples, part, folder, cache)
     return samples, alone
+
+
+def find_some(part, folder, patterns, text, skipped=()):
+    """What find finds; UserError if that is nothing."""
+    files = find(folder, patterns, text, skipped)
+    if not files:
+        looked_for = " or ".join(pattern.replace("<split>", text) for pattern in patterns)
+        raise UserError(f"--data {part}: {folder} holds no files like {looked_for}")
+    return files
 
 
 def gather(name, root, split, labelled, cache, classes=None):
     """All samples of a name like gtav+synthia, tiles cut; UserError where a file lacks its partner."""
     samples = []
-    for part, entry in rows(name, classes, labelled).items():
+    for part, entry in entries(name, classes, labelled).items():
         found, alone = listing(part, entry, root, split, labelled, cache)
         if alone:
             raise UserError(f"{alone[0]}: has no partner, as {len(alone)} files of {part} {split}; list them all with "
@@ -576,13 +779,14 @@ def gather(name, root, split, labelled, cache, classes=None):
         for sample in found:
             if entry.tile:
                 with Image.open(sample.image) as header:
-                    samples += [sample._replace(box=box) for box in tile_boxes(*header.size, entry.tile)]
+                    boxes = tile_boxes(*header.size, entry.tile)
+                samples += [sample._replace(box=box) for box in boxes]
             else:
                 samples.append(sample)
     return samples
 
 
-# --- Datasets ---------------------------------------------------------------------------------------------------------
+# --- Datasets -------------------------------------------------------------------------------------------------------
 
 class Scenes(torch.utils.data.Dataset):
     """Samples by key (index, draw), or by index: items (image, draw), or (image, label, draw) if labelled.
@@ -591,11 +795,16 @@ class Scenes(torch.utils.data.Dataset):
     changes it. A training image that cannot be read is named and replaced by the next; all else is a UserError."""
 
     def __init__(self, samples, transform, labelled, training):
-        self.samples, self.transform, self.labelled, self.training = samples, transform, labelled, training
+        self.samples = samples
+        self.transform = transform
+        self.labelled = labelled
+        self.training = training
         self.seed = 0  # set by loader
         self.unreadable = torch.zeros(len(samples), dtype=torch.bool).share_memory_()  # known to all workers
         entry = samples[0].entry
-        self.classes, self.colors, self.num_classes = entry.classes, entry.colors, entry.num_classes
+        self.classes = entry.classes
+        self.colors = entry.colors
+        self.num_classes = entry.num_classes
 
     def __len__(self):
         return len(self.samples)
@@ -614,14 +823,17 @@ class Scenes(torch.utils.data.Dataset):
             with torch.random.fork_rng(devices=[]):
                 torch.default_generator.manual_seed(mix(self.seed, draw))  # torch.manual_seed would touch the GPU's too
                 image, label = self.transform(image, label)
-        return (image.contiguous(), label.long(), draw) if self.labelled else (image.contiguous(), draw)
+        if self.labelled:
+            return image.contiguous(), label.long(), draw
+        return image.contiguous(), draw
 
     def read(self, index):
         """The sample at index with its image; while training the next that can be read."""
         while True:
+            sample = self.samples[index]
             try:
                 if not self.unreadable[index]:
-                    return self.samples[index], self.samples[index].read_image()
+                    return sample, sample.read_image()
             except UserError as error:
                 if not self.training:
                     raise
@@ -657,16 +869,12 @@ def scenes(name, root, split="train", transform=None, labels="1", classes=None, 
         raise UserError(f"--labels {labels}: a fraction like 1/16 was expected")
     samples = gather(name, root, split, True, cache, classes)
     order = torch.randperm(len(samples), generator=torch.Generator().manual_seed(LABEL_SEED))
-    kept = sorted(order[:max(1, round(share * len(samples)))].tolist())
+    count = max(1, round(share * len(samples)))
+    kept = sorted(order[:count].tolist())
     return Scenes([samples[i] for i in kept], transform, labelled=True, training=split == "train")
 
 
-def first_images(dataset, count=64):
-    """The first images of a set, augmented, as uint8 (count, 3, H, W): for statistics that all processes must agree on."""
-    return torch.stack([dataset[i, i][0] for i in range(min(count, len(dataset)))])
-
-
-# --- Which image when -------------------------------------------------------------------------------------------------
+# --- Which image when -----------------------------------------------------------------------------------------------
 
 class Draws:
     """Batch sampler: this process's micro-batches of keys (index, draw), from a step on, forever.
@@ -678,13 +886,18 @@ class Draws:
     def __init__(self, n, batch, seed=0, start_step=0, rank=0, world=1, accumulate=1, repeats=1):
         if batch % (world * accumulate):
             raise UserError(f"--batch {batch}: not a multiple of {world} processes x {accumulate} micro-batches")
-        self.n, self.batch, self.seed, self.step, self.repeats = n, batch, seed, start_step, repeats
-        self.share, self.micro, self.rank = batch // world, batch // (world * accumulate), rank
-
-        self.epoch = None
+        self.n = n
+        self.batch = batch
+        self.share = batch // world
+        self.micro = batch // (world * accumulate)
+        self.seed = seed
+        self.start_step = start_step
+        self.rank = rank
+        self.repeats = repeats
+        self.epoch = None  # of the permutation at hand
 
     def __iter__(self):
-        step = self.step
+        step = self.start_step
         while True:
             first = step * self.batch + self.rank * self.share
             for start in range(first, first + self.share, self.micro):
@@ -693,9 +906,11 @@ class Draws:
 
     def index(self, draw):
         """The image of a draw."""
-        if self.epoch != draw // self.n:
-            self.epoch = draw // self.n
-            self.order = torch.randperm(self.n, generator=torch.Generator().manual_seed(mix(self.seed, 1, self.epoch)))
+        epoch = draw // self.n
+        if epoch != self.epoch:
+            generator = torch.Generator().manual_seed(mix(self.seed, ORDER, epoch))
+            self.order = torch.randperm(self.n, generator=generator)
+            self.epoch = epoch
         return self.order[draw % self.n // self.repeats].item()
 
 
@@ -709,17 +924,20 @@ def loader(dataset, batch, seed=0, start_step=0, rank=0, world=1, accumulate=1, 
 
 
 def start_method(workers):
-    """How loading processes begin: with a copy of this one; Python 3.14's default would have to pickle the transforms."""
+    """How loading processes begin: as a copy of this one; Python 3.14's default would have to pickle the transforms."""
     return "fork" if workers else None
 
 
 def outlast_signals(worker):
-    """Ctrl-C and cluster managers signal all processes at once: the loading ones go on until the training one has finished its step."""
+    """Keep a loading process alive until the training one has finished its step: signals often reach both.
+
+    SIGTERM leaves it 30 seconds and no more, for that is how Python ends it after a crash, too."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(30))  # seconds to live; after a crash Python ends them so, too
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(30))
 
 
-# --- Stage 1: crop, flip, RandAugment ---------------------------------------------------------------------------------
+# --- Stage 1: crop, flip, RandAugment -------------------------------------------------------------------------------
 
 def chance(p):
     return torch.rand(()).item() < p
@@ -733,9 +951,13 @@ def distill_transform(size, randaugment=True, scale=(0.08, 1), ratio=(3 / 4, 4 /
     """Augmentation of both distillation stages: random resized crop, flip, RandAugment; uint8 (3, size, size)."""
     def transform(image, label=None):
         box = RandomResizedCrop.get_params(image, scale, ratio)
-        image = F.resized_crop(image, *box, [size, size], InterpolationMode.BICUBIC, antialias=True)
-        image = image.flip(2) if chance(flip) else image
-        return rand_augment(image.contiguous()) if randaugment else image.contiguous(), label
+        image = TF.resized_crop(image, *box, [size, size], InterpolationMode.BICUBIC, antialias=True)
+        if chance(flip):
+            image = image.flip(2)
+        image = image.contiguous()
+        if randaugment:
+            image = rand_augment(image)
+        return image, label
     return transform
 
 
@@ -745,28 +967,76 @@ def rand_augment(image, ops=2, p=0.5, magnitude=9, std=0.5):
         op = RAND_AUGMENT[torch.randint(len(RAND_AUGMENT), ()).item()]
         if chance(p):
             level = min(max(magnitude + std * torch.randn(()).item(), 0), 10) / 10
-            image = op(image, level, level if chance(0.5) else -level)
+            signed = level if chance(0.5) else -level
+            image = op(image, level, signed)
     return image
 
 
 def warp(image, a=1.0, b=0.0, c=0.0, d=0.0, e=1.0, f=0.0):
     """Output pixel (x, y) shows input (a x + b y + c, d x + e y + f), bicubic, FILL outside."""
     height, width = image.shape[1:]
-    x, y = torch.arange(width) + 0.5, torch.arange(height)[:, None] + 0.5
-    grid = torch.stack([(a * x + b * y + c) * (2 / width) - 1, (d * x + e * y + f) * (2 / height) - 1], -1)
+    x = torch.arange(width) + 0.5
+    y = torch.arange(height)[:, None] + 0.5
+    grid_x = (a * x + b * y + c) * (2 / width) - 1
+    grid_y = (d * x + e * y + f) * (2 / height) - 1
+    grid = torch.stack([grid_x, grid_y], -1)  # (H, W, 2), in -1..1 as grid_sample wants it
     fill = torch.tensor(FILL)[:, None, None]
-    out = torch.nn.functional.grid_sample((image.float() - fill)[None], grid[None], mode="bicubic", align_corners=False)
+    difference = (image.float() - fill)[None]  # outside, grid_sample reads 0
+    out = F.grid_sample(difference, grid[None], mode="bicubic", align_corners=False)
     return out[0].add_(fill).round_().clamp_(0, 255).to(torch.uint8)
 
 
+def shift(image, dx, dy):
+    """Output pixel (x, y) shows input (x + dx, y + dy), in whole pixels: half a pixel off at most, 30 x faster."""
+    height, width = image.shape[1:]
+    out = torch.tensor(FILL, dtype=torch.uint8)[:, None, None].repeat(1, height, width)
+    inside = image[:, max(dy, 0):height + dy, max(dx, 0):width + dx]
+    out[:, max(-dy, 0):height - dy, max(-dx, 0):width - dx] = inside
+    return out
+
+
+# The operations of RandAugment: each takes the image uint8 (3, H, W), a level in 0..1 and the level with a random sign.
+
 def rotate(image, level, signed):
-    cos, sin = math.cos(math.radians(30 * signed)), math.sin(math.radians(30 * signed))
-    x, y = image.shape[2] / 2, image.shape[1] / 2  # the centre stays
+    angle = math.radians(30 * signed)
+    cos = math.cos(angle)
+    sin = math.sin(angle)
+    x = image.shape[2] / 2  # the centre, which stays
+    y = image.shape[1] / 2
     return warp(image, cos, -sin, x - cos * x + sin * y, sin, cos, y - sin * x - cos * y)
 
 
+def shear_x(image, level, signed):
+    return warp(image, b=0.3 * signed)
+
+
+def shear_y(image, level, signed):
+    return warp(image, d=0.3 * signed)
+
+
+def translate_x(image, level, signed):
+    return shift(image, round(0.45 * signed * image.shape[2]), 0)
+
+
+def translate_y(image, level, signed):
+    return shift(image, 0, round(0.45 * signed * image.shape[1]))
+
+
+def autocontrast(image, level, signed):
+    return TF.autocontrast(image)
+
+
+def equalize(image, level, signed):
+    return TF.equalize(image)
+
+
+def invert(image, level, signed):
+    return 255 - image
+
+
 def posterize(image, level, signed):
-    return image & (0xFF00 >> 4 - int(4 * level) & 0xFF)  # keeps 4 bits at level 0, none at level 1
+    bits = 4 - int(4 * level)  # that are kept: none at level 1
+    return image & (0xFF00 >> bits & 0xFF)
 
 
 def solarize(image, level, signed):
@@ -777,165 +1047,198 @@ def solarize_add(image, level, signed):
     return torch.where(image < 128, image + int(110 * level), image)
 
 
-def translate(image, dx, dy):
-    """Output pixel (x, y) shows input (x + dx, y + dy), in whole pixels: half a pixel off at most, 30 x faster."""
-    height, width = image.shape[1:]
-    out = torch.tensor(FILL, dtype=torch.uint8)[:, None, None].repeat(1, height, width)
-    out[:, max(-dy, 0):height - dy, max(-dx, 0):width - dx] = image[:, max(dy, 0):height + dy, max(dx, 0):width + dx]
-    return out
+def strength(signed):
+    """The factor of the next four operations; 1 changes nothing, and the level leads away from 1 ("increasing")."""
+    return max(0.1, 1 + 0.9 * signed)
 
 
-def sharpen(image, factor):
+def adjust_color(image, level, signed):
+    return TF.adjust_saturation(image, strength(signed))
+
+
+def adjust_contrast(image, level, signed):
+    return TF.adjust_contrast(image, strength(signed))
+
+
+def adjust_brightness(image, level, signed):
+    return TF.adjust_brightness(image, strength(signed))
+
+
+def adjust_sharpness(image, level, signed):
     """Pillow's sharpness: away from the image smoothed by (1 1 1, 1 5 1, 1 1 1) / 13, borders kept."""
     x = image.float()
-    rows = x[:, :-2] + x[:, 1:-1] + x[:, 2:]
     inner = x[:, 1:-1, 1:-1]
-    smooth = (rows[:, :, :-2] + rows[:, :, 1:-1] + rows[:, :, 2:] + 4 * inner).div_(13).round_()
-    inner.copy_(smooth.lerp(inner, factor))
+    three_rows = x[:, :-2] + x[:, 1:-1] + x[:, 2:]
+    nine = three_rows[:, :, :-2] + three_rows[:, :, 1:-1] + three_rows[:, :, 2:]
+    smooth = (nine + 4 * inner).div_(13).round_()
+    inner.copy_(smooth.lerp(inner, strength(signed)))
     return x.clamp_(0, 255).to(torch.uint8)
 
 
-def strength(signed):
-    return max(0.1, 1 + 0.9 * signed)  # the "increasing" set: away from 1, which changes nothing
+RAND_AUGMENT = (rotate, posterize, solarize, solarize_add, autocontrast, equalize, invert, adjust_color,
+                adjust_contrast, adjust_brightness, adjust_sharpness, shear_x, shear_y, translate_x, translate_y)
 
 
-RAND_AUGMENT = (  # op(image, level in 0..1, level with a random sign)
-    rotate, posterize, solarize, solarize_add,
-    lambda image, level, signed: F.autocontrast(image),
-    lambda image, level, signed: F.equalize(image),
-    lambda image, level, signed: 255 - image,
-    lambda image, level, signed: F.adjust_saturation(image, strength(signed)),
-    lambda image, level, signed: F.adjust_contrast(image, strength(signed)),
-    lambda image, level, signed: F.adjust_brightness(image, strength(signed)),
-    lambda image, level, signed: sharpen(image, strength(signed)),
-    lambda image, level, signed: warp(image, b=0.3 * signed),  # shear
-    lambda image, level, signed: warp(image, d=0.3 * signed),
-    lambda image, level, signed: translate(image, round(0.45 * signed * image.shape[2]), 0),
-    lambda image, level, signed: translate(image, 0, round(0.45 * signed * image.shape[1])),
-)
-
-
-# --- On the device: normalisation, random erasing ---------------------------------------------------------------------
+# --- On the device: normalisation, random erasing, the noise of the masks -------------------------------------------
 
 def normalize(image, mean, std):
     """uint8 (B, 3, H, W) to floats of mean 0 and deviation 1."""
-    mean, std = (255 * torch.tensor(values, device=image.device)[:, None, None] for values in (mean, std))
+    mean = 255 * torch.tensor(mean, device=image.device)[:, None, None]
+    std = 255 * torch.tensor(std, device=image.device)[:, None, None]
     return (image - mean) / std
 
 
-def restate(x, model, other):
-    """Images normalised for one encoder, normalised for another instead."""
+def renormalize(x, model, other):
+    """Images normalised for one encoder, normalised for another instead: x std + mean are the pixels of both."""
     if (model.mean, model.std) == (other.mean, other.std):
         return x
-    scale, shift = ([(a / b) for a, b in zip(model.std, other.std)], [(a - b) / c for a, b, c in zip(model.mean, other.mean, other.std)])
-    return x * x.new_tensor(scale)[:, None, None] + x.new_tensor(shift)[:, None, None]
+    scale = []
+    offset = []
+    for mean, std, other_mean, other_std in zip(model.mean, model.std, other.mean, other.std):
+        scale.append(std / other_std)
+        offset.append((mean - other_mean) / other_std)
+    return x * x.new_tensor(scale)[:, None, None] + x.new_tensor(offset)[:, None, None]
 
 
 def erase(x, draws, seed=0, p=0.25, area=(0.02, 1 / 3), ratio=(0.3, 3.3)):
     """Random erasing, in place: one box of noise in a share p of normalised x (B, 3, H, W), by (seed, draw) alone."""
     height, width = x.shape[2:]
-    noise = torch.Generator(x.device)
+    generator = torch.Generator(x.device)
     for i, draw in enumerate(draws.tolist()):
-        rng = np.random.default_rng((seed, 2, draw))
-        for _ in range(10 if rng.random() < p else 0):  # tries until the box fits
-            pixels, aspect = rng.uniform(*area) * height * width, math.exp(rng.uniform(*np.log(ratio)))
-            h, w = round(math.sqrt(pixels * aspect)), round(math.sqrt(pixels / aspect))
+        rng = np.random.default_rng((seed, ERASED_BOX, draw))
+        if rng.random() >= p:
+            continue
+        for _ in range(10):  # tries until the box fits
+            pixels = rng.uniform(*area) * height * width
+            aspect = math.exp(rng.uniform(*np.log(ratio)))
+            h = round(math.sqrt(pixels * aspect))
+            w = round(math.sqrt(pixels / aspect))
             if h < height and w < width:
-                top, left = rng.integers(height - h + 1), rng.integers(width - w + 1)
-                x[i, :, top:top + h, left:left + w].normal_(generator=noise.manual_seed(mix(seed, 3, draw)))
+                top = rng.integers(height - h + 1)
+                left = rng.integers(width - w + 1)
+                generator.manual_seed(mix(seed, ERASED_PIXELS, draw))
+                x[i, :, top:top + h, left:left + w].normal_(generator=generator)
                 break
     return x
 
 
-def noise(draws, N, seed):
-    """Uniform random numbers (B, N), each row a function of (seed, draw) alone: the same masks at any number of processes."""
-    return torch.stack([torch.rand(N, generator=torch.Generator().manual_seed(mix(seed, 4, draw))) for draw in draws.tolist()])
+def uniform_noise(draws, N, seed):
+    """Random numbers in 0..1, (B, N), each row by (seed, draw) alone: the same masks at any number of processes."""
+    noise = []
+    for draw in draws.tolist():
+        generator = torch.Generator().manual_seed(mix(seed, MASKS, draw))
+        noise.append(torch.rand(N, generator=generator))
+    return torch.stack(noise)
 
 
-# --- Stage 2: image and label together --------------------------------------------------------------------------------
+# --- Stage 2: image and label together ------------------------------------------------------------------------------
 
 def segment_transform(size=512, short_edges=None, long_edge=None, cat_max_ratio=0.75, flip=0.5):
     """Random scale, crop, flip, colours, and padding to (size, size), as the official recipe's mmsegmentation pipeline.
 
     Official defaults: short edge one of 0.5, 0.6, ... 2.0 sizes, long edge at most 4 sizes."""
-    short_edges, long_edge = short_edges or [size * k // 10 for k in range(5, 21)], long_edge or 4 * size
+    short_edges = short_edges or [size * tenths // 10 for tenths in range(5, 21)]
+    long_edge = long_edge or 4 * size
 
     def transform(image, label):
         height, width = label.shape
-        short = short_edges[torch.randint(len(short_edges), ()).item()]
-        scale = min(short / min(height, width), long_edge / max(height, width))
-        scaled = max(1, round(width * scale)), max(1, round(height * scale))
-        image, label = resize(image, scaled), resize_label(label, scaled)
-        for _ in range(10):  # tries until no class fills more than cat_max_ratio of the crop's labelled pixels
-            top, left = (torch.randint(max(edge - size, 0) + 1, ()).item() for edge in label.shape)
-            part = label[top:top + size, left:left + size]
-            counts = torch.bincount(part.flatten(), minlength=256)[:IGNORE]
-            if counts.max() < cat_max_ratio * counts.sum():
-                break
-        image, label = distort(image[:, top:top + size, left:left + size]), part
+        short_edge = short_edges[torch.randint(len(short_edges), ()).item()]
+        scale = min(short_edge / min(height, width), long_edge / max(height, width))
+        scaled = (max(1, round(width * scale)), max(1, round(height * scale)))
+        image = resize(image, scaled)
+        label = resize_label(label, scaled)
+        rows, columns = varied_crop(label, size, cat_max_ratio)
+        image = distort(image[:, rows, columns])
+        label = label[rows, columns]
         if chance(flip):
-            image, label = image.flip(2), label.flip(1)
-        pad = [0, 0, size - label.shape[1], size - label.shape[0]]
-        return F.pad(image, pad, fill=list(FILL)), F.pad(label[None], pad, fill=IGNORE)[0]
+            image = image.flip(2)
+            label = label.flip(1)
+        pad = [0, 0, size - label.shape[1], size - label.shape[0]]  # left, top, right, bottom
+        image = TF.pad(image, pad, fill=list(FILL))
+        label = TF.pad(label[None], pad, fill=IGNORE)[0]
+        return image, label
     return transform
+
+
+def varied_crop(label, size, cat_max_ratio, tries=10):
+    """Rows and columns, as slices, of a random crop in which no class fills cat_max_ratio of the labelled pixels.
+
+    The last try is taken whatever it holds."""
+    height, width = label.shape
+    for _ in range(tries):
+        top = torch.randint(max(height - size, 0) + 1, ()).item()
+        left = torch.randint(max(width - size, 0) + 1, ()).item()
+        rows = slice(top, top + size)
+        columns = slice(left, left + size)
+        counts = torch.bincount(label[rows, columns].flatten(), minlength=256)[:IGNORE]
+        if counts.max() < cat_max_ratio * counts.sum():
+            break
+    return rows, columns
 
 
 def distort(image, brightness=32, contrast=(0.5, 1.5), saturation=(0.5, 1.5), hue=18):
     """Brightness, saturation and hue, with contrast before or after the last two, each with probability 0.5.
 
     uint8 (3, H, W); brightness in grey levels, hue in OpenCV's half degrees; mmsegmentation's PhotoMetricDistortion."""
-    def linear(image, factor, shift):
-        return (image * factor + shift).clamp_(0, 255).to(torch.uint8)
-
-    image = linear(image, 1, uniform(-brightness, brightness)) if chance(0.5) else image
-    change_contrast, contrast_first = chance(0.5), chance(0.5)
+    if chance(0.5):
+        image = linear(image, 1, uniform(-brightness, brightness))
+    change_contrast = chance(0.5)
+    contrast_first = chance(0.5)
     if change_contrast and contrast_first:
         image = linear(image, uniform(*contrast), 0)
-    image = saturate(image, uniform(*saturation)) if chance(0.5) else image
-    image = F.adjust_hue(image, uniform(-hue, hue) / 180) if chance(0.5) else image
+    if chance(0.5):
+        image = saturate(image, uniform(*saturation))
+    if chance(0.5):
+        image = TF.adjust_hue(image, uniform(-hue, hue) / 180)
     if change_contrast and not contrast_first:
         image = linear(image, uniform(*contrast), 0)
     return image
 
 
+def linear(image, factor, offset):
+    return (image * factor + offset).clamp_(0, 255).to(torch.uint8)
+
+
 def saturate(image, factor):
     """Scale the S of HSV: the channels' distances to the largest one grow by the factor, until the smallest is 0."""
-    largest = image.amax(0).float()
-    reach = largest - image.amin(0)
-    factor = torch.minimum(torch.full_like(reach, factor), largest / reach.clamp(min=1))
-    return (largest - (largest - image) * factor).round_().to(torch.uint8)
+    brightest = image.amax(0).float()
+    reach = brightest - image.amin(0)
+    factor = torch.minimum(torch.full_like(reach, factor), brightest / reach.clamp(min=1))
+    return (brightest - (brightest - image) * factor).round_().to(torch.uint8)
 
 
 def eval_transform(name):
     """Official test size of a dataset for the image; the label keeps its own (Mapillary's is halved)."""
-    (entry,) = rows(name).values()
+    (entry,) = entries(name).values()
 
     def transform(image, label):
         height, width = image.shape[1:]
         if entry.eval_half:
-            height, width = height // 2, width // 2
+            height = height // 2
+            width = width // 2
             image = resize(image, (width, height), InterpolationMode.BICUBIC, antialias=True)
             label = resize_label(label, (width, height))
         if entry.eval_size:
-            scale = min(entry.eval_size[0] / max(height, width), entry.eval_size[1] / min(height, width))
+            long_edge, short_edge = entry.eval_size
+            scale = min(long_edge / max(height, width), short_edge / min(height, width))
             image = resize(image, (round(width * scale), round(height * scale)))
         return image, label
     return transform
 
 
-# --- Storing a set at training size: python data.py --data gtav --root /data --cache 512 ------------------------------
+# --- Storing a set at training size: python data.py --data gtav --root /data --cache 512 ----------------------------
 
 def store(name, root, size, classes=None, workers=0):
     """Write the training split at short side `size` beside its folder: raw pixels that are mapped, not decoded.
 
     The pixels see one bicubic reduction with antialias before the random crop's own: crops smaller than `size` come out
     coarser than from the original. GTAV at 512 takes 36 GB, 3 x 512 x 932 bytes per image. Only "train" is stored."""
-    for part, entry in rows(name, classes).items():
+    for part, entry in entries(name, classes).items():
         if entry.generate or entry.tile:
             raise UserError(f"--cache {size}: {part} is fast without")
         samples = gather(part, root, "train", bool(entry.decode), None, classes)
         folder = locate(root, entry)
-        target = folder.resolve().parent / f"{part}-{size}"
+        target = stored_folder(part, folder, size)
         if target.exists():
             raise UserError(f"--cache {size}: {target} exists; delete it to make it again")
         unfinished = target.with_name(f"{target.name}.{os.getpid()}.part")
@@ -953,7 +1256,16 @@ def store(name, root, size, classes=None, workers=0):
         print(f"{target}: {len(samples) - left_out} images")
 
 
+def stored_folder(part, folder, size):
+    return folder.resolve().parent / f"{part}-{size}"
+
+
+def stored_file(folder, target, file):
+    return Path(f"{target / file.relative_to(folder)}.npy")
+
+
 def fingerprint(folder, files):
+    """A text that changes with any file's name or size."""
     listed = "\n".join(f"{file.relative_to(folder)} {file.stat().st_size}" for file in files)
     return f"{len(files)} files, names and sizes have sha256 {hashlib.sha256(listed.encode()).hexdigest()}"
 
@@ -965,35 +1277,43 @@ def store_sample(sample, folder, target, size):
     except UserError as error:
         print(error, file=sys.stderr)
         return True
-    scale = min(1, size / min(image.shape[1:]))
-    size = round(image.shape[2] * scale), round(image.shape[1] * scale)
-    arrays = {sample.image: resize(image, size, InterpolationMode.BICUBIC, antialias=True).permute(1, 2, 0)}
+    height, width = image.shape[1:]
+    scale = min(1, size / min(height, width))
+    smaller = (round(width * scale), round(height * scale))
+    image = resize(image, smaller, InterpolationMode.BICUBIC, antialias=True)
+    store_array(stored_file(folder, target, sample.image), image.permute(1, 2, 0))
     if sample.label:
-        arrays[sample.label] = resize_label(sample.read_label(), size)
-    for source, array in arrays.items():
-        file = target / source.relative_to(folder)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        np.save(f"{file}.npy", np.ascontiguousarray(array))
+        label = resize_label(sample.read_label(), smaller)
+        store_array(stored_file(folder, target, sample.label), label)
     return False
 
 
-def stored(samples, part, folder, size):
+def store_array(file, array):
+    file.parent.mkdir(parents=True, exist_ok=True)
+    np.save(file, np.ascontiguousarray(array))
+
+
+def use_stored(samples, part, folder, size):
     """The same samples with the stored files; UserError unless those were made from the files as they are now."""
-    target = folder.resolve().parent / f"{part}-{size}"
+    target = stored_folder(part, folder, size)
     try:
         made_from = json.loads((target / "made_from.json").read_text())
     except FileNotFoundError:
         made_from = {}
-    files_of = {"images": [sample.image for sample in samples], "labels": [sample.label for sample in samples]}
+    files_of = {"images": [sample.image for sample in samples]}
+    if samples[0].label:
+        files_of["labels"] = [sample.label for sample in samples]
     for kind, files in files_of.items():
-        if files[0] and made_from.get(kind) != fingerprint(folder, files):
+        if made_from.get(kind) != fingerprint(folder, files):
             state = "was made from other files; delete it and run" if made_from else "is not there; run"
             raise UserError(f"--cache {size}: {target} {state} "
                             f"python data.py --data {part} --root {folder} --cache {size}")
-
-    def moved(file):
-        return file and Path(f"{target / file.relative_to(folder)}.npy")
-    return [sample._replace(image=moved(sample.image), label=moved(sample.label)) for sample in samples]
+    moved = []
+    for sample in samples:
+        image = stored_file(folder, target, sample.image)
+        label = stored_file(folder, target, sample.label) if sample.label else None
+        moved.append(sample._replace(image=image, label=label))
+    return moved
 
 
 def in_parallel(job, items, workers, title):
@@ -1005,56 +1325,221 @@ def in_parallel(job, items, workers, title):
         yield from tqdm(map(job, items), title, len(items))
 
 
-# --- Runs: flags, processes, checkpoints and the log, the same for every script ---------------------------------------------------------
+# --- Preflight: python data.py --data gtav --root /data -------------------------------------------------------------
 
-def configure(Config, presets, argv=None):
-    """Build a Config: its defaults, then the preset of --data, then the command line; every field is a flag, its comment the help."""
-    given = vars(flags(Config).parse_args(argv))
-    preset = presets.get(given.get("data", Config.data).split("+")[0], {})
-    for name, value in given.items():  # nothing is negative; these are above 0, unless their 0 has a meaning, the default
-        least = 1 if name in ("batch", "micro", "size", "patch", "log_every", "max_skips", "jobs") and getattr(Config, name) else 0
+class Finding(NamedTuple):
+    """What opening a sample's files showed."""
+    problem: str = None  # what is wrong, in a line
+    oddity: str = None  # what is odd, but known of this dataset
+    pixels: np.ndarray = np.zeros(256, np.int64)  # how many of each label value
+
+
+def check(sample):
+    """Open both files of a sample."""
+    try:
+        image = sample.read_image()
+        if not sample.label and not sample.entry.generate:
+            return Finding()
+        label = sample.read_label()
+    except UserError as error:
+        return Finding(problem=str(error))
+    pixels = np.bincount(label.numpy().ravel(), minlength=256)
+    if label.shape == image.shape[1:]:
+        return Finding(pixels=pixels)
+    if sample.entry.resize_label:
+        return Finding(oddity=f"{mismatch(sample, image, label)}, will be resized", pixels=pixels)
+    return Finding(problem=mismatch(sample, image, label), pixels=pixels)
+
+
+def preflight(name, root, out=None, classes=None, workers=0):
+    """Open every file of every split that is there and print what was found; returns the number of problems."""
+    count = 0
+    shown = []
+    pixels = np.zeros(256, np.int64)
+    for part, entry in entries(name, classes).items():
+        for split in splits_at_hand(entry, root):
+            samples, alone = listing(part, entry, root, split, bool(entry.labels))
+            findings = list(in_parallel(check, samples, workers, f"{part} {split}"))
+            problems = [f"{file}: has no partner" for file in alone]
+            problems += [finding.problem for finding in findings if finding.problem]
+            oddities = [finding.oddity for finding in findings if finding.oddity]
+            kind = "pairs" if entry.classes else "images"
+            print(f"{part} {split}: {len(samples)} {kind}, {len(problems)} problems")
+            for line in problems + oddities:
+                print(f"  {line}")
+            count += len(problems)
+            pixels += sum(finding.pixels for finding in findings)
+            good = [sample for sample, finding in zip(samples, findings) if not finding.problem]
+            shown += good[::max(1, math.ceil(len(good) / 4))]  # 4 at most, evenly
+    print(shares(entry.classes, pixels), end="")
+    if out and shown:
+        overview(shown).save(out)
+    return count
+
+
+def splits_at_hand(entry, root):
+    """The splits that have images; if none has, the first, so that listing says what is missing."""
+    if entry.generate:
+        return list(entry.splits)
+    folder = locate(root, entry)
+    found = [split for split, text in entry.splits.items() if find(folder, entry.images, text)]
+    return found or list(entry.splits)[:1]
+
+
+def shares(classes, pixels):
+    """The classes' shares of the pixels in percent, as text with a line for each; of a set without labels nothing."""
+    counts = {name: pixels[number] for number, name in enumerate(classes)}
+    counts["ignored"] = pixels[IGNORE]
+    total = sum(counts.values())
+    if not total:
+        return ""
+    width = max(len(name) for name in counts)
+    text = "share of the pixels, %\n"
+    for name, count in counts.items():
+        text += f"  {name:{width}} {100 * count / total:6.2f}\n"
+    return text
+
+
+def palette(colors):
+    """The colour of each class number as an array (256, 3), uint8: black for those that are none, as 255."""
+    black = [(0, 0, 0)] * (256 - len(colors))
+    return np.array([*colors, *black], np.uint8)
+
+
+def overview(samples, width=300, gap=10):
+    """Picture of some samples, each image above its label, four in a row."""
+    blocks = [picture_of(sample, width) for sample in samples]
+    columns = min(4, len(blocks))
+    lines = math.ceil(len(blocks) / columns)
+    height = max(block.height for block in blocks)
+    sheet = Image.new("RGB", (columns * (width + gap) + gap, lines * (height + gap) + gap), "white")
+    for i, block in enumerate(blocks):
+        x = gap + i % columns * (width + gap)
+        y = gap + i // columns * (height + gap)
+        sheet.paste(block, (x, y))
+    return sheet
+
+
+def picture_of(sample, width):
+    """A sample's image, and below it its label in the classes' colours."""
+    image = Image.fromarray(sample.read_image().permute(1, 2, 0).numpy())
+    height = round(width * image.height / image.width)
+    if not sample.entry.classes:
+        return image.resize((width, height))
+    label = Image.fromarray(palette(sample.entry.colors)[sample.read_label().numpy()])
+    both = Image.new("RGB", (width, 2 * height))
+    both.paste(image.resize((width, height)), (0, 0))
+    both.paste(label.resize((width, height), Image.Resampling.NEAREST), (0, height))
+    return both
+
+
+@dataclass
+class Config:
+    """Flags of the preflight."""
+    data: str = "toy"           # one name of data.DATASETS, or several joined with +
+    root: str = "data"          # holds one folder per dataset, or is the dataset's own folder
+    classes: int = 0            # how many, for --data folder
+    out: str = "preflight.png"  # picture of some samples, image above label
+    cache: int = 0              # instead store the training split at this short side, pixels
+    workers: int = 0            # processes that open files
+
+
+def main(argv=None):
+    cfg = configure(Config, argv=argv)
+    if cfg.cache:
+        store(cfg.data, cfg.root, cfg.cache, cfg.classes, cfg.workers)
+    elif preflight(cfg.data, cfg.root, cfg.out, cfg.classes, cfg.workers):
+        sys.exit(1)
+
+
+# --- Flags: every field of a Config is one --------------------------------------------------------------------------
+
+RETIRED = dict(mask_every=2, val_every=0)  # constants that older runs hold and no Config has any more: their defaults
+
+
+def configure(Config, preset=None, argv=None):
+    """A Config from its defaults, then what preset(given flags) says, then the command line."""
+    given = vars(command_line(Config).parse_args(argv))
+    for name, value in given.items():
+        least = 1 if name in AT_LEAST_1 and getattr(Config, name) else 0    # where 0 is the default, it has a meaning
         if type(value) is int and value < least:
-            fail(f"--{name} {value}: at least {least} was expected")
-    return Config(**{**preset, **given})
+            raise UserError(f"--{name} {value}: at least {least} was expected")
+    values = preset(given) if preset else {}
+    return Config(**(values | given))
+
+
+AT_LEAST_1 = ("batch", "micro", "size", "patch", "repeats", "log_every", "max_skips", "jobs")
 
 
 @lru_cache
-def flags(Config):
-    """The command line of a Config, as a parser."""
-    help_of = {name: text for cls in Config.__mro__[-2::-1]
-               for name, text in re.findall(r"^    (\w+): .*?# (.*)$", inspect.getsource(cls), re.M)}
+def command_line(Config):
+    """The parser of a Config's flags; a field's comment is the flag's help."""
+    help_of = {}
+    for cls in Config.__mro__[-2::-1]:  # base classes first: a subclass may comment a field anew
+        help_of |= dict(re.findall(r"^    (\w+): .*?# (.*)$", inspect.getsource(cls), re.M))
     parser = argparse.ArgumentParser(allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.error = lambda message: fail(f"{message} (--help lists the flags)")
-    for f in dataclasses.fields(Config):
-        bare = {"nargs": "?", "const": True} if f.type is bool else {}  # --demo alone means yes
-        parser.add_argument(f"--{f.name}", type=partial(parse_value, f.type), default=argparse.SUPPRESS, metavar="X", **bare,
-                            help=f"{help_of.get(f.name, '')} (default {f.default})".replace("%", "%%"))
+    parser.error = lambda message: stop_parsing(message)
+    for field in dataclasses.fields(Config):
+        allowed = allowed_values(field.type)
+        text = f"{help_of.get(field.name, '')} (default {field.default})".replace("%", "%%")
+        alone = {"nargs": "?", "const": True} if field.type is bool else {}  # --demo alone means yes
+        parser.add_argument(f"--{field.name}", type=partial(parse_value, field.type), default=argparse.SUPPRESS,
+                            metavar="|".join(allowed) or "X", help=text, **alone)
     return parser
 
 
+def stop_parsing(message):
+    raise UserError(f"{message} (--help lists the flags)")
+
+
+def allowed_values(kind):
+    """The words that a field's type allows; nothing for numbers and free text."""
+    if kind is bool:
+        return ("yes", "no")
+    return typing.get_args(kind) if typing.get_origin(kind) is Literal else ()
+
+
 def parse_value(kind, text):
-    """One flag's text as the type its field declares."""
+    """One flag's text as the type that its field declares."""
     if typing.get_origin(kind) is types.UnionType:  # int | None
         return None if text == "none" else parse_value(typing.get_args(kind)[0], text)
-    allowed = ("yes", "no") if kind is bool else typing.get_args(kind)  # a Literal's values; nothing for int, float, str
+    allowed = allowed_values(kind)
     if allowed and text not in allowed:
         raise argparse.ArgumentTypeError(f"'{text}' is none of {', '.join(allowed)}")
+    if kind is bool:
+        return text == "yes"
+    if allowed:
+        return text
     try:
-        return text == "yes" if kind is bool else text if allowed else kind(text)
+        return kind(text)
     except ValueError:
         raise argparse.ArgumentTypeError(f"'{text}' is no {kind.__name__}") from None
 
 
-def fail(message):
-    raise UserError(message)
+def as_plain(cfg):
+    """A Config as JSON gives it back."""
+    return json.loads(json.dumps(dataclasses.asdict(cfg)))
 
 
-def cli(main, *errors):
+def changed(cfg):
+    """What preset and command line set over a Config's defaults, as text."""
+    defaults = as_plain(type(cfg)())
+    differing = [f"{name} {value}" for name, value in as_plain(cfg).items() if value != defaults[name]]
+    return ", ".join(differing) or "nothing"
+
+
+def known_fields(Config, stored):
+    """A stored Config {name: value} without the constants that Config lacks today."""
+    names = {field.name for field in dataclasses.fields(Config)}
+    return {name: value for name, value in stored.items() if name in names}
+
+
+def cli(main):
     """Run a script's main; a user's mistake becomes one line on stderr and exit status 2."""
     status = 0
     try:
         main()
-    except (UserError, *errors) as error:
+    except UserError as error:
         print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
         status = 2
     except Exception:
@@ -1064,67 +1549,97 @@ def cli(main, *errors):
         if dist.is_initialized():
             dist.destroy_process_group()
     if status:
-        sys.exit(status)  # here, where nothing holds main's loading processes any more: they would be waited for
+        sys.exit(status)  # not within main, whose frame keeps its loading processes alive: Python would wait for them
 
+
+# --- Processes: one, or as many as torchrun starts ------------------------------------------------------------------
 
 def launch():
-    """Join the processes torchrun started (a lone process is a world of size one): rank, world, device."""
-    rank, world, local = (int(os.environ.get(key, value)) for key, value in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    """Join the processes that torchrun started; a lone process needs no group, and no network. Returns the device."""
+    local = int(os.environ.get("LOCAL_RANK", 0))
     device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return device
+
+
+def rank():
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size():
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def summed(tensor):
+    """A tensor's sum over all processes, in place."""
+    if dist.is_initialized():
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def largest(*values):
+    """The largest of each value over all processes, as floats, so that all of them take the same decision."""
     if not dist.is_initialized():
-        backend = "nccl" if device.type == "cuda" else "gloo"
-        if world == 1:
-            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-        else:
-            dist.init_process_group(backend)
-    return rank, world, device
+        return [float(value) for value in values]
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    values = torch.tensor([float(value) for value in values], dtype=torch.float64, device=device)
+    dist.all_reduce(values, op=dist.ReduceOp.MAX)
+    return values.tolist()
 
 
-def open_run(cfg, result, free):
-    """Open --out for this Config: the checkpoint to resume from, None for a fresh run, or 'finished'.
-
-    A folder with another run in it is refused and left as it is; the fields in `free` may change between starts."""
-    out, now = Path(cfg.out), as_plain(cfg)
-    if (out / "log.jsonl").exists():
-        before = json.loads((out / "log.jsonl").read_text().split("\n", 1)[0])["config"]
-        changed = [f"{k} {before.get(k)} -> {v}" for k, v in now.items() if k not in free and before.get(k) != v]
-        if changed:
-            fail(f"--out {out} holds a run with other constants ({', '.join(changed)}); choose another --out")
-    elif out.is_file():
-        fail(f"--out {out} is a file, not a folder; choose another --out")
-    elif out.exists() and any(path.name != "log.tmp" for path in out.iterdir()):  # log.tmp: killed before its first step
-        fail(f"--out {out} is not empty and holds no log.jsonl of this script; choose another --out")
-    if (out / result).exists():
-        if dist.get_rank() == 0:
-            tidy(out)
-        return "finished"
-    for name in ("last.pt", "prev.pt"):  # prev.pt: what last.pt was before, should last.pt be damaged
-        try:
-            return torch.load(out / name, map_location="cpu", weights_only=True)
-        except FileNotFoundError:
-            pass
-        except (OSError, MemoryError) as error:  # of the disk, the network, the machine: the file itself may be sound
-            fail(f"{out / name} cannot be read ({error}); nothing was changed")
-        except Exception as error:  # torch raises whatever the zip reader or the unpickler met
-            print(f"{out / name} is damaged ({first_line(error)}); trying the checkpoint before it", file=sys.stderr)
-            if dist.get_rank() == 0:  # set aside, or the next save would keep it in the good one's place
-                os.replace(out / name, out / f"damaged-{name}")
-    return None
+def device_name(device):
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
 
 
-def first_line(error):
-    """The beginning of an exception's text."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)[:80]
+def autocast(precision, device):
+    """The context of --precision on this device: auto is bf16 on CUDA and fp32 on a CPU."""
+    if precision == "auto":
+        precision = "bf16" if device.type == "cuda" else "fp32"
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    return torch.autocast(device.type, dtype, enabled=precision != "fp32")
 
 
-def as_plain(cfg):
-    return json.loads(json.dumps(dataclasses.asdict(cfg)))
+def catch_signals():
+    """A list that becomes non-empty at the first signal to end, so that a step can finish and be saved before."""
+    caught = []
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
+            signal.signal(number, lambda received, frame: caught.append(received))
+    return caught
 
 
-def save(path, state, keep=False):
-    """Write a checkpoint beside its place and rename it, so that no kill at any moment leaves a damaged one; keep: the old as prev.pt."""
+# --- What a step costs ----------------------------------------------------------------------------------------------
+
+def count_flops(work):
+    """Floating-point operations (2 per multiply-add) of calling work(), backward passes included.
+
+    Convolutions, matrix products and attention count; sampling, resizing, norms and element-wise work do not."""
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:  # fused attention would not count
+        work()
+    return counter.get_total_flops()
+
+
+def two_images(size):
+    """The smallest batch, black: images (2, 3, size, size) and their draw numbers (2,)."""
+    return torch.zeros(2, 3, size, size, dtype=torch.uint8), torch.arange(2)
+
+
+def dry_run(learner, losses_of_two_images):
+    """FLOPs per image of a training step; parameters that the step does not touch no longer require a gradient."""
+    flops = count_flops(lambda: losses_of_two_images()["loss"].backward())
+    for parameter in learner.parameters():
+        parameter.requires_grad_(parameter.grad is not None)
+    learner.zero_grad()
+    return flops / 2
+
+
+# --- Files: whole or absent -----------------------------------------------------------------------------------------
+
+def save(path, state):
+    """Write a checkpoint beside its place and rename it, so that no kill at any moment leaves a damaged one."""
     temporary = path.with_suffix(".tmp")
     try:
         with open(temporary, "wb") as file:
@@ -1133,56 +1648,9 @@ def save(path, state, keep=False):
             os.fsync(file.fileno())
     except (OSError, RuntimeError) as error:
         temporary.unlink(missing_ok=True)
-        fail(f"{path} could not be written ({error}); the checkpoint before it is kept. Free some space and run the same command again")
-    if keep and path.exists():
-        os.replace(path, path.with_name("prev.pt"))
+        raise UserError(f"{path} could not be written ({error}); the checkpoint before it is kept. "
+                        "Free some space and run the same command again") from None
     os.replace(temporary, path)
-
-
-def resume(checkpoint, **parts):
-    """Load a checkpoint (None: a fresh run) into module, optimizer and scaler; returns the run's ledger so far."""
-    if not checkpoint:
-        return dict(steps=0, images=0, tokens=0, flops=0.0, seconds=0.0, skipped=0, waited=0.0, peak_gb=0.0)
-    for name, part in parts.items():
-        part.load_state_dict(checkpoint[name])
-    return checkpoint["spent"]
-
-
-def keep(cfg, saved, at_once, spent, **parts):
-    """Write last.pt if asked or due; returns the time of the last save. Only the first process writes."""
-    if dist.get_rank() == 0 and (at_once or time.time() - saved > 60 * cfg.save_minutes):
-        save(Path(cfg.out) / "last.pt", {name: part.state_dict() for name, part in parts.items()} | dict(spent=spent), keep=True)
-        return time.time()
-    return saved
-
-
-def finish(cfg, result, checkpoint):
-    """Write a run's result and the picture of its losses, then drop what resuming needed."""
-    save(Path(cfg.out) / result, checkpoint)
-    tidy(Path(cfg.out))
-
-
-def tidy(out):
-    """Leave a finished run with its picture and without what resuming needed; what a kill in here left, the next start puts right."""
-    if not (out / "loss.png").exists():
-        loss_curves({str(out): out}, out / "loss.png")
-    for path in (*out.glob("*.tmp"), *out.glob("last.pt"), *out.glob("prev.pt"), *out.glob("damaged-*.pt")):
-        path.unlink(missing_ok=True)
-
-
-def start_log(cfg, step, **header):
-    """Write the header line of a fresh run's log, or cut a resumed one's lines back to its checkpoint's step."""
-    path = Path(cfg.out) / "log.jsonl"
-    if step and path.exists():
-        lines = path.read_text().splitlines()
-        kept = [line for line in lines[1:] if line.endswith("}") and json.loads(line)["step"] <= step]
-        text = "\n".join([lines[0], *kept]) + "\n"
-    else:
-        ask = ["git", "rev-parse", "--short", "HEAD"]
-        git = subprocess.run(ask, capture_output=True, text=True, cwd=Path(__file__).parent).stdout.strip() if shutil.which("git") else ""
-        text = json.dumps(dict(config=as_plain(cfg), command=" ".join(sys.argv), git=git or None, torch=torch.__version__,
-                               torchvision=torchvision.__version__, python=sys.version.split()[0], **header)) + "\n"
-    write(path, text)
 
 
 def write(path, text):
@@ -1191,287 +1659,324 @@ def write(path, text):
     os.replace(path.with_suffix(".tmp"), path)
 
 
-def log(out, record):
-    with open(Path(out) / "log.jsonl", "a") as file:
-        file.write(json.dumps(record) + "\n")
-
-
-def passes(batch, micro, world, pairs=True):
-    """Forward passes a step takes on each process: none holds more than `micro` images, all make up the batch; pairs: none is odd."""
-    own, least = batch // world, 2 if pairs else 1
-    if batch < 1 or batch % (least * world):
-        fail(f"--batch {batch} does not divide into {'pairs of ' if pairs else ''}images over {world} processes; "
-             f"use a multiple of {least * world}")
-    return next(n for n in range(1, own + 1) if own % (least * n) == 0 and (own // n <= micro or own // n == least))
-
-
-def leave(cfg, spent, stop, skips, dataset, loader, draws):
-    """End the run, its checkpoint written, after a signal or after too many non-finite steps in a row; else do nothing."""
-    if stop:
-        print(f"stopped by signal {int(stop)} after step {spent['steps']}; the same command goes on from there", file=sys.stderr)
-        sys.exit(128 + int(stop))
-    if skips == cfg.max_skips:
-        names = [str(dataset.samples[loader.batch_sampler.index(draw)].image) for draw in draws.tolist()]
-        fail(f"{skips} steps in a row had non-finite gradients and changed nothing; {cfg.out}/last.pt holds the weights before them. "
-             f"Look at the last images ({', '.join(names[:8])}), lower --lr or use --precision fp32")
+def first_line(error):
+    """The beginning of an exception's text."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)[:80]
 
 
 def parse_budget(text, steps_per_epoch):
-    """A budget as (unit, amount): '600' and '300ep' in steps, '2h' and '30m' in seconds, '3e18flop' in FLOPs."""
+    """A budget as (unit, amount): "600" and "300ep" in steps, "2h" and "30m" in seconds, "3e18flop" in flops."""
     match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?(?:e[0-9]+)?)(ep|h|m|s|flop|)", text)
     if not match or float(match[1]) <= 0:
-        fail(f"--budget {text} is not one of 600 (steps), 300ep, 2h, 30m, 45s, 3e18flop")
-    amount, unit = float(match[1]), match[2]
-    if unit == "flop":
+        raise UserError(f"--budget {text} is not one of 600 (steps), 300ep, 2h, 30m, 45s, 3e18flop")
+    amount = float(match[1])
+    if match[2] == "flop":
         return "flops", amount
-    if unit in ("h", "m", "s"):
-        return "seconds", amount * {"h": 3600, "m": 60, "s": 1}[unit]
-    return "steps", max(1, round(amount * (steps_per_epoch if unit == "ep" else 1)))
+    if match[2] in ("h", "m", "s"):
+        return "seconds", amount * {"h": 3600, "m": 60, "s": 1}[match[2]]
+    steps = amount * steps_per_epoch if match[2] == "ep" else amount
+    return "steps", max(1, round(steps))
 
 
-def agree(*values):
-    """The largest of each value over all processes, as floats: one small exchange a step, so that all take the same decision."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    values = torch.stack([torch.as_tensor(v, dtype=torch.float64, device=device) for v in values])
-    dist.all_reduce(values, op=dist.ReduceOp.MAX)
-    return values.tolist()
+def passes_of(batch, micro, world, pairs=True):
+    """Forward passes that a step takes on each process: none holds more than `micro` images, and all make up the batch.
+
+    pairs: none holds an odd number of images."""
+    least = 2 if pairs else 1
+    if batch < 1 or batch % (least * world):
+        raise UserError(f"--batch {batch} does not divide into {'pairs of ' if pairs else ''}images over {world} "
+                        f"processes; use a multiple of {least * world}")
+    own = batch // world
+    for count in range(1, own + 1):
+        if own % (least * count) == 0 and (own // count <= micro or own // count == least):
+            return count
 
 
-def catch_signals():
-    """A list that becomes non-empty at SIGTERM or SIGINT, so that a step can finish and be saved before the process ends."""
-    caught = []
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda n, frame: caught.append(n))
-    return caught
+# --- Run folders ----------------------------------------------------------------------------------------------------
+
+def read_header(log):
+    """The first line of a run's log.jsonl: its Config, command and versions."""
+    with open(log) as file:
+        return json.loads(file.readline())
 
 
-def precision(name, device):
-    """The autocast context of --precision on this device: bf16 on CUDA and fp32 on CPU where it is 'auto'."""
-    dtype = {"auto": torch.bfloat16 if device.type == "cuda" else torch.float32, "fp32": torch.float32, "bf16": torch.bfloat16,
-             "fp16": torch.float16}[name]
-    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+def other_constants(cfg, stored, free):
+    """In what a run's stored constants differ from those of cfg, as ["lr 0.1 -> 0.2"].
+
+    A constant that one of the two lacks has its default there; those in `free`, and the folder's name, may differ."""
+    before = as_plain(type(cfg)()) | RETIRED | stored
+    now = before | RETIRED | as_plain(cfg)
+    differing = []
+    for name, value in before.items():
+        if not same_value(value, now[name]) and name not in free and name != "out":
+            differing.append(f"{name} {value} -> {now[name]}")
+    return differing
 
 
-def step(optimizer, scaler):
-    """One optimiser step on the gradients at hand; False, and no step, where they are not finite."""
-    scaler.unscale_(optimizer)
-    grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-    finite = bool(torch.nn.utils.get_total_norm(grads).isfinite())
-    if finite:
-        scaler.step(optimizer)
-    scaler.update()
-    optimizer.zero_grad()
-    return finite
+def same_value(a, b):
+    """Whether two constants are equal, or two spellings of one path."""
+    return a == b or (isinstance(a, str) and isinstance(b, str) and os.path.abspath(a) == os.path.abspath(b))
 
 
-def spend(spent, **amounts):
-    """Add one step's amounts to a run's ledger."""
-    for name, amount in amounts.items():
-        spent[name] += amount
-    peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    spent["peak_gb"] = max(spent["peak_gb"], peak / 2 ** 30)
+def check_folder(cfg, free):
+    """Refuse --out if it holds another run or foreign files, and leave it as it is."""
+    out = Path(cfg.out)
+    if (out / "log.jsonl").exists():
+        differing = other_constants(cfg, read_header(out / "log.jsonl")["config"], free)
+        if differing:
+            raise UserError(f"--out {out} holds a run with other constants ({', '.join(differing)}); "
+                            "choose another --out")
+    elif out.exists() and not out.is_dir():
+        raise UserError(f"--out {out} is a file, not a folder; choose another --out")
+    elif out.exists() and any(path.name != "log.tmp" for path in out.iterdir()):  # killed before its first step
+        raise UserError(f"--out {out} is not empty and holds no log.jsonl of this script; choose another --out")
 
 
-def report(cfg, bar, spent, unit, budget, losses, optimizer):
-    """Move the bar; every log_every steps (and at the end) write a line of the log, its losses the mean over all processes."""
-    bar.total = max(round(spent["steps"] * budget / spent[unit]), spent["steps"])
-    bar.update(spent["steps"] - bar.n)
-    if spent["steps"] % cfg.log_every and spent[unit] < budget:
-        return
-    means = torch.stack([value.double() for value in losses.values()])
-    dist.all_reduce(means)
-    means = (means / dist.get_world_size()).tolist()
-    record = dict(step=spent["steps"], **{name: round(mean, 6) for name, mean in zip(losses, means)}, lr=optimizer.param_groups[0]["lr"],
-                  images_per_s=round(spent["images"] / spent["seconds"], 1), data_wait=round(spent["waited"] / spent["seconds"], 3),
-                  peak_gb=round(spent["peak_gb"], 2), skipped=int(spent["skipped"]), flops=spent["flops"],
-                  seconds=round(spent["seconds"], 2), eta_s=round(spent["seconds"] * (budget / spent[unit] - 1)))
-    bar.set_postfix(loss=record["loss"], data_wait=record["data_wait"])
-    if dist.get_rank() == 0:
-        log(cfg.out, record)
+def git_commit():
+    """The commit that this code stands at, or None."""
+    if not shutil.which("git"):
+        return None
+    ask = ["git", "rev-parse", "--short", "HEAD"]
+    answer = subprocess.run(ask, capture_output=True, text=True, cwd=Path(__file__).parent)
+    return answer.stdout.strip() or None
 
 
-def count_flops(work):
-    """Floating-point operations (2 per multiply-add) of calling work(), backward passes included: convolutions, matrix products,
-    attention; sampling, resizing, norms and element-wise work are not counted."""
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:  # the CPU's fused attention would not be counted
-        work()
-    return counter.get_total_flops()
+# --- Run: all of a training script that is not the method -----------------------------------------------------------
 
+class Run:
+    """A training run: its processes and device, its folder --out, its ledger and log, its checkpoints, its budget.
 
-def loss_curves(runs, path):
-    """Draw the losses of runs {name: folder} against their steps: of a single run all parts, of several the distillation's alone."""
-    series = {}
-    for name, folder in runs.items():
-        lines = [json.loads(line) for line in (Path(folder) / "log.jsonl").read_text().splitlines()[1:]]
-        lines = [line for line in lines if "loss" in line]
-        parts = list(lines[0])[1:list(lines[0]).index("lr")] if lines else ["loss"]  # between step and lr
-        parts = parts if len(runs) == 1 else ["kd" if "kd" in parts else "loss"]
-        series |= {part if len(runs) == 1 else name: [(line["step"], line[part]) for line in lines] for part in parts}
-    chart(series, path, "step", "loss", title=name if len(runs) == 1 else "", log=True)
+        run = Run(cfg, "student.pt", FREE)      # joins the processes, opens --out
+        run.start(learner, optimizer, ...)      # weights, optimiser and order of the images: as --out left them
+        for micro_batches in run.steps():       # until --budget is spent
+            ...                                 # run.sync() and run.backward(losses) for each of them
+            run.step()                          # the optimiser's step, then ledger, log, checkpoint, signals
+        run.finish(checkpoint)                  # writes the result; what resuming needed is dropped
 
+    --out holds log.jsonl (a header with the Config, then a line every log_every steps), last.pt while the run goes on
+    and the result when it has ended. `free` names the constants that may change when a run resumes.
+    """
 
-LINE_COLORS = ((31, 119, 180), (214, 39, 40), (44, 160, 44), (148, 103, 189), (255, 127, 14), (23, 190, 207), (140, 86, 75), (90, 90, 90))
+    def __init__(self, cfg, result, free):
+        self.cfg = cfg
+        self.out = Path(cfg.out)
+        self.result = self.out / result
+        self.device = launch()
+        self.autocast = autocast(cfg.precision, self.device)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=cfg.precision == "fp16")
+        self.checkpoint = None
+        check_folder(cfg, free)
+        self.finished = self.result.exists()
+        if not self.finished:
+            self.load_checkpoint()
+        self.compare_processes()
+        if self.finished:
+            self.say(f"{self.result} is finished; nothing to do")
+            self.tidy()
+        else:
+            self.say(f"{self.out}: set over the defaults: {changed(cfg)}")
 
+    def say(self, text):
+        if rank() == 0:
+            print(text, flush=True)
 
-def chart(series, path, x_title, y_title, title="", log=False, size=(640, 400), marks=False):
-    """Draw lines {name: [(x, y)]} with axes and a legend; log: logarithmic y, log="x": logarithmic x; returns the path."""
-    s, font = 2, ImageFont.load_default(26)                    # drawn at twice the size, then halved: smooth lines
-    series = {name: [(x, y) for x, y in points if math.isfinite(x) and math.isfinite(y)] for name, points in series.items()}
-    xs, ys = ([point[i] for points in series.values() for point in points] or [0, 1] for i in (0, 1))
-    log_x, log_y = log == "x" and min(xs) > 0, log is True and min(ys) > 0
-    x_ticks, y_ticks = ticks(min(xs), max(xs), log_x), ticks(min(ys), max(ys), log_y)
-    legend = max(font.getlength(name) for name in series) + 80 if series else 0
-    left, right = 40 + max(font.getlength(number(y)) for y in y_ticks), size[0] * s - legend - 10
-    top, bottom, edge = 60, size[1] * s - 100, 20 if marks else 0  # an edge, so that no mark lies on the border
-    canvas = Image.new("RGB", (size[0] * s, size[1] * s), "white")
-    pen = ImageDraw.Draw(canvas)
+    def load_checkpoint(self):
+        path = self.out / "last.pt"
+        try:
+            self.checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        except FileNotFoundError:
+            pass
+        except Exception as error:  # the disk, the zip reader and the unpickler each raise their own
+            raise UserError(f"{path} cannot be read ({first_line(error)}); nothing was changed. If it is damaged, "
+                            "delete it: the same command then starts anew") from None
 
-    def place(value, limits, log, low, high):
-        a, b, v = (math.log(t) if log else t for t in (*limits, value))
-        low, high = (low + edge, high - edge) if low < high else (low - edge, high + edge)
-        return low + (high - low) * (v - a) / (b - a)
+    def compare_processes(self):
+        """All processes must find the same state in --out; two machines without a shared disk would train apart."""
+        found = self.checkpoint["spent"]["steps"] if self.checkpoint else 0
+        if self.finished:
+            found = float("inf")
+        most, minus_least = largest(found, -found)
+        if most != -minus_least:
+            raise UserError(f"--out {self.out}: some processes find a run there and others do not, or another step: "
+                            "give all the same folder, on a shared disk and as an absolute path")
 
-    x_limits, y_limits = ((min(t[0], *v), max(t[-1], *v)) for t, v in ((x_ticks, xs), (y_ticks, ys)))
-    for x in x_ticks:
-        at = place(x, x_limits, log_x, left, right)
-        pen.line((at, top, at, bottom), (225, 225, 225), 2)
-        pen.text((at, bottom + 10), number(x), "black", font, anchor="ma")
-    for y in y_ticks:
-        at = place(y, y_limits, log_y, bottom, top)
-        pen.line((left, at, right, at), (225, 225, 225), 2)
-        pen.text((left - 10, at), number(y), "black", font, anchor="rm")
-    pen.rectangle((left, top, right, bottom), outline=(90, 90, 90), width=2)
-    pen.text(((left + right) / 2, size[1] * s - 15), x_title, "black", font, anchor="ms")
-    pen.text((10, 10), y_title, "black", font)
-    pen.text(((left + right) / 2, 10), title, "black", font, anchor="ma")
-    for i, (name, points) in enumerate(series.items()):
-        color = LINE_COLORS[i % len(LINE_COLORS)]
-        dots = [(place(x, x_limits, log_x, left, right), place(y, y_limits, log_y, bottom, top)) for x, y in points]
-        pen.line(dots, color, 4, joint="curve")
-        for x, y in dots if marks or len(dots) == 1 else ():
-            pen.ellipse((x - 7, y - 7, x + 7, y + 7), color)
-        pen.line((right + 15, top + 20 + 36 * i, right + 55, top + 20 + 36 * i), color, 6)
-        pen.text((right + 65, top + 20 + 36 * i), name, "black", font, anchor="lm")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    canvas.resize(size, Image.Resampling.LANCZOS).save(path)
-    return path
+    def start(self, learner, optimizer, dataset, flops, tokens, repeats=1, pairs=True):
+        """Continue where the checkpoint ends, or begin; flops and tokens are those of one image."""
+        cfg = self.cfg
+        self.learner = learner
+        self.optimizer = optimizer
+        self.dataset = dataset
+        self.per_image = dict(images=1, tokens=tokens, flops=flops)     # what an image adds to the ledger
+        self.ledger = dict(steps=0, images=0, tokens=0, flops=0.0, seconds=0.0, skipped=0, waited=0.0, peak_gb=0.0)
+        if self.checkpoint:
+            for name, part in self.parts().items():
+                part.load_state_dict(self.checkpoint[name])
+            self.ledger = self.checkpoint["spent"]
+        self.model = DistributedDataParallel(learner) if dist.is_initialized() else learner
 
+        self.unit, self.budget = parse_budget(cfg.budget, len(dataset) / cfg.batch)
+        self.passes = passes_of(cfg.batch, cfg.micro, world_size(), pairs)
+        self.loader = loader(dataset, cfg.batch, cfg.seed, self.ledger["steps"], rank(), world_size(), self.passes,
+                             repeats, cfg.workers)
+        self.start_log(gflop_per_image=flops / 1e9)
+        self.bar = tqdm(initial=self.ledger["steps"], desc=str(self.out), disable=rank() > 0, unit="step",
+                        dynamic_ncols=True)
+        self.signals = catch_signals()
+        self.saved = time.time()
+        self.skips = 0                      # non-finite steps in a row
 
-def ticks(low, high, log=False):
-    """Round numbers that cover [low, high]."""
-    if log:
-        decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-        some = [m * 10.0 ** d for d in decades for m in ((1, 2, 5) if len(decades) < 4 else (1,))]
-        inside = [t for t in some if low <= t <= high]
-        return inside if len(inside) > 1 else [low, high] if high > low else [low, low * 10]
-    step = 10.0 ** math.floor(math.log10((high - low) or abs(high) or 1))
-    step *= next((m for m in (0.2, 0.5, 1, 2) if (high - low) / (m * step) <= 7), 2)
-    first = math.floor(low / step)
-    return [step * i for i in range(first, max(math.ceil(high / step - 1e-9), first + 1) + 1)]
+    def parts(self):
+        """What a checkpoint keeps, beside the ledger."""
+        return dict(learner=self.learner, optimizer=self.optimizer, scaler=self.scaler)
 
+    # -- the loop --
 
-def number(value):
-    """A tick's text."""
-    if value and not 1e-3 <= abs(value) < 1e5:
-        return f"{value:.0e}".replace("e+0", "e").replace("e-0", "e-").replace("e+", "e")
-    return f"{value:.4g}"
+    def steps(self):
+        """For each step the list of its micro-batches, until the budget is spent."""
+        batches = iter(self.loader)
+        while self.fraction < 1:
+            self.began = time.time()
+            self.losses = {}
+            self.backwards = 0
+            micro_batches = [next(batches) for _ in range(self.passes)]
+            self.waited = time.time() - self.began
+            self.draws = micro_batches[-1][-1]
+            yield micro_batches
 
+    @property
+    def fraction(self):
+        """The share of the budget that is spent, in 0..1."""
+        return self.ledger[self.unit] / self.budget
 
-def palette(colors):
-    """The colour of each class number as an array (256, 3), uint8: black for those that are none, as 255."""
-    return np.array([*colors, *[(0, 0, 0)] * (256 - len(colors))], np.uint8)
+    def sync(self):
+        """Context of a micro-batch: processes average their gradients in the backward pass of the last one only."""
+        last = self.backwards == self.passes - 1
+        return nullcontext() if last or not dist.is_initialized() else self.model.no_sync()
 
+    def backward(self, losses):
+        """Add a micro-batch's share to the gradients of losses["loss"], and its losses to those that are logged."""
+        self.scaler.scale(losses["loss"] / self.passes).backward()
+        for name, value in losses.items():
+            self.losses[name] = self.losses.get(name, 0) + value.detach() / self.passes
+        self.backwards += 1
 
-def device_name(device):
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    def step(self):
+        """The optimiser's step, unless a gradient is not finite; then what every step leaves behind."""
+        self.scaler.unscale_(self.optimizer)
+        gradients = [p.grad for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
+        finite = bool(torch.nn.utils.get_total_norm(gradients).isfinite())
+        if finite:
+            self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad()
 
+        stop = self.signals[0] if self.signals else 0
+        skipped, stop, seconds = largest(not finite, stop, time.time() - self.began)
+        self.skips = self.skips + 1 if skipped else 0
+        self.spend(seconds, skipped)
+        self.report()
+        diverged = self.skips == self.cfg.max_skips
+        due = time.time() - self.saved > 60 * self.cfg.save_minutes
+        if stop or diverged or due:
+            self.save_checkpoint()
+        if stop:
+            self.leave(int(stop))
+        if diverged:
+            self.give_up()
 
-# --- Preflight: python data.py --data gtav --root /data ---------------------------------------------------------------
+    # -- what a step leaves behind --
 
-def check(sample):
-    """Open both files: what is wrong or None, what is odd but known or None, and the pixels of each class (256,)."""
-    wrong, odd, pixels = None, None, np.zeros(256, np.int64)
-    try:
-        image = sample.read_image()
-        if sample.label or sample.entry.generate:
-            label = sample.read_label()
-            pixels = np.bincount(label.numpy().ravel(), minlength=256)
-            if label.shape != image.shape[1:]:
-                odd = mismatch(sample, image, label)
-                wrong = None if sample.entry.resize_label else odd
-    except UserError as error:
-        wrong = str(error)
-    return wrong, odd, pixels
+    def spend(self, seconds, skipped):
+        """Add a step to the ledger."""
+        self.ledger["steps"] += 1
+        for name, amount in self.per_image.items():
+            self.ledger[name] += self.cfg.batch * amount
+        self.ledger["seconds"] += seconds
+        self.ledger["skipped"] += skipped
+        self.ledger["waited"] += self.waited
+        if torch.cuda.is_available():
+            peak = torch.cuda.max_memory_allocated()
+        else:
+            unit = 1 if sys.platform == "darwin" else 1024
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+        self.ledger["peak_gb"] = max(self.ledger["peak_gb"], peak / 2 ** 30)
 
+    def report(self):
+        """Move the bar; every log_every steps, and at the end, write a line of the log (means over all processes)."""
+        spent = self.ledger
+        self.bar.total = max(round(spent["steps"] / self.fraction), spent["steps"])
+        self.bar.update(spent["steps"] - self.bar.n)
+        if spent["steps"] % self.cfg.log_every and self.fraction < 1:
+            return
+        means = summed(torch.stack([value.double() for value in self.losses.values()])) / world_size()
+        record = dict(step=spent["steps"])
+        for name, mean in zip(self.losses, means.tolist()):
+            record[name] = round(mean, 6)
+        record["lr"] = self.optimizer.param_groups[0]["lr"]
+        record["images_per_s"] = round(spent["images"] / spent["seconds"], 1)
+        record["data_wait"] = round(spent["waited"] / spent["seconds"], 3)
+        record["peak_gb"] = round(spent["peak_gb"], 2)
+        record["skipped"] = int(spent["skipped"])
+        record["flops"] = spent["flops"]
+        record["seconds"] = round(spent["seconds"], 2)
+        record["eta_s"] = round(spent["seconds"] * (1 / self.fraction - 1))
+        self.bar.set_postfix(loss=record["loss"], data_wait=record["data_wait"])
+        if rank() == 0:
+            with open(self.out / "log.jsonl", "a") as file:
+                file.write(json.dumps(record) + "\n")
 
-def preflight(name, root, out=None, classes=None, workers=0):
-    """Open every file of every split that is there and print what was found; returns the number of problems."""
-    problems, shown, pixels = 0, [], np.zeros(256, np.int64)
-    for part, entry in rows(name, classes).items():
-        splits = [split for split, text in entry.splits.items()
-                  if entry.generate or find(locate(root, entry), entry.images, text)]
-        for split in splits or list(entry.splits)[:1]:  # nothing there: listing says so
-            samples, alone = listing(part, entry, root, split, bool(entry.labels))
-            results = list(in_parallel(check, samples, workers, f"{part} {split}"))
-            wrong = [f"{file}: has no partner" for file in alone] + [wrong for wrong, _, _ in results if wrong]
-            odd = [f"{odd}, will be resized" for wrong, odd, _ in results if odd and not wrong]
-            kind = "pairs" if entry.classes else "images"
-            print(f"{part} {split}: {len(samples)} {kind}, {len(wrong)} problems")
-            print("".join(f"  {line}\n" for line in wrong + odd), end="")
-            good = [sample for sample, (wrong, _, _) in zip(samples, results) if not wrong]
-            shown += good[::max(1, -(-len(good) // 4))]  # 4 at most, evenly
-            pixels += sum(counts for _, _, counts in results)
-            problems += len(wrong)
-    if out and shown:
-        overview(shown, pixels).save(out)
-    return problems
+    def start_log(self, **more):
+        """Write the header line of a fresh run's log, or cut a resumed one's lines back to its checkpoint's step."""
+        if rank() > 0:
+            return
+        self.out.mkdir(parents=True, exist_ok=True)
+        log = self.out / "log.jsonl"
+        if self.ledger["steps"] and log.exists():
+            lines = log.read_text().splitlines()
+            kept = lines[:1]
+            for line in lines[1:]:
+                if line.endswith("}") and json.loads(line)["step"] <= self.ledger["steps"]:
+                    kept.append(line)
+            write(log, "\n".join(kept) + "\n")
+        else:
+            versions = dict(torch=torch.__version__, torchvision=torchvision.__version__, python=sys.version.split()[0])
+            header = dict(config=as_plain(self.cfg), command=" ".join(sys.argv), git=git_commit(), **versions,
+                          device=device_name(self.device), world=world_size(), **more)
+            write(log, json.dumps(header) + "\n")
 
+    def save_checkpoint(self):
+        if rank() == 0:
+            states = {name: part.state_dict() for name, part in self.parts().items()}
+            save(self.out / "last.pt", states | dict(spent=self.ledger))
+        self.saved = time.time()
 
-def overview(samples, pixels, width=300, gap=10, bar=22):
-    """Picture of some samples, image above label, and below them each class's share of the pixels."""
-    entry, font, blocks = samples[0].entry, ImageFont.load_default(14), []
-    for sample in samples:
-        image = Image.fromarray(sample.read_image().permute(1, 2, 0).numpy())
-        size = width, round(width * image.height / image.width)
-        block = [image.resize(size)]
-        if entry.classes:
-            block.append(Image.fromarray(palette(entry.colors)[sample.read_label().numpy()]).resize(size, Image.Resampling.NEAREST))
-        blocks.append(block)
-    columns, cell = min(4, len(blocks)), max(sum(picture.height for picture in block) for block in blocks) + gap
-    names, counts = [*entry.classes, "ignored"], [*pixels[:entry.num_classes], pixels[IGNORE]]
-    chart = -(-len(blocks) // columns) * cell + 2 * gap
-    height = chart + (bar * len(names) + gap if entry.classes else 0)
-    sheet = Image.new("RGB", (columns * (width + gap) + gap, height), "white")
-    for i, block in enumerate(blocks):
-        for j, picture in enumerate(block):
-            sheet.paste(picture, (gap + i % columns * (width + gap), gap + i // columns * cell + j * picture.height))
-    pen, left = ImageDraw.Draw(sheet), 2 * gap + max(font.getlength(name) for name in names)
-    for i, (name, count) in enumerate(zip(names, counts) if entry.classes else ()):
-        share, y = count / max(1, sum(counts)), chart + i * bar
-        right = left + share / max(counts) * sum(counts) * (sheet.width - left - 80)
-        pen.text((left - gap, y + bar / 2), name, "black", font, anchor="rm")
-        pen.rectangle((left, y + 3, right, y + bar - 3), (*entry.colors, (0, 0, 0))[i], "gray")
-        pen.text((right + gap, y + bar / 2), f"{share:.2%}", "black", font, anchor="lm")
-    return sheet
+    def leave(self, number):
+        """End after a signal, the step finished and saved."""
+        if rank() == 0:
+            print(f"stopped by signal {number} after step {self.ledger['steps']}; the same command goes on from there",
+                  file=sys.stderr)
+        sys.exit(128 + number)
 
+    def give_up(self):
+        """End after too many non-finite steps in a row, naming the images of the last."""
+        draws = self.loader.batch_sampler
+        names = [str(self.dataset.samples[draws.index(draw)].image) for draw in self.draws.tolist()]
+        raise UserError(f"{self.skips} steps in a row had non-finite gradients and changed nothing; {self.out}/last.pt "
+                        f"holds the weights before them. Look at the last images ({', '.join(names[:8])}), lower --lr "
+                        "or use --precision fp32")
 
-@dataclass
-class Config:
-    """Flags of the preflight."""
-    data: str = "toy"         # one name of data.DATASETS, or several joined with +
-    root: str = "data"        # holds one folder per dataset, or is the dataset's own folder
-    classes: int = 0          # how many, for --data folder
-    out: str = "preflight.png"  # picture of some samples and the shares of the classes
-    cache: int = 0            # instead store the training split at this short side, pixels
-    workers: int = 0          # processes that open files
+    def finish(self, checkpoint):
+        """Write the run's result and drop what resuming needed."""
+        self.bar.close()
+        if rank() == 0:
+            save(self.result, checkpoint)
+        self.tidy()
 
-
-def main(argv=None):
-    cfg = configure(Config, {}, argv)
-    if cfg.cache:
-        store(cfg.data, cfg.root, cfg.cache, cfg.classes, cfg.workers)
-    elif preflight(cfg.data, cfg.root, cfg.out, cfg.classes, cfg.workers):
-        sys.exit(1)
+    def tidy(self):
+        """Delete what resuming needed, and files that a kill left half-written."""
+        if rank() == 0:
+            for path in [*self.out.glob("*.tmp"), self.out / "last.pt", self.out / "prev.pt"]:  # prev.pt: of older runs
+                path.unlink(missing_ok=True)
 
 
 if __name__ == "__main__":

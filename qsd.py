@@ -14,7 +14,10 @@ import torch.nn.functional as F
 
 
 class UserError(ValueError):
-    """A user's mistake (a wrong name, file or size); the scripts print it as one line and exit with status 2."""
+    """A user's mistake: one line that says what is wrong, in which file or flag; scripts print it, with status 2."""
+
+    def __str__(self):
+        return super().__str__().split("UserError: ")[-1].strip()   # a loader's worker wraps the line in its traceback
 
 
 # --- Encoders: the table --------------------------------------------------------------------------------------------
@@ -26,6 +29,7 @@ ANTIALIAS = False           # in every bicubic resize (official code: False; tim
 IMAGENET = dict(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
 HALF = dict(mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
 CLIP = dict(mean=(0.48145466, 0.4578275, 0.40821073), std=(0.26862954, 0.26130258, 0.27577711))
+SATELLITE = dict(mean=(0.430, 0.411, 0.296), std=(0.213, 0.156, 0.143))
 
 
 class Encoder(NamedTuple):
@@ -38,12 +42,14 @@ class Encoder(NamedTuple):
     url: str | None = None          # None: no official file exists, the encoder starts at random
     sha256: str | None = None       # its first digits; None: not known
     file: str | None = None         # its name on disk, where the address's last part says nothing
-    layerscale: bool = False        # DINOv2: each branch times a learned vector
-    registers: int = 0              # DINOv2 "_reg": extra tokens between CLS and the patches, without a position
-    mlp: str = "gelu"               # "swiglu" in DINOv2-g and EVA-02
-    rope: bool = False              # EVA-02: queries and keys are rotated by position, keys have no bias
+    layerscale: bool = False        # DINOv2, DINOv3: each branch times a learned vector
+    registers: int = 0              # DINOv2 "_reg", DINOv3: extra tokens between CLS and patches, without a position
+    mlp: str = "gelu"               # "swiglu" in DINOv2-g, EVA-02 and DINOv3's "plus" models
+    mlp_ratio: int = 4              # an MLP's hidden width over embed_dim; SwiGLU takes two thirds of it
+    rope: str = ""                  # "eva02" | "dinov3": queries and keys are rotated by position, keys have no bias
     sub_ln: bool = False            # EVA-02 B and L: a LayerNorm inside the MLP; q, k, v and the MLP's gate not fused
     inner_attn_ln: bool = False     # some EVA-02 files: a LayerNorm before attn.proj as well
+    eps: float = 1e-6               # of every LayerNorm; DINOv3: 1e-5
     mean: tuple = IMAGENET["mean"]
     std: tuple = IMAGENET["std"]
 
@@ -54,10 +60,24 @@ V2 = "https://dl.fbaipublicfiles.com/dinov2/dinov2_"
 EVA = "https://huggingface.co/Yuxin-CV/EVA-02/resolve/main/eva02/pt/"
 TIMM = "https://huggingface.co/timm/"
 AUGREG = "vit_tiny_patch16_224.augreg_in21k_ft_in1k"
-TI, S, B, L, G = (192, 12, 3), (384, 12, 6), (768, 12, 12), (1024, 24, 16), (1536, 40, 24)    # width, depth, heads
+ON_REQUEST = "https://ai.meta.com/resources/models-and-libraries/dinov3-downloads/"     # DINOv3: a form, not a file
+TI = (192, 12, 3)           # width, depth, heads
+S = (384, 12, 6)
+B = (768, 12, 12)
+L = (1024, 24, 16)
+H = (1280, 32, 20)
+G = (1536, 40, 24)
 LS = dict(layerscale=True)
 REG = dict(layerscale=True, registers=4)
-EVA02 = dict(mlp="swiglu", rope=True, **CLIP)   # official GKD feeds EVA-02 with IMAGENET's statistics instead
+EVA02 = dict(mlp="swiglu", rope="eva02", **CLIP)    # official GKD feeds EVA-02 with IMAGENET's statistics instead
+V3 = dict(layerscale=True, registers=4, rope="dinov3", eps=1e-5)
+V3PLUS = dict(mlp="swiglu", mlp_ratio=6, **V3)
+
+
+def dinov3(shape, model, digits, **options):
+    """A row of DINOv3. It has no pos_embed and takes any grid; 256 is the size it was trained at."""
+    return Encoder(*shape, 16, 256, ON_REQUEST, digits, f"dinov3_{model}-{digits}.pth", **options)
+
 
 ENCODERS = {                # size, patch, image, official file, its SHA-256, what differs from DeiT
     "deit_tiny":            Encoder(*TI, 16, 224, DEIT + "deit_tiny_patch16_224-a1311bcf.pth", "a1311bcf"),
@@ -80,6 +100,12 @@ ENCODERS = {                # size, patch, image, official file, its SHA-256, wh
     "dinov2_vitl14_reg":    Encoder(*L, 14, 518, V2 + "vitl14/dinov2_vitl14_reg4_pretrain.pth", "36e4deff", **REG),
     "dinov2_vitg14_reg":    Encoder(*G, 14, 518, V2 + "vitg14/dinov2_vitg14_reg4_pretrain.pth", "746ecb8c",
                                     mlp="swiglu", **REG),
+    "dinov3_vits16":        dinov3(S, "vits16_pretrain_lvd1689m", "08c60483", **V3),
+    "dinov3_vits16plus":    dinov3(S, "vits16plus_pretrain_lvd1689m", "4057cbaa", **V3PLUS),
+    "dinov3_vitb16":        dinov3(B, "vitb16_pretrain_lvd1689m", "73cec8be", **V3),
+    "dinov3_vitl16":        dinov3(L, "vitl16_pretrain_lvd1689m", "8aa4cbdd", **V3),
+    "dinov3_vitl16_sat":    dinov3(L, "vitl16_pretrain_sat493m", "eadcf0ff", **V3, **SATELLITE),
+    "dinov3_vith16plus":    dinov3(H, "vith16plus_pretrain_lvd1689m", "7c1da9a5", **V3PLUS),
     "eva02_tiny":           Encoder(*TI, 14, 224, EVA + "eva02_Ti_pt_in21k_p14.pt", **EVA02),
     "eva02_small":          Encoder(*S, 14, 224, EVA + "eva02_S_pt_in21k_p14.pt", **EVA02),
     "eva02_base":           Encoder(*B, 14, 224, EVA + "eva02_B_pt_in21k_p14.pt", sub_ln=True, **EVA02),
@@ -90,72 +116,92 @@ ENCODERS = {                # size, patch, image, official file, its SHA-256, wh
 
 
 # --- The vision transformer -----------------------------------------------------------------------------------------
-# Parameter names are those of the official checkpoints; e is the encoder's row. Without options this is DeiT and DINO;
-# e.layerscale, e.registers mark what DINOv2 adds, e.rope, e.sub_ln what EVA-02 changes, e.mlp what both do.
-
-def layer_norm(dim):
-    return nn.LayerNorm(dim, eps=1e-6)      # every encoder of the table was trained with 1e-6, not torch's 1e-5
-
+# Parameter names are those of the official checkpoints (DINOv3's are changed when loading, see official_to_ours);
+# e is the encoder's row. Without options this is DeiT and DINO. e.layerscale and e.registers are what DINOv2 adds,
+# e.sub_ln and rope="eva02" what EVA-02 changes, e.eps and rope="dinov3" (which also means: no pos_embed) what DINOv3
+# changes; e.mlp and e.mlp_ratio differ between the sizes of one family.
 
 class PatchEmbed(nn.Module):
     def __init__(self, e):
         super().__init__()
         self.proj = nn.Conv2d(3, e.embed_dim, e.patch_size, stride=e.patch_size)
 
-    def forward(self, x):                                                       # (B, 3, H, W)
-        return self.proj(x).flatten(2).transpose(1, 2)                          # (B, N, C)
+    def forward(self, x):                                                   # (B, 3, H, W)
+        return self.proj(x).flatten(2).transpose(1, 2)                      # (B, N, C)
 
 
 class Attention(nn.Module):
     def __init__(self, e):
         super().__init__()
-        dim, self.num_heads, self.key_bias, self.fused = e.embed_dim, e.num_heads, not e.rope, not e.sub_ln
+        dim = e.embed_dim
+        self.num_heads = e.num_heads
+        self.rope = e.rope
+        self.key_bias = not e.rope
+        self.fused = not e.sub_ln
         if self.fused:
             self.qkv = nn.Linear(dim, 3 * dim, bias=self.key_bias)
         else:
-            self.q_proj, self.k_proj, self.v_proj = (nn.Linear(dim, dim, bias=False) for _ in range(3))
+            self.q_proj = nn.Linear(dim, dim, bias=False)
+            self.k_proj = nn.Linear(dim, dim, bias=False)
+            self.v_proj = nn.Linear(dim, dim, bias=False)
         if not self.key_bias:
-            self.q_bias, self.v_bias = nn.Parameter(torch.zeros(dim)), nn.Parameter(torch.zeros(dim))
-        self.inner_attn_ln = layer_norm(dim) if e.inner_attn_ln else nn.Identity()
+            self.q_bias = nn.Parameter(torch.zeros(dim))
+            self.v_bias = nn.Parameter(torch.zeros(dim))
+        self.inner_attn_ln = nn.LayerNorm(dim, e.eps) if e.inner_attn_ln else nn.Identity()
         self.proj = nn.Linear(dim, dim)
 
-    def forward(self, x, rope=None):                                            # (B, T, C), T = 1 + registers + N
-        if self.key_bias:
-            qkv = self.qkv(x)
-        else:
-            weight = self.qkv.weight if self.fused else torch.cat(
-                [self.q_proj.weight, self.k_proj.weight, self.v_proj.weight])
-            qkv = F.linear(x, weight, torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias]))
-        q, k, v = qkv.unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)     # each (B, heads, T, C / heads)
-        if rope is not None:
-            q, k = rotate(q, *rope), rotate(k, *rope)
-        x = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)          # (B, T, C)
+    def forward(self, x, rotation=None):                                    # (B, T, C), T = 1 + registers + N
+        qkv = self.qkv(x) if self.key_bias else self.without_key_bias(x)    # (B, T, 3 C)
+        qkv = qkv.unflatten(-1, (3, self.num_heads, -1))                    # (B, T, 3, heads, C / heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)                                # each (B, heads, T, C / heads)
+        if rotation is not None:
+            q = rotate(q, *rotation, self.rope)
+            k = rotate(k, *rotation, self.rope)
+        x = F.scaled_dot_product_attention(q, k, v)                         # (B, heads, T, C / heads)
+        x = x.transpose(1, 2).flatten(2)                                    # (B, T, C)
         return self.proj(self.inner_attn_ln(x))
+
+    def without_key_bias(self, x):
+        """Queries, keys and values in one product (B, T, 3 C), the keys' bias being 0."""
+        if self.fused:
+            weight = self.qkv.weight
+        else:
+            weight = torch.cat([self.q_proj.weight, self.k_proj.weight, self.v_proj.weight])
+        bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
+        return F.linear(x, weight, bias)
 
 
 class Mlp(nn.Module):
     def __init__(self, e):
         super().__init__()
-        self.fc1, self.fc2 = nn.Linear(e.embed_dim, 4 * e.embed_dim), nn.Linear(4 * e.embed_dim, e.embed_dim)
+        hidden = e.mlp_ratio * e.embed_dim
+        self.fc1 = nn.Linear(e.embed_dim, hidden)
+        self.fc2 = nn.Linear(hidden, e.embed_dim)
 
     def forward(self, x):
         return self.fc2(F.gelu(self.fc1(x)))
 
 
 class SwiGLU(nn.Module):
-    """A gate times a value (DINOv2-g, EVA-02); two thirds as wide as Mlp, so that it costs the same."""
+    """A gate times a value; two thirds as wide as Mlp, so that its three matrices cost as much as Mlp's two."""
     def __init__(self, e):
         super().__init__()
-        hidden, self.fused = 8 * e.embed_dim // 3, not e.sub_ln
+        hidden = 2 * e.mlp_ratio * e.embed_dim // 3     # DINO's code rounds up to a multiple of 8, which it is already
+        self.fused = not (e.sub_ln or e.rope == "dinov3")       # w12: one matrix makes both gate and value
         if self.fused:
             self.w12 = nn.Linear(e.embed_dim, 2 * hidden)
         else:
-            self.w1, self.w2 = nn.Linear(e.embed_dim, hidden), nn.Linear(e.embed_dim, hidden)
-        self.ffn_ln = layer_norm(hidden) if e.sub_ln else nn.Identity()
+            self.w1 = nn.Linear(e.embed_dim, hidden)
+            self.w2 = nn.Linear(e.embed_dim, hidden)
+        self.ffn_ln = nn.LayerNorm(hidden, e.eps) if e.sub_ln else nn.Identity()
         self.w3 = nn.Linear(hidden, e.embed_dim)
 
     def forward(self, x):
-        gate, value = self.w12(x).chunk(2, dim=-1) if self.fused else (self.w1(x), self.w2(x))
+        if self.fused:
+            gate, value = self.w12(x).chunk(2, dim=-1)
+        else:
+            gate = self.w1(x)
+            value = self.w2(x)
         return self.w3(self.ffn_ln(F.silu(gate) * value))
 
 
@@ -171,33 +217,52 @@ class LayerScale(nn.Module):
 class Block(nn.Module):
     def __init__(self, e):
         super().__init__()
-        self.norm1, self.norm2 = layer_norm(e.embed_dim), layer_norm(e.embed_dim)
+        self.norm1 = nn.LayerNorm(e.embed_dim, e.eps)
+        self.norm2 = nn.LayerNorm(e.embed_dim, e.eps)
         self.attn = Attention(e)
         self.mlp = SwiGLU(e) if e.mlp == "swiglu" else Mlp(e)
-        self.ls1, self.ls2 = (LayerScale(e), LayerScale(e)) if e.layerscale else (nn.Identity(), nn.Identity())
+        self.ls1 = LayerScale(e) if e.layerscale else nn.Identity()
+        self.ls2 = LayerScale(e) if e.layerscale else nn.Identity()
 
-    def forward(self, x, rope=None):                                            # (B, T, C), the residual stream
-        x = x + self.ls1(self.attn(self.norm1(x), rope))
+    def forward(self, x, rotation=None):                                    # (B, T, C), the residual stream
+        x = x + self.ls1(self.attn(self.norm1(x), rotation))
         x = x + self.ls2(self.mlp(self.norm2(x)))
         return x
 
 
-ROPE_GRID = 16              # EVA-02's pretraining grid (224 / 14): positions in any other grid are scaled to span it
-ROPE_BASE = 10000.
+EVA02_GRID = 16             # EVA-02's pretraining grid (224 / 14): positions in any other grid are scaled to span it
+EVA02_BASE = 10000.
+DINOV3_BASE = 100.          # DINOv3's wavelengths go from 1 almost to 100, and every grid spans -1 to 1
 
 
-def rope_angles(grid, head_dim, device):
-    """Rotation angles (N, head_dim) of EVA-02: half of the channels turn with y, half with x, in pairs."""
-    freqs = ROPE_BASE ** -(torch.arange(head_dim // 4, device=device) / (head_dim // 4))
-    y, x = (torch.arange(n, device=device) / n * ROPE_GRID for n in grid)
-    angles = torch.cat(torch.broadcast_tensors((y[:, None] * freqs)[:, None], (x[:, None] * freqs)[None]), dim=-1)
-    return angles.flatten(0, 1).repeat_interleave(2, dim=-1)
+def rope_angles(rope, grid, head_dim, device):
+    """Rotation angles (N, D / 2) of D = head_dim channels in pairs: half of the pairs turn with y, half with x."""
+    h, w = grid
+    rows = torch.arange(h, device=device)
+    columns = torch.arange(w, device=device)
+    exponents = torch.arange(head_dim // 4, device=device) / (head_dim // 4)
+    if rope == "eva02":
+        y = rows / h * EVA02_GRID
+        x = columns / w * EVA02_GRID
+        freqs = EVA02_BASE ** -exponents
+    else:
+        y = 2 * (rows + 0.5) / h - 1
+        x = 2 * (columns + 0.5) / w - 1
+        freqs = 2 * math.pi / DINOV3_BASE ** exponents
+    angles_y = (y[:, None] * freqs)[:, None].expand(h, w, -1)               # (h, w, D / 4)
+    angles_x = (x[:, None] * freqs)[None].expand(h, w, -1)                  # (h, w, D / 4)
+    return torch.cat([angles_y, angles_x], dim=-1).flatten(0, 1)            # (N, D / 2)
 
 
-def rotate(x, cos, sin):
-    """Turns each channel pair of x (B, heads, T, D) by its angle; cos and sin broadcast to x, in fp32."""
-    a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
-    return (x * cos + torch.stack([-b, a], dim=-1).flatten(-2) * sin).type_as(x)
+def rotate(x, cos, sin, rope):
+    """Turns the channel pairs of x (B, heads, T, D) by D / 2 angles; cos and sin (1 or B, 1, T, D / 2), in fp32."""
+    if rope == "eva02":                     # channels 2 i and 2 i + 1 are a pair
+        a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
+        turned = torch.stack([a * cos - b * sin, b * cos + a * sin], dim=-1).flatten(-2)
+    else:                                   # channels i and i + D / 2 are a pair
+        a, b = x.chunk(2, dim=-1)
+        turned = torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
+    return turned.type_as(x)
 
 
 class ViT(nn.Module):
@@ -209,49 +274,37 @@ class ViT(nn.Module):
     def __init__(self, name, **values):
         super().__init__()
         e = Encoder(**values)
+        if isinstance(e.rope, bool):        # a stored checkpoint may say True, which means EVA-02's
+            e = e._replace(rope="eva02" if e.rope else "")
         self.config = constructor_values(name, e)
-        self.name, self.mean, self.std, self.rope = name, e.mean, e.std, e.rope
-        self.embed_dim, self.depth, self.num_heads, self.patch_size = e.embed_dim, e.depth, e.num_heads, e.patch_size
-        self.grid = grid_of(e.img_size, e.patch_size)                           # (h, w) of the stored pos_embed
-        self.prefix = 1 + e.registers                                           # tokens before the patches
+        self.name = name
+        self.mean = e.mean
+        self.std = e.std
+        self.embed_dim = e.embed_dim
+        self.depth = e.depth
+        self.num_heads = e.num_heads
+        self.patch_size = e.patch_size
+        self.rope = e.rope
+        self.grid = grid_of(e.img_size, e.patch_size)                       # (h, w) of the stored pos_embed
+        self.prefix = 1 + e.registers                                       # tokens before the patches
+
+        N = self.grid[0] * self.grid[1]
         self.patch_embed = PatchEmbed(e)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, e.embed_dim))
-        self.pos_embed = nn.Parameter(torch.zeros(1, 1 + self.grid[0] * self.grid[1], e.embed_dim))
+        self.pos_embed = None if e.rope == "dinov3" else nn.Parameter(torch.zeros(1, 1 + N, e.embed_dim))
         self.mask_token = nn.Parameter(torch.zeros(1, e.embed_dim))
         self.register_tokens = nn.Parameter(torch.zeros(1, e.registers, e.embed_dim)) if e.registers else None
         self.blocks = nn.ModuleList(Block(e) for _ in range(e.depth))
-        self.norm = layer_norm(e.embed_dim)
-        for key, parameter in self.named_parameters():                          # as DeiT
+        self.norm = nn.LayerNorm(e.embed_dim, e.eps)
+        for key, parameter in self.named_parameters():                      # as DeiT
             if parameter.ndim == 2 or "token" in key or key == "pos_embed":
                 nn.init.trunc_normal_(parameter, std=0.02)
             elif key.endswith("bias") and "patch_embed" not in key:
                 nn.init.zeros_(parameter)
 
-    def tokens(self, x, mask=None, keep=None, layers=(), depth=None):
-        """The residual stream (B, T, C) after `depth` blocks (default: all), and the patches after each of `layers`."""
-        grid = grid_of(x.shape[-2:], self.patch_size)
-        pos_embed = resize_pos_embed(self.pos_embed, self.grid, grid)
-        x = self.patch_embed(x)                                                 # (B, N, C)
-        if mask is not None:                                                    # (B, N)
-            x = torch.where(mask[..., None], self.mask_token.to(x.dtype), x)
-        x = x + pos_embed[:, 1:]
-        if keep is not None:                                                    # (B, K): N becomes K
-            x = x.gather(1, keep[..., None].expand(-1, -1, self.embed_dim))
-        first = [self.cls_token + pos_embed[:, :1]] + ([self.register_tokens] if self.prefix > 1 else [])
-        x = torch.cat([token.expand(x.shape[0], -1, -1) for token in first] + [x], dim=1)           # (B, T, C)
-
-        rope = None
-        if self.rope:
-            angles = rope_angles(grid, self.embed_dim // self.num_heads, x.device)              # (N, C / heads)
-            angles = angles[None] if keep is None else angles[keep]
-            angles = F.pad(angles, (0, 0, self.prefix, 0))[:, None]             # CLS has no position: angle 0
-            rope = angles.cos(), angles.sin()                                   # each (1 or B, 1, T, C / heads)
-        outs = {}
-        for i in range(self.depth if depth is None else depth):
-            x = self.blocks[i](x, rope)
-            if i in layers:
-                outs[i] = x[:, self.prefix:]
-        return x, [outs[i] for i in layers]
+    def forward(self, x, mask=None):
+        cls, patches, _ = self.run(x, mask)
+        return cls, patches
 
     def run(self, x, mask=None, keep=None, layers=()):
         """One pass: cls (B, C) and patches (B, N, C), normed, and the raw patches after each block of `layers`.
@@ -259,17 +312,49 @@ class ViT(nn.Module):
         mask (B, N) bool: True = the patch embedding is replaced by mask_token, before its position is added.
         keep (B, K) int64: only these patches enter the blocks, N becomes K (MAE, arXiv:2111.06377).
         """
-        x, outs = self.tokens(x, mask, keep, layers)
-        x = self.norm(x)
-        return x[:, 0], x[:, self.prefix:], outs
-
-    def forward(self, x, mask=None):
-        cls, patches, _ = self.run(x, mask)
-        return cls, patches
+        x, outs = self.tokens(x, mask, keep, layers)                        # (B, T, C)
+        x = self.norm(x)                                                    # (B, T, C)
+        return x[:, 0], x[:, self.prefix:], outs                            # (B, C), (B, N, C), each (B, N, C)
 
     def blocks_out(self, x, layers):
         """Raw outputs [(B, N, C)] of the blocks with these indices; blocks after the last of them do not run."""
-        return self.tokens(x, layers=layers, depth=max(layers) + 1)[1]
+        _, outs = self.tokens(x, layers=layers, depth=max(layers) + 1)
+        return outs
+
+    def tokens(self, x, mask=None, keep=None, layers=(), depth=None):
+        """The residual stream (B, T, C) after `depth` blocks (default: all), and the patches after each of `layers`."""
+        grid = grid_of(x.shape[-2:], self.patch_size)                       # (h, w), N = h w
+        x = self.patch_embed(x)                                             # (B, N, C)
+        if mask is not None:                                                # (B, N)
+            x = torch.where(mask[..., None], self.mask_token.to(x.dtype), x)    # (B, N, C)
+
+        cls = self.cls_token                                                # (1, 1, C)
+        if self.pos_embed is not None:
+            pos_embed = resize_pos_embed(self.pos_embed, self.grid, grid)   # (1, 1 + N, C)
+            cls = cls + pos_embed[:, :1]                                    # (1, 1, C)
+            x = x + pos_embed[:, 1:]                                        # (B, N, C)
+        if keep is not None:                                                # (B, K), N becomes K
+            x = x.gather(1, keep[..., None].expand(-1, -1, self.embed_dim))     # (B, K, C)
+
+        first = [cls] if self.register_tokens is None else [cls, self.register_tokens]
+        first = torch.cat(first, dim=1).expand(x.shape[0], -1, -1)          # (B, 1 + registers, C)
+        x = torch.cat([first, x], dim=1)                                    # (B, T, C)
+
+        rotation = self.rotary_position(grid, keep, x.device) if self.rope else None
+        depth = self.depth if depth is None else depth
+        outs = {}
+        for i in range(depth):
+            x = self.blocks[i](x, rotation)                                 # (B, T, C)
+            if i in layers:
+                outs[i] = x[:, self.prefix:]                                # (B, N, C)
+        return x, [outs[i] for i in layers]
+
+    def rotary_position(self, grid, keep, device):
+        """Cosines and sines, each (1 or B, 1, T, D / 2), D = C / heads, of the angles that rotary positions turn by."""
+        angles = rope_angles(self.rope, grid, self.embed_dim // self.num_heads, device)     # (N, D / 2)
+        angles = angles[None] if keep is None else angles[keep]             # (1 or B, N, D / 2)
+        angles = F.pad(angles, (0, 0, self.prefix, 0))[:, None]             # CLS, registers: no position, angle 0
+        return angles.cos(), angles.sin()
 
 
 # --- Other image and patch sizes ------------------------------------------------------------------------------------
@@ -282,96 +367,85 @@ def grid_of(img_size, patch_size):
     return h // patch_size, w // patch_size
 
 
-def resize_pos_embed(pos_embed, old, new):
-    """pos_embed (1, 1 + h w, C) of grid old = (h, w), interpolated to grid new; CLS's row is kept."""
+def resize_pos_embed(pos_embed, old, new, offset=0.0):
+    """pos_embed (1, 1 + h w, C) of grid old = (h, w), interpolated to grid new; CLS's row is kept.
+
+    offset: interpolate by the factors (new + offset) / old instead of to the size. DINOv2's hub models do so with 0.1,
+    which gives as many positions, sampled at slightly other places.
+    """
     if tuple(old) == tuple(new):
         return pos_embed
-    cls, patches = pos_embed[:, :1], pos_embed[:, 1:]
-    patches = patches.unflatten(1, old).permute(0, 3, 1, 2)                     # (1, C, h, w)
-    patches = F.interpolate(patches.float(), tuple(new), mode="bicubic", align_corners=False, antialias=ANTIALIAS)
-    return torch.cat([cls, patches.flatten(2).transpose(1, 2).to(cls.dtype)], dim=1)
+    cls = pos_embed[:, :1]
+    patches = pos_embed[:, 1:].unflatten(1, old).permute(0, 3, 1, 2).float()                # (1, C, h, w)
+    if offset:
+        target = dict(scale_factor=((new[0] + offset) / old[0], (new[1] + offset) / old[1]))
+    else:
+        target = dict(size=tuple(new))
+    patches = F.interpolate(patches, **target, mode="bicubic", align_corners=False, antialias=ANTIALIAS)
+    patches = patches.flatten(2).transpose(1, 2).to(cls.dtype)                              # (1, N, C)
+    return torch.cat([cls, patches], dim=1)
 
 
 def resize_patch_embed(weight, size):
     """Patch kernels (C, 3, P, P) resized to (C, 3, size, size), see PATCH_RESIZE."""
-    old, resize = weight.shape[-1], dict(size=(size, size), mode="bicubic", align_corners=False, antialias=ANTIALIAS)
+    old = weight.shape[-1]
     if size == old:
         return weight
+    how = dict(size=(size, size), mode="bicubic", align_corners=False, antialias=ANTIALIAS)
     if PATCH_RESIZE == "bicubic":
-        return F.interpolate(weight, **resize)
+        return F.interpolate(weight, **how)
     # "pinv": the kernel whose products with resized patches B x are nearest to those of the old one with patches x
-    B = F.interpolate(torch.eye(old * old).view(-1, 1, old, old), **resize).flatten(1).T      # (size^2, old^2)
+    pixels = torch.eye(old * old).view(-1, 1, old, old)
+    B = F.interpolate(pixels, **how).flatten(1).T                                        # (size^2, old^2)
     return (weight.flatten(2) @ torch.linalg.pinv(B)).unflatten(-1, (size, size))
 
 
 # --- Loading --------------------------------------------------------------------------------------------------------
 # Strict: a key that is missing or left over is an error, except for these, which no encoder here has a use for.
 
-DROPPED = re.compile(r"(head|head_dist|lm_head)\."         # classifiers; DINO's and EVA-02's pretraining heads
-                     r"|dist_token$"                       # DeiT's distillation token (its row of pos_embed goes too)
-                     r"|(blocks\.\d+\.attn\.)?rope\.")     # EVA-02's rotation tables: rope_angles computes them
+DROPPED = re.compile(r"(head|head_dist|lm_head)\."              # classifiers; DINO's and EVA-02's pretraining heads
+                     r"|dist_token$"                            # DeiT's distillation token (and its row of pos_embed)
+                     r"|(blocks\.\d+\.attn\.)?rope\."           # EVA-02's rotation tables: rope_angles computes them
+                     r"|rope_embed\."                           # DINOv3's wavelengths: likewise
+                     r"|blocks\.\d+\.attn\.qkv\.bias_mask$"     # DINOv3: 0 for keys, which have no bias here
+                     r"|local_cls_norm\.")                      # DINOv3's satellite model: for its training only
 
 
-def load_vit(name_or_path, img_size=None, patch_size=None, depth=None, pretrained=True):
+def load_vit(name_or_path, img_size=None, patch_size=None, depth=None, pretrained=True, offset=0.0):
     """Builds an encoder with its weights; prints one line that says from which file and what was changed.
 
     name_or_path: a name of ENCODERS, or a checkpoint: an official file, this project's student.pt or segmenter.pt, or
     a checkpoint of the official GKD repository. img_size (int or (H, W)) and patch_size, in pixels, resize pos_embed
     and the patch kernels; depth keeps the first blocks only; pretrained=False gives a name's architecture at random.
-    Raises UserError where the name, the file, its keys or the sizes are wrong.
+    offset: of a DINOv2's pos_embed, see resize_pos_embed; other families have none. Raises UserError where the name,
+    the file, its keys or the sizes are wrong.
     """
-    name, row = str(name_or_path), ENCODERS.get(str(name_or_path))
-    if row and (row.url is None or not pretrained):
+    name = str(name_or_path)
+    row = ENCODERS.get(name)
+    if row is None and not pretrained:
+        raise UserError(f"{name}: only a named encoder can start at random, one of {', '.join(ENCODERS)}")
+    if row is not None and (row.url is None or not pretrained):
         vit = ViT(**resized(constructor_values(name, row), img_size, patch_size, depth))
         say(f"{name}: starts at random, {vit.depth} blocks, patch {vit.patch_size}, grid {vit.grid[0]}x{vit.grid[1]}")
         return vit
-    if not pretrained:
-        raise UserError(f"{name}: only a named encoder can start at random, one of {', '.join(ENCODERS)}")
     path = find_file(name, row)
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    notes = [f"{path} (SHA-256 {digest[:8]})"]
-    if row and row.sha256 and not digest.startswith(row.sha256):
-        notes.append(f"not the official file, whose SHA-256 starts with {row.sha256}")
-    state, stored = read_checkpoint(path, notes)
-    stored = constructor_values(name, row) if row else stored or infer_values(path, state, notes)
-    stored["inner_attn_ln"] = any("inner_attn_ln" in key for key in state)      # EVA-02 exists with and without
-
-    dropped = [key for key in state if DROPPED.match(key)]
-    if dropped:
-        notes.append("dropped " + " ".join(sorted({key.split("attn.")[-1] for key in dropped})))
-    if "dist_token" in dropped:
-        state["pos_embed"] = torch.cat([state["pos_embed"][:, :1], state["pos_embed"][:, 2:]], dim=1)
-    state = {key: tensor.float() for key, tensor in state.items() if key not in dropped}
-    if "mask_token" in state:
-        state["mask_token"] = state["mask_token"].reshape(1, -1)                # DINOv2 (1, C), EVA-02 (1, 1, C)
-    else:
-        state["mask_token"] = 0.02 * torch.randn(1, stored["embed_dim"])
-        notes.append("mask_token is new")
-    with torch.device("meta"):                                                  # shapes only: no memory, no draws
-        old, vit = ViT(**stored), ViT(**resized(stored, img_size, patch_size, depth))
-    check_state(path, state, old.state_dict())
-
-    if old.grid != vit.grid:
-        notes.append("pos_embed {}x{} -> {}x{} (bicubic)".format(*old.grid, *vit.grid))
-    if old.patch_size != vit.patch_size:
-        notes.append(f"patch {old.patch_size} -> {vit.patch_size} ({PATCH_RESIZE})")
-    if old.depth != vit.depth:
-        notes.append(f"the first {vit.depth} of {old.depth} blocks")
-    state["pos_embed"] = resize_pos_embed(state["pos_embed"], old.grid, vit.grid)
-    state["patch_embed.proj.weight"] = resize_patch_embed(state["patch_embed.proj.weight"], vit.patch_size)
-    vit.load_state_dict({key: state[key] for key in vit.state_dict()}, assign=True)
-    say(f"{vit.name}: " + "; ".join(notes))
+    state, values, contents = read_encoder(path, name, row)
+    wanted = resized(values, img_size, patch_size, depth)
+    is_dinov2 = values["layerscale"] and not values["rope"]
+    vit, changes = fit(path, state, values, wanted, offset if is_dinov2 else 0.0)
+    say(f"{vit.name}: " + "; ".join(fingerprint(path, row) + contents + changes))
     return vit
 
 
 def student_checkpoint(vit):
-    """What student.pt holds: "model" has exactly the encoder's keys in timm (no heads), mask_token lies beside it."""
+    """What student.pt holds: "model" has the encoder's keys, which timm loads (not DINOv3's); mask_token beside it."""
     model = vit.state_dict()
-    return dict(encoder=vit.config, mask_token=model.pop("mask_token"), model=model)
+    mask_token = model.pop("mask_token")
+    return dict(encoder=vit.config, mask_token=mask_token, model=model)
 
 
-def lineage(name_or_path):
-    """What a checkpoint of this project brings along: the ledgers of the stages that made it, and its heads (or None)."""
+def ledger_and_heads(name_or_path):
+    """What a checkpoint of this project brings along: the ledgers of the stages behind it, and its heads (or None)."""
     if not Path(name_or_path).is_file():
         return [], None
     with torch.serialization.safe_globals([argparse.Namespace]):
@@ -379,24 +453,34 @@ def lineage(name_or_path):
     return saved.get("ledger", []), saved.get("objective")
 
 
-def constructor_values(name, e):
-    return dict(name=name, **{key: value for key, value in e._asdict().items() if key not in ("url", "sha256", "file")})
-
-
-def resized(values, img_size, patch_size, depth):
-    """Constructor values with the asked sizes; without img_size the stored one, rounded down to whole patches."""
-    patch, size = patch_size or values["patch_size"], values["img_size"]
-    depth = values["depth"] if depth is None else depth
-    if img_size is None:
-        img_size = size // patch * patch if isinstance(size, int) else tuple(n // patch * patch for n in size)
-    if not 1 <= depth <= values["depth"]:
-        raise UserError(f"depth must be 1 to {values['depth']} for {values['name']}, not {depth}")
-    return values | dict(img_size=img_size, patch_size=patch, depth=depth)
-
-
 def say(line):
     if os.environ.get("RANK", "0") == "0":                                      # torchrun's: one process speaks for all
         print(line, flush=True)
+
+
+# --- Loading: which file --------------------------------------------------------------------------------------------
+
+def find_file(name, row):
+    """The file of a named encoder, downloaded if no copy lies in WEIGHTS or in torch.hub's cache; or the path given."""
+    if row is None:
+        if not Path(name).is_file():
+            raise UserError(f"{name}: neither a file nor a known encoder; the names are {', '.join(ENCODERS)}")
+        return Path(name)
+    file = file_name(row)
+    place = Path(WEIGHTS, file)
+    cached = Path(torch.hub.get_dir(), "checkpoints", file)
+    for path in [place, Path(WEIGHTS, f"{bare(file)}.pth"), Path(WEIGHTS, f"{name}.pth"), cached]:
+        if path.is_file():
+            return path
+    if row.url == ON_REQUEST:
+        raise UserError(f"{name}: its weights are given on request only: ask at {row.url} and put the file at {place}")
+    say(f"{name}: downloading {row.url} to {cached}")
+    try:
+        cached.parent.mkdir(parents=True, exist_ok=True)
+        torch.hub.download_url_to_file(row.url, str(cached), hash_prefix=row.sha256)
+    except (OSError, RuntimeError) as error:                                    # no network; RuntimeError: a wrong hash
+        raise UserError(f"{name}: {row.url} cannot be had ({error}): download it and put it at {place}")
+    return cached
 
 
 def file_name(row):
@@ -404,270 +488,425 @@ def file_name(row):
 
 
 def bare(path):
-    """A file's name without its ending and without the hash that DeiT's files carry."""
+    """A file's name without its ending and without the hash that DeiT's and DINOv3's files carry."""
     return re.sub(r"(-[0-9a-f]{8})?\.(pth|pt|bin)$", "", Path(path).name)
 
 
-def find_file(name, row):
-    """The file of a named encoder, downloaded if no copy lies in WEIGHTS or in torch.hub's cache; or the path given."""
-    if not row:
-        if not Path(name).is_file():
-            raise UserError(f"{name}: neither a file nor a known encoder; the names are {', '.join(ENCODERS)}")
-        return Path(name)
-    file, cache = file_name(row), Path(torch.hub.get_dir()) / "checkpoints"
-    for path in [Path(WEIGHTS, file), Path(WEIGHTS, f"{bare(file)}.pth"), Path(WEIGHTS, f"{name}.pth"), cache / file]:
-        if path.is_file():
-            return path
-    say(f"{name}: downloading {row.url} to {cache / file}")
-    try:
-        cache.mkdir(parents=True, exist_ok=True)
-        torch.hub.download_url_to_file(row.url, str(cache / file), hash_prefix=row.sha256)
-    except (OSError, RuntimeError) as error:                                    # no network; RuntimeError: a wrong hash
-        raise UserError(f"{name}: {row.url} cannot be had ({error}): download it and put it at {Path(WEIGHTS, file)}")
-    return cache / file
+def fingerprint(path, row):
+    """Notes that say which file was read, and whether it is the official one of this row."""
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    notes = [f"{path} (SHA-256 {digest[:8]})"]
+    if row is not None and row.sha256 and not digest.startswith(row.sha256):
+        notes.append(f"not the official file, whose SHA-256 starts with {row.sha256}")
+    return notes
 
 
-def read_checkpoint(path, notes):
-    """The encoder's tensors under official names, and the constructor values this project saved with them, or None."""
+# --- Loading: the tensors in it, and their architecture -------------------------------------------------------------
+
+def read_encoder(path, name, row):
+    """The file's encoder: {parameter: tensor}, the ViT's constructor values, and notes on what was dropped or added."""
+    checkpoint = open_checkpoint(path)
+    state, prefix = encoder_tensors(path, checkpoint)
+    notes = [f"keys under {prefix} only"] if prefix else []
+    saved = checkpoint.get("encoder")
+    ours = isinstance(saved, dict) and "embed_dim" in saved                     # a checkpoint of this project
+    if ours and "mask_token" in checkpoint:
+        state["mask_token"] = checkpoint["mask_token"]
+    state, dropped = official_to_ours(state)
+
+    if row is not None:
+        values = constructor_values(name, row)
+    elif ours:
+        values = saved
+    else:
+        values, guess = infer_values(path, state)
+        notes += guess
+    inner_attn_ln = any("inner_attn_ln" in key for key in state)                # EVA-02 exists with and without
+    if dropped:
+        notes.append(f"dropped {' '.join(dropped)}")
+    if "mask_token" not in state:
+        state["mask_token"] = 0.02 * torch.randn(1, values["embed_dim"])
+        notes.append("mask_token is new")
+    return state, values | dict(inner_attn_ln=inner_attn_ln), notes
+
+
+def open_checkpoint(path):
+    """The dict in a checkpoint; a file that could run code is refused."""
     with open(path, "rb") as file:
         if file.read(512).lstrip().startswith(b"<"):
             raise UserError(f"{path} is a web page, not a checkpoint: the download did not reach the file, repeat it")
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):            # DeiT-style training saves its flags
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+            return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:                                                  # damaged bytes raise nearly anything
         if "GLOBAL" in str(error) or "Unsupported operand" in str(error):
             raise UserError(f"{path} holds Python objects, which could run code, beside or instead of tensors, and is "
                             "not opened: save its state dict alone")
         raise UserError(f"{path} is truncated, damaged or no checkpoint ({path.stat().st_size} bytes): fetch it again")
-    ending, state = "patch_embed.proj.weight", checkpoint
+
+
+def encoder_tensors(path, checkpoint):
+    """The tensors of the one encoder in a checkpoint, and the prefix of their keys, which is taken off."""
+    ending = "patch_embed.proj.weight"                                          # every encoder has this key
+    state = checkpoint
     while isinstance(state, dict) and not any(str(key).endswith(ending) for key in state):
-        state = next((state[key] for key in ("model", "module", "state_dict", "teacher") if key in state), None)
+        inner = [key for key in ("model", "module", "state_dict", "teacher") if key in state]
+        state = state[inner[0]] if inner else None
     if not isinstance(state, dict):
         raise UserError(f"{path} holds no encoder: no key in it ends in {ending}")
     prefixes = [key.removesuffix(ending) for key in state if key.endswith(ending)]
-    prefix = next((p for p in prefixes if p.endswith("student.backbone.")), prefixes[0])    # official GKD saves both
-    if prefix:
-        notes.append(f"keys under {prefix} only")
-    state = {key.removeprefix(prefix): p for key, p in state.items() if key.startswith(prefix) and torch.is_tensor(p)}
-    saved = checkpoint.get("encoder")
-    if not isinstance(saved, dict) or "embed_dim" not in saved:                 # not a checkpoint of this project
-        return state, None
-    if "mask_token" in checkpoint:
-        state["mask_token"] = checkpoint["mask_token"]
-    return state, saved
+    students = [prefix for prefix in prefixes if prefix.endswith("student.backbone.")]      # official GKD saves both
+    prefix = (students + prefixes)[0]
+    tensors = {}
+    for key, tensor in state.items():
+        if key.startswith(prefix) and torch.is_tensor(tensor):
+            tensors[key.removeprefix(prefix)] = tensor
+    return tensors, prefix
 
 
-def infer_values(path, state, notes):
-    """Constructor values of an official file, from its tensors and its name."""
-    kernel, pos_embed = state["patch_embed.proj.weight"], state.get("pos_embed")
-    if pos_embed is None or pos_embed.ndim != 3 or kernel.ndim != 4 or len(kernel) % 64:
+def official_to_ours(state):
+    """An official file's tensors as ViT holds them, in fp32, and the names of those that were dropped."""
+    ours = {}
+    dropped = set()
+    for key, tensor in state.items():
+        if DROPPED.match(key):
+            dropped.add(key.split("attn.")[-1])                                 # one name for all blocks' key
+        else:
+            ours[key] = tensor.float()
+    if "dist_token" in dropped:
+        ours["pos_embed"] = torch.cat([ours["pos_embed"][:, :1], ours["pos_embed"][:, 2:]], dim=1)
+    if "mask_token" in ours:
+        ours["mask_token"] = ours["mask_token"].reshape(1, -1)                  # DINOv2 (1, C), EVA-02 (1, 1, C)
+    if "storage_tokens" in ours:                                                # DINOv3
+        ours["register_tokens"] = ours.pop("storage_tokens")
+        for key in [key for key in ours if key.endswith("attn.qkv.bias")]:
+            q_bias, _, v_bias = ours.pop(key).chunk(3)                          # bias_mask sets the keys' third to 0
+            ours[key.replace("qkv.bias", "q_bias")] = q_bias.clone()
+            ours[key.replace("qkv.bias", "v_bias")] = v_bias.clone()
+    return ours, sorted(dropped)
+
+
+def infer_values(path, state):
+    """Constructor values of an official file, from its tensors and its name, and notes on what is a guess."""
+    kernel = state["patch_embed.proj.weight"]
+    pos_embed = state.get("pos_embed")
+    rope = ""
+    if "blocks.0.attn.q_bias" in state:                                         # a v_bias, too, but no bias of keys
+        rope = "dinov3" if pos_embed is None else "eva02"
+    unusual = kernel.ndim != 4 or len(kernel) % 64
+    if rope != "dinov3":
+        unusual = unusual or pos_embed is None or pos_embed.ndim != 3
+    if unusual:
         raise UserError(f"{path}: the architecture is unclear, as pos_embed is missing or its shape or that of "
                         "patch_embed.proj.weight is unusual; give the encoder's name and put the file into WEIGHTS")
-    side = math.isqrt(pos_embed.shape[1] - 1)                                   # a row or two are not patches
-    has = [key.removeprefix("blocks.0.") for key in state]
+
+    dim = len(kernel)
+    patch_size = kernel.shape[-1]
+    registers = state["register_tokens"].shape[1] if "register_tokens" in state else 0
+    side = 16 if pos_embed is None else math.isqrt(pos_embed.shape[1] - 1)      # a row or two are not patches
+    blocks = [int(key.split(".")[1]) for key in state if key.startswith("blocks.")]
     values = dict(
-        embed_dim=len(kernel), num_heads=len(kernel) // 64,
-        patch_size=kernel.shape[-1], img_size=side * kernel.shape[-1],
-        depth=1 + max((int(key.split(".")[1]) for key in state if key.startswith("blocks.")), default=0),
-        layerscale="ls1.gamma" in has, mlp="swiglu" if "mlp.w3.weight" in has else "gelu", rope="attn.q_bias" in has,
-        registers=state["register_tokens"].shape[1] if "register_tokens" in has else 0,
-        sub_ln="attn.q_proj.weight" in has, inner_attn_ln="attn.inner_attn_ln.weight" in has)
+        embed_dim=dim, depth=1 + max(blocks, default=0), num_heads=dim // 64,
+        patch_size=patch_size, img_size=side * patch_size,
+        layerscale="blocks.0.ls1.gamma" in state,
+        registers=registers,
+        rope=rope,
+        sub_ln="blocks.0.attn.q_proj.weight" in state,
+        eps=1e-5 if rope == "dinov3" else 1e-6)
+    if "blocks.0.mlp.w3.weight" in state:
+        hidden = state["blocks.0.mlp.w3.weight"].shape[1]
+        values.update(mlp="swiglu", mlp_ratio=round(1.5 * hidden / dim))
+
     for name, row in ENCODERS.items():
         if row.url and bare(path) in (name, bare(file_name(row))):
-            return values | dict(name=name, mean=row.mean, std=row.std)
-    family = "EVA-02" if values["rope"] else "AugReg" if "augreg" in path.name.lower() else "ImageNet"
-    notes.append(f"normalisation taken to be {family}'s")
-    return values | dict(name=bare(path)) | {"EVA-02": CLIP, "AugReg": HALF, "ImageNet": IMAGENET}[family]
+            return values | dict(name=name, mean=row.mean, std=row.std), []
+    family = "ImageNet"
+    if "augreg" in path.name.lower():
+        family = "AugReg"
+    if rope == "eva02":
+        family = "EVA-02"
+    statistics = {"EVA-02": CLIP, "AugReg": HALF, "ImageNet": IMAGENET}[family]
+    return values | dict(name=bare(path)) | statistics, [f"normalisation taken to be {family}'s"]
+
+
+def constructor_values(name, e):
+    """What ViT is built from, and what checkpoints store: a row without its file."""
+    values = dict(name=name, **e._asdict())
+    for key in ("url", "sha256", "file"):
+        del values[key]
+    return values
+
+
+# --- Loading: the sizes asked for -----------------------------------------------------------------------------------
+
+def resized(values, img_size, patch_size, depth):
+    """Constructor values with the asked sizes; without img_size the stored one, rounded down to whole patches."""
+    patch = patch_size or values["patch_size"]
+    if img_size is None:
+        size = values["img_size"]
+        img_size = size // patch * patch if isinstance(size, int) else tuple(n // patch * patch for n in size)
+    if depth is None:
+        depth = values["depth"]
+    if not 1 <= depth <= values["depth"]:
+        raise UserError(f"depth must be 1 to {values['depth']} for {values['name']}, not {depth}")
+    return values | dict(img_size=img_size, patch_size=patch, depth=depth)
+
+
+def fit(path, state, values, wanted, offset):
+    """The ViT of the wanted constructor values with the tensors of one of the file's, and notes on what was changed."""
+    with torch.device("meta"):                                                  # shapes only: no memory, no draws
+        old = ViT(**values)
+        vit = ViT(**wanted)
+    check_state(path, state, old.state_dict())
+
+    notes = []
+    if vit.pos_embed is not None and old.grid != vit.grid:
+        h, w = old.grid
+        how = f"bicubic, offset {offset:g}" if offset else "bicubic"
+        notes.append(f"pos_embed {h}x{w} -> {vit.grid[0]}x{vit.grid[1]} ({how})")
+        state["pos_embed"] = resize_pos_embed(state["pos_embed"], old.grid, vit.grid, offset)
+    if old.patch_size != vit.patch_size:
+        notes.append(f"patch {old.patch_size} -> {vit.patch_size} ({PATCH_RESIZE})")
+        state["patch_embed.proj.weight"] = resize_patch_embed(state["patch_embed.proj.weight"], vit.patch_size)
+    if old.depth != vit.depth:
+        notes.append(f"the first {vit.depth} of {old.depth} blocks")
+    vit.load_state_dict({key: state[key] for key in vit.state_dict()}, assign=True)
+    return vit, notes
 
 
 def check_state(path, state, expected):
     """Refuses a state dict whose names or shapes differ from the expected ones, naming them."""
     wrong = [f"{key} is missing" for key in expected if key not in state]
     wrong += [f"{key} is not expected" for key in state if key not in expected]
-    wrong += [f"{key} has shape {tuple(state[key].shape)} instead of {tuple(expected[key].shape)}"
-              for key in expected if key in state and state[key].shape != expected[key].shape]
+    for key in expected:
+        if key in state and state[key].shape != expected[key].shape:
+            wrong.append(f"{key} has shape {tuple(state[key].shape)} instead of {tuple(expected[key].shape)}")
     if wrong:
         more = f" and {len(wrong) - 6} more" if len(wrong) > 6 else ""
         raise UserError(f"{path} does not fit the encoder: {', '.join(wrong[:6])}{more}")
 
 
-# --- The objectives' constants ----------------------------------------------------------------------------------------------------
+# --- The objectives' constants --------------------------------------------------------------------------------------
 
 @dataclass
 class LossConfig:
-    """Constants of the objectives; distill.Config and segment.Config inherit them, so each is also a flag of both scripts."""
-    loss: Literal["qsd", "mse", "cwd", "afdcd", "g2sd", "vitkd", "proteus"] = "qsd"  # the objective, a key of qsd.LOSSES
-    alpha: float = 1.0                 # weight of L_feat; 0 also skips its work (so for the next two)
-    beta: float = 1.0                  # weight of L_mask
-    gamma: float = 1.0                 # weight of L_cls
-    feat_with_cls: bool = True         # official code: L_feat is the mean over [CLS; patches]; the paper: patches only
-    mask_ratio: float = 0.5            # share of the patches hidden in a masked image, int(0.5 N) exactly (official; Proteus too)
-    mask_every: int = 2                # every 2nd image of the batch is masked (official: its first half); 1 = all
-    mask_loss: Literal["all", "masked_samples", "masked_tokens"] = "all"  # official: all patches of all samples; Proteus: masked_tokens
-    scale: Literal["one", "sqrt", "cosine"] = "one"  # of the logits: none (paper and code); C_t^-1/2; cosine / temperature
-    temperature: float = 0.07          # for scale = cosine only
-    attention: Literal["learned", "identity", "teacher"] = "learned"  # paper: learned; identity: W = 1, pointwise; teacher: v_t v_t^T
-    layers: Literal["last", "last2", "four"] = "last"  # (loss qsd) paper: last; last2 adds the block before; four: the blocks the decoder reads
-    target_norm: Literal["none", "layernorm", "phis"] = "none"  # of the teacher's final tokens; none = paper and code
-    dcd_pool: int = 4                  # Af-DCD pools both maps by this before contrasting (4 needs a grid of 16x16 or more)
+    """Constants of the objectives; distill.Config and segment.Config inherit them: each is a flag of both scripts."""
+    loss: Literal["qsd", "mse", "cwd", "afdcd", "g2sd", "vitkd", "proteus"] = "qsd"  # a key of qsd.LOSSES
+    # the paper's objective, --loss qsd
+    alpha: float = 1.0          # weight of L_feat; 0 leaves out the term, its head and its work
+    beta: float = 1.0           # weight of L_mask; likewise
+    gamma: float = 1.0          # weight of L_cls; 0 leaves the CLS token out of every term
+    distance: Literal["mse", "l1", "cosine"] = "mse"  # between student and teacher, in all three terms; paper: mse
+    feat_with_cls: bool = True  # official: L_feat is the mean over [CLS; patches]; the paper: over the patches
+    mask_ratio: float = 0.5     # share of the patches hidden in a masked image, int(0.5 N) exactly (official)
+    mask_all: bool = False      # no: every second image is masked (official: half of the batch); yes: all (the paper)
+    mask_loss: Literal["all", "masked_samples", "masked_tokens"] = "all"  # official: all tokens of all images
+    attention: Literal["learned", "identity", "teacher"] = "learned"  # identity: W = 1 at itself alone; teacher: v_t
+    scale: Literal["one", "sqrt", "cosine"] = "one"  # factor of W: 1 (paper), C_t^-1/2, or cosine / temperature
+    temperature: float = 0.07   # for --scale cosine only
+    layers: Literal["last", "four"] = "last"  # paper: the last block; four: also the three others that a decoder reads
+    # every objective
+    target_norm: Literal["none", "layernorm"] = "none"  # of the teacher's final tokens; paper and official: none
+    dcd_pool: int = 4           # Af-DCD pools both maps by this first (4 needs a grid of 16x16 patches or more)
 
 
-# --- Query-based soft distillation ------------------------------------------------------------------------------------------------
-
-class QSD(nn.Module):
-    """Student tokens v_s (B, N, C_s) query the teacher's v_t (B, N, C_t) and reweight the student's own values: v_s' (B, N, C_t).
-
-    value (B, N, D) takes the place of the student's own: with the unit matrix the attention itself comes out, (B, N, N)."""
-
-    def __init__(self, dim_s, dim_t, attention="learned", scale="one", temperature=0.07):
-        super().__init__()
-        self.attention, self.scale, self.temperature = attention, scale, temperature
-        if attention == "learned":
-            self.varphi = nn.Sequential(nn.LayerNorm(dim_s), nn.Linear(dim_s, dim_t))  # the paper's φ: queries
-        self.phi = nn.Sequential(nn.LayerNorm(dim_s), nn.Linear(dim_s, dim_t))         # the paper's ϕ: values
-
-    def forward(self, v_s, v_t, value=None):
-        value = self.phi(v_s).float() if value is None else value                      # (B, N, C_t)
-        if self.attention == "identity":  # every token attends to itself alone: what is left is the pointwise MSE of vanilla KD
-            return value
-        query, key = self.varphi(v_s).float() if self.attention == "learned" else v_t, v_t
-        if self.scale == "sqrt":
-            query = query * query.shape[-1] ** -0.5
-        elif self.scale == "cosine":
-            query, key = F.normalize(query, dim=-1) / self.temperature, F.normalize(key, dim=-1)
-        with torch.autocast(v_t.device.type, enabled=False):  # in bf16 unscaled logits of large keys cost 22 % of the output
-            W = query @ key.mT                                                         # Eq. 7  (B, N, N)
-            return W.softmax(-1) @ value                                               # Eq. 8  (B, N, C_t)
-
-
-def masked_rows(config):
-    """The images of a batch that are masked; their choice may not depend on how the batch is split, which is always in pairs."""
-    if config.mask_every not in (1, 2):
-        raise UserError(f"--mask_every {config.mask_every}: 2 (every second image) or 1 (all)")
-    return slice(None, None, config.mask_every)
-
-
-def random_mask(noise, ratio):
-    """Hide exactly int(ratio N) patches of each image: noise (B, N) uniform numbers -> mask (B, N) bool, True = hidden."""
-    return noise.argsort(1).argsort(1) < int(ratio * noise.shape[1])
-
-
-def matching_layers(depth_s, depth_t, layers):
-    """Indices of the intermediate blocks to distil, student and teacher: at equal fractions of either depth."""
-    fractions = {"last": (), "last2": (11 / 12,), "four": (4 / 12, 6 / 12, 8 / 12)}[layers]
-    return [max(round(f * depth_s) - 1, 0) for f in fractions], [max(round(f * depth_t) - 1, 0) for f in fractions]
-
-
-def normalize_targets(t, how, statistics=None):
-    """The teacher's tokens as an objective sees them: t = (cls, patches, outs) in fp32, cls and patches normalised by target_norm."""
-    cls, patches, outs = t[0].float(), t[1].float(), [o.float() for o in t[2]]
-    if how == "layernorm":
-        cls, patches = (F.layer_norm(x, x.shape[-1:]) for x in (cls, patches))
-    elif how == "phis":
-        mean, rotation = statistics
-        with torch.autocast(patches.device.type, enabled=False):
-            cls, patches = (cls - mean) @ rotation, (patches - mean) @ rotation
-    return cls, patches, outs
-
-
-def phi_s(tokens):
-    """PHI-S statistics (Ranzinger et al., arXiv:2410.01680) of tokens (M, C): mean (C,) and matrix (C, C).
-
-    The principal axes, rotated by a Hadamard matrix so that all channels have one variance, over that deviation."""
-    mean = tokens.mean(0)
-    variance, axes = torch.linalg.eigh((tokens - mean).T @ (tokens - mean) / len(tokens))
-    return mean, axes @ hadamard(tokens.shape[1]).to(tokens) / variance.mean().sqrt()
-
-
-@torch.no_grad()
-def target_statistics(teacher, images):
-    """PHI-S statistics of the teacher's patches on some uint8 images (B, 3, H, W): every process gives the same images."""
-    mean, std = (255 * torch.tensor(values, device=images.device)[:, None, None] for values in (teacher.mean, teacher.std))
-    return phi_s(teacher((images - mean) / std)[1].flatten(0, 1).float())
-
-
-def hadamard(n):
-    """Orthogonal (n, n) matrix with entries +-n^-1/2, for n = 2^k or 12 * 2^k (Sylvester; Paley's construction for 12)."""
-    H = torch.ones(1, 1)
-    if n % 3 == 0:  # I + S with S from the squares modulo 11
-        squares = {i * i % 11 for i in range(1, 11)}
-        S = torch.zeros(12, 12)
-        S[0, 1:], S[1:, 0] = 1, -1
-        S[1:, 1:] = torch.tensor([[0 if i == j else 1 if (j - i) % 11 in squares else -1 for j in range(11)] for i in range(11)])
-        H = torch.eye(12) + S
-    while len(H) < n:
-        H = torch.cat([torch.cat([H, H], 1), torch.cat([H, -H], 1)])
-    if len(H) != n:
-        raise UserError(f"--target_norm phis needs a teacher of width 2^k or 12 * 2^k, not {n}")
-    return H / n ** 0.5
-
+# --- Query-based soft distillation ----------------------------------------------------------------------------------
 
 # Every objective has one interface, so that a training loop does not know which one it runs:
-#   objective = LOSSES[name](student, teacher, config)
+#   objective = build_objective(student, teacher, config)
 #   losses = objective(student, x, s, t, noise) -> dict of scalars; losses["loss"] is what is minimised
-# x (B, 3, H, W) the images; t = (cls, patches, outs) = teacher.run(x, layers=objective.layers_t); s likewise from the student's plain
-# pass, or None where objective.plain is False; noise (B, N) uniform random numbers, the only source of randomness.
-# objective.weight is the published weight beside a task loss, for the mean reductions used here.
+# x (B, 3, H, W) are the images. t = (cls, patches, outs) is the teacher's pass, with the raw outs of layers_t.
+# s is the student's plain pass likewise, or None where objective.plain is False. noise (B, N), uniform in 0..1, is the
+# only source of randomness. objective.weight is the published weight beside a task loss, for the mean reductions here.
+
+def cosine_distance(a, b):
+    return (1 - F.cosine_similarity(a, b, dim=-1)).mean()
+
+
+DISTANCES = {"mse": F.mse_loss, "l1": F.l1_loss, "cosine": cosine_distance}
+
+
+def projection(dim_s, dim_t):
+    """To the teacher's width: "a linear projection layer" in the paper, LayerNorm and Linear in the official code."""
+    return nn.Sequential(nn.LayerNorm(dim_s), nn.Linear(dim_s, dim_t))
+
+
+def matmul(a, b):
+    """a @ b in fp32, under autocast, too: a softmax of large, unscaled logits does not bear bf16's rounding."""
+    dtype = torch.promote_types(b.dtype, torch.float32)
+    with torch.autocast(a.device.type, enabled=False):
+        return a.to(dtype) @ b.to(dtype)
+
+
+class QSD(nn.Module):
+    """Every student token queries all teacher tokens, and their similarities reweight the student's own values.
+
+    v_s (B, N, C_s), v_t (B, N, C_t) -> v_s' (B, N, C_t), in fp32.
+    """
+    def __init__(self, dim_s, dim_t):
+        super().__init__()
+        self.varphi = projection(dim_s, dim_t)                      # the paper's φ makes the queries
+        self.phi = projection(dim_s, dim_t)                         # the paper's ϕ makes the values
+
+    def weights(self, v_s, v_t):
+        W = matmul(self.varphi(v_s), v_t.mT)                        # Eq. 7  (B, N, N)
+        return W.softmax(-1)
+
+    def forward(self, v_s, v_t):
+        return matmul(self.weights(v_s, v_t), self.phi(v_s))        # Eq. 8  (B, N, C_t)
+
 
 class GKD(nn.Module):
-    """The paper's objective: features, masked patches and CLS token, each through a QSD head of its own (equations 9 to 12)."""
+    """The paper's objective: features, masked patches and CLS token, each through a QSD head of its own."""
     weight = 1.0
+    layers_s = layers_t = ()
 
     def __init__(self, student, teacher, config):
         super().__init__()
         c = self.config = config
-        self.layers_s, self.layers_t = matching_layers(student.depth, teacher.depth, c.layers)
-        self.plain = bool(c.alpha or c.gamma or (c.beta and c.mask_loss == "all" and c.mask_every > 1))
-
-        def head():
-            return QSD(student.embed_dim, teacher.embed_dim, c.attention, c.scale, c.temperature)
-        self.feat = head() if c.alpha else None
-        self.mask = head() if c.beta else None
-        self.cls = head() if c.gamma or (c.alpha and c.feat_with_cls) else None
-        self.inner = nn.ModuleList(head() for _ in self.layers_t) if c.alpha else []
+        if not (c.alpha or c.beta or c.gamma):
+            raise UserError("--alpha, --beta and --gamma are all 0: nothing is left to learn from")
+        self.feat = build_head(student, teacher, c) if c.alpha else None
+        self.mask = build_head(student, teacher, c) if c.beta else None
+        self.cls = build_head(student, teacher, c) if c.gamma else None
+        unmasked_images_too = c.beta and c.mask_loss == "all" and not c.mask_all    # their tokens count in L_mask
+        self.plain = bool(c.alpha or c.gamma or unmasked_images_too)
 
     def forward(self, student, x, s, t, noise):
-        c, losses = self.config, {}
-        v_t_cls, v_t, outs_t = t                                             # (B, C_t), (B, N, C_t)
-        v_s_cls, v_s, outs_s = s if self.plain else (None, None, ())           # (B, C_s), (B, N, C_s)
-        if self.cls is not None:  # one query, one key: the softmax is 1, so this head is Linear(LayerNorm(cls))
-            cls = self.cls(v_s_cls[:, None], v_t_cls[:, None])                 # (B, 1, C_t)
+        c = self.config
+        distance = DISTANCES[c.distance]                            # paper: the squared error
+        v_t_cls, v_t, _ = t                                         # (B, C_t), (B, N, C_t)
+        v_s_cls, v_s, _ = s if self.plain else (None, None, None)   # (B, C_s), (B, N, C_s)
+        N = v_t.shape[1]
+        L_feat = L_mask = L_cls = 0.0
+
         if c.alpha:
-            feat, target = self.feat(v_s, v_t), v_t
-            if c.feat_with_cls:
-                feat, target = torch.cat([cls, feat], 1), torch.cat([v_t_cls[:, None], v_t], 1)
-            losses["L_feat"] = F.mse_loss(feat, target)                        # Eq. 9
-            for head, o_s, o_t in zip(self.inner, outs_s, outs_t):  # raw block outputs have no common scale: targets are normalised
-                o_t = F.layer_norm(o_t.float(), o_t.shape[-1:])
-                losses["L_feat"] = losses["L_feat"] + F.mse_loss(head(o_s, o_t), o_t)
+            v_s_prime = self.feat(v_s, v_t)                         # (B, N, C_t)
+            L_feat = distance(v_s_prime, v_t)                       # Eq. 9
         if c.beta:
-            losses["L_mask"] = self.masked(student, x, v_s, v_t, noise)
-        if c.gamma:
-            losses["L_cls"] = F.mse_loss(cls, v_t_cls[:, None])                # Eq. 11
-        weights = {"L_feat": c.alpha, "L_mask": c.beta, "L_cls": c.gamma}
-        losses["loss"] = sum(weights[name] * losses[name] for name in list(losses))  # Eq. 12
-        return losses
+            v_s_mask_prime, v_t_mask = self.masked(student, x, v_s, v_t, noise)
+            L_mask = distance(v_s_mask_prime, v_t_mask)             # Eq. 10
+        if c.gamma:                                                 # one key: the softmax is 1, only phi learns
+            v_s_cls_prime = self.cls(v_s_cls[:, None], v_t_cls[:, None])[:, 0]      # (B, C_t)
+            L_cls = distance(v_s_cls_prime, v_t_cls)                # Eq. 11
+        if c.alpha and c.gamma and c.feat_with_cls:
+            L_feat = (N * L_feat + L_cls) / (N + 1)                 # the official mean over [CLS; patches]
+        loss = c.alpha * L_feat + c.beta * L_mask + c.gamma * L_cls     # Eq. 12
+
+        losses = {"L_feat": L_feat, "L_mask": L_mask, "L_cls": L_cls, "loss": loss}
+        return {name: value for name, value in losses.items() if torch.is_tensor(value)}    # no term of weight 0
 
     def masked(self, student, x, v_s, v_t, noise):
-        """L_mask; only masked images go through the student again: the others' masked pass would equal the plain one."""
-        c, rows = self.config, masked_rows(self.config)
-        mask = random_mask(noise[rows], c.mask_ratio)                          # (B/2, N)
-        v_s_mask, target = student(x[rows], mask)[1], v_t[rows]                # (B/2, N, C_s), (B/2, N, C_t)
-        if c.mask_loss == "all" and c.mask_every > 1:
-            index = torch.arange(0, len(x), c.mask_every, device=x.device)
-            v_s_mask, target = v_s.to(v_s_mask.dtype).index_copy(0, index, v_s_mask), v_t
-        v_s_mask = self.mask(v_s_mask, target)                                 # (B, N, C_t)
+        """The masked pass through its head, v_s'^mask, and the teacher tokens that it must equal: both (B', N', C_t).
+
+        Only the masked images go through the student again. The others count, too, if --mask_loss is all: their tokens
+        are those of the plain pass, which a second pass without a mask would equal.
+        """
+        c = self.config
+        which = masked_images(c)
+        hidden = random_mask(noise[which], c.mask_ratio)            # (B/2, N)
+        v_s_mask = student(x[which], hidden)[1]                     # (B/2, N, C_s)
+        if c.mask_loss == "all" and not c.mask_all:
+            index = torch.arange(len(x), device=x.device)[which]
+            v_s_mask = v_s.to(v_s_mask.dtype).index_copy(0, index, v_s_mask)    # (B, N, C_s)
+        else:
+            v_t = v_t[which]
+        v_s_mask_prime = self.mask(v_s_mask, v_t)                   # (B', N, C_t)
         if c.mask_loss == "masked_tokens":
-            return (((v_s_mask - target) ** 2).mean(-1) * mask).sum() / mask.sum()
-        return F.mse_loss(v_s_mask, target)                                    # Eq. 10
+            v_s_mask_prime = tokens_at(v_s_mask_prime, hidden)
+            v_t = tokens_at(v_t, hidden)
+        return v_s_mask_prime, v_t
 
 
-# --- The rivals of Tables 1, 2 and 4 ------------------------------------------------------------------------------------------------
+def masked_images(config):
+    """Which images are masked: micro-batches are even, so every second one of each is every second of the batch."""
+    return slice(0, None, 1 if config.mask_all else 2)
 
+
+def random_mask(noise, ratio):
+    """Hides exactly int(ratio N) patches of each image: uniform noise (B, N) -> mask (B, N) bool, True = hidden."""
+    return noise.argsort(1).argsort(1) < int(ratio * noise.shape[1])
+
+
+def tokens_at(v, mask):
+    """The tokens of v (B, N, C) where mask (B, N) is True, equally many in each image: (B, K, C)."""
+    return v[mask].unflatten(0, (len(v), -1))
+
+
+def normalize_targets(t, how):
+    """The teacher's pass t = (cls, patches, outs) as the objectives see it: in fp32, its tokens under --target_norm."""
+    cls, patches, outs = t
+    cls = cls.float()
+    patches = patches.float()
+    if how == "layernorm":
+        cls = F.layer_norm(cls, cls.shape[-1:])
+        patches = F.layer_norm(patches, patches.shape[-1:])
+    return cls, patches, [out.float() for out in outs]
+
+
+# --- Ablations of it, beyond the paper ------------------------------------------------------------------------------
+
+class QSDVariant(QSD):
+    """QSD with another attention or another scale of its logits; see LossConfig."""
+    def __init__(self, dim_s, dim_t, attention, scale, temperature):
+        super().__init__(dim_s, dim_t)
+        self.attention = attention
+        self.scale = scale
+        self.temperature = temperature
+        if attention != "learned":
+            del self.varphi                                         # nothing asks for learned queries
+
+    def forward(self, v_s, v_t):
+        if self.attention == "identity":                            # without the product by the unit matrix
+            return self.phi(v_s).float()
+        return super().forward(v_s, v_t)
+
+    def weights(self, v_s, v_t):
+        if self.attention == "identity":                            # every token keeps its own value: pointwise
+            return torch.eye(v_t.shape[1], device=v_t.device, dtype=v_t.dtype).expand(len(v_t), -1, -1)
+        query = self.varphi(v_s) if self.attention == "learned" else v_t
+        key = v_t
+        if self.scale == "sqrt":
+            query = query * v_t.shape[-1] ** -0.5
+        elif self.scale == "cosine":
+            query = F.normalize(query.to(key.dtype), dim=-1) / self.temperature
+            key = F.normalize(key, dim=-1)
+        return matmul(query, key.mT).softmax(-1)                    # (B, N, N)
+
+
+def build_head(student, teacher, config):
+    """The QSD head that a LossConfig describes, between two encoders."""
+    if config.attention == "learned" and config.scale == "one":
+        return QSD(student.embed_dim, teacher.embed_dim)
+    return QSDVariant(student.embed_dim, teacher.embed_dim, config.attention, config.scale, config.temperature)
+
+
+class GKDFourLayers(GKD):
+    """GKD that also distils the three earlier blocks which a decoder reads (--layers four), as a term L_inner."""
+    def __init__(self, student, teacher, config):
+        super().__init__(student, teacher, config)
+        if not config.alpha:
+            raise UserError("--layers four adds to L_feat, which --alpha 0 leaves out")
+        self.layers_s = [max(0, round(student.depth * part / 12) - 1) for part in (4, 6, 8)]
+        self.layers_t = [max(0, round(teacher.depth * part / 12) - 1) for part in (4, 6, 8)]
+        self.inner = nn.ModuleList(build_head(student, teacher, config) for _ in self.layers_t)
+
+    def forward(self, student, x, s, t, noise):
+        losses = super().forward(student, x, s, t, noise)
+        L_inner = 0.0
+        for head, v_s, v_t in zip(self.inner, s[2], t[2], strict=True):
+            v_t = F.layer_norm(v_t, v_t.shape[-1:])                 # raw outputs of different blocks differ in scale
+            L_inner = L_inner + DISTANCES[self.config.distance](head(v_s, v_t), v_t)
+        loss = losses.pop("loss") + self.config.alpha * L_inner
+        return losses | {"L_inner": L_inner, "loss": loss}
+
+
+# --- The rivals of Tables 1, 2 and 4 --------------------------------------------------------------------------------
 class MSE(nn.Module):
-    """Vanilla KD (FitNets, Romero et al. 2015): mean (phi(s) - t)^2 over the patches, phi linear."""
-    weight, plain, layers_s, layers_t = 1.0, True, (), ()
+    """Vanilla KD (FitNets, Romero et al. 2015): the mean of (phi(s) - t)^2 over the patches, phi linear."""
+    weight = 1.0
+    plain = True
+    layers_s = layers_t = ()
 
     def __init__(self, student, teacher, config):
         super().__init__()
@@ -678,79 +917,98 @@ class MSE(nn.Module):
 
 
 class CWD(nn.Module):
-    """Channel-wise distillation (Shu et al. 2021): each channel's softmax over space, student against teacher, T = 4."""
-    weight, plain, layers_s, layers_t = 50.0, True, (), ()  # CIRKD's feature weight, for this very reduction
-    T = 4.0
+    """Channel-wise distillation (Shu et al. 2021): KL of each channel's softmax over space, student to teacher."""
+    weight = 50.0                       # CIRKD's weight of CWD on features, for this very reduction
+    plain = True
+    layers_s = layers_t = ()
+    T = 4.0                             # temperature
 
     def __init__(self, student, teacher, config):
         super().__init__()
         self.align = nn.Linear(student.embed_dim, teacher.embed_dim)
 
     def forward(self, student, x, s, t, noise):
-        log_p_s = (self.align(s[1]).float() / self.T).log_softmax(1)           # (B, N, C_t), a distribution over N
+        log_p_s = (self.align(s[1]).float() / self.T).log_softmax(1)            # (B, N, C_t), a distribution over N
         log_p_t = (t[1] / self.T).log_softmax(1)
-        kl = F.kl_div(log_p_s, log_p_t, reduction="none", log_target=True).sum(1)  # (B, C_t)
+        kl = F.kl_div(log_p_s, log_p_t, reduction="none", log_target=True).sum(1)   # (B, C_t)
         return {"loss": self.T ** 2 * kl.mean()}
 
 
 class AfDCD(nn.Module):
-    """Augmentation-free dense contrastive distillation (Fan et al. 2023): masked reconstruction and omni-contrasting.
+    """Augmentation-free dense contrastive distillation (Fan et al. 2023): reconstruct the teacher, then contrast.
 
-    Published weights (sum form): reconstruction 1e-6 to 4e-5, contrast 1e-3 to 4e-2; in the mean form used here 1 and 1e-2."""
-    weight, plain, layers_s, layers_t = 1.0, True, (), ()
-    groups, patch, tau, drop, contrast = 16, 4, 0.07, 0.75, 1e-2
+    Published weights in sum form: reconstruction 1e-6 to 4e-5, contrast 1e-3 to 4e-2; in mean form here 1 and 1e-2.
+    """
+    weight = 1.0
+    plain = True
+    layers_s = layers_t = ()
+    groups = 16                         # the channels are cut into groups, each a vector of its own
+    patch = 4                           # vectors are contrasted within patches of 4x4 positions
+    tau = 0.07                          # temperature of the contrast
+    drop = 0.75                         # share of the student's tokens hidden before the reconstruction
+    contrast = 1e-2                     # weight of the contrast
 
     def __init__(self, student, teacher, config):
         super().__init__()
-        dim, self.pool = teacher.embed_dim, config.dcd_pool
+        dim = teacher.embed_dim
+        self.pool = config.dcd_pool
         self.align = nn.Linear(student.embed_dim, dim)
         self.project = nn.Sequential(nn.Conv2d(dim, dim, 3, padding=1), nn.ReLU(), nn.Conv2d(dim, dim, 3, padding=1))
 
-    def vectors(self, tokens):
-        """Map (B, C, h, w) -> (patches, positions * groups, C / groups): pooled, cut in 4x4 patches, channels split in groups."""
-        tokens = F.max_pool2d(tokens, self.pool)
-        cut = F.unfold(tokens, self.patch, stride=self.patch)                  # (B, C * 16, patches)
-        B, _, P = cut.shape
-        cut = cut.view(B, self.groups, -1, self.patch ** 2, P)                 # (B, M, C / M, 16, P)
-        return cut.permute(0, 4, 3, 1, 2).flatten(2, 3).flatten(0, 1)          # (B P, 16 M, C / M)
-
     def forward(self, student, x, s, t, noise):
-        grid = (-1, t[1].shape[-1], x.shape[2] // student.patch_size, x.shape[3] // student.patch_size)
-        if min(grid[2:]) < self.pool * self.patch:
-            raise UserError(f"--dcd_pool {self.pool} leaves no {self.patch}x{self.patch} patch on a grid of {grid[2]}x{grid[3]}: "
+        h, w = grid_of(x.shape[2:], student.patch_size)
+        if min(h, w) < self.pool * self.patch:
+            raise UserError(f"--dcd_pool {self.pool} leaves no {self.patch}x{self.patch} patch on a grid of {h}x{w}: "
                             "use a smaller one")
-        kept = ~random_mask(noise, self.drop)                                  # (B, N)
-        f = self.project((self.align(s[1]) * kept[..., None]).mT.reshape(grid)).float()  # (B, C_t, h, w)
-        target = t[1].mT.reshape(grid)
-        distance = torch.cdist(self.vectors(f), self.vectors(target), p=1)     # (B P, 16 M, 16 M)
-        group = torch.arange(distance.shape[1], device=x.device) % self.groups
-        same = (group[:, None] == group) & ~torch.eye(len(group), dtype=torch.bool, device=x.device)
-        logits = (-distance / self.tau).masked_fill(same, float("-inf"))  # left: the positive and the 240 vectors of other groups
-        positive = torch.arange(len(group), device=x.device).expand(len(logits), -1)
-        losses = {"L_fd": F.mse_loss(f, target), "L_con": self.groups * F.cross_entropy(logits.mT, positive)}
-        return losses | {"loss": losses["L_fd"] + self.contrast * losses["L_con"]}
+        kept = ~random_mask(noise, self.drop)                                   # (B, N)
+        f_s = (self.align(s[1]) * kept[..., None]).mT.unflatten(2, (h, w))      # (B, C_t, h, w)
+        f_s = self.project(f_s).float()
+        f_t = t[1].mT.unflatten(2, (h, w))
+        L_fd = F.mse_loss(f_s, f_t)
+
+        distance = torch.cdist(self.vectors(f_s), self.vectors(f_t), p=1)       # (B P, 16 M, 16 M)
+        which = torch.arange(distance.shape[1], device=x.device)
+        group = which % self.groups
+        same_group = (group[:, None] == group) & (which[:, None] != which)
+        logits = (-distance / self.tau).masked_fill(same_group, float("-inf"))  # the positive and other groups' vectors
+        L_con = self.groups * F.cross_entropy(logits.mT, which.expand(len(logits), -1))
+        return {"L_fd": L_fd, "L_con": L_con, "loss": L_fd + self.contrast * L_con}
+
+    def vectors(self, f):
+        """Map (B, C, h, w), pooled, cut into P patches of 4x4 -> vectors (B P, 16 M, C / M), M groups of channels."""
+        f = F.max_pool2d(f, self.pool)
+        cut = F.unfold(f, self.patch, stride=self.patch)                        # (B, C * 16, P)
+        cut = cut.unflatten(1, (self.groups, -1, self.patch ** 2))              # (B, M, C / M, 16, P)
+        return cut.permute(0, 4, 3, 1, 2).flatten(2, 3).flatten(0, 1)           # (B P, 16 M, C / M)
 
 
 class G2SD(nn.Module):
-    """Generic-to-specific distillation, generic stage (Huang et al. 2023): from 25 % of the patches predict all teacher tokens."""
-    weight, plain, layers_s, layers_t = 1.0, False, (), ()
-    keep, width, depth, beta = 0.25, 256, 4, 2.0
+    """Generic-to-specific distillation, generic stage (Huang et al. 2023): a quarter of the patches predicts all."""
+    weight = 1.0
+    plain = False                       # the student sees the kept patches only
+    layers_s = layers_t = ()
+    keep = 0.25                         # share of the patches that the student sees
+    width = 256                         # of the decoder
+    depth = 4                           # its blocks
+    beta = 2.0                          # of the smooth L1 loss
 
     def __init__(self, student, teacher, config):
         super().__init__()
+        N = student.grid[0] * student.grid[1]
         self.embed = nn.Linear(student.embed_dim, self.width)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, self.width))
-        self.pos_embed = nn.Parameter(torch.randn(1, student.pos_embed.shape[1] - 1, self.width) * 0.02)
-        blocks = (Block(Encoder(self.width, self.depth, 8, 1, 1)) for _ in range(self.depth))
-        self.decoder = nn.Sequential(*blocks, nn.LayerNorm(self.width),
-                                     nn.Linear(self.width, teacher.embed_dim))
+        self.pos_embed = nn.Parameter(0.02 * torch.randn(1, N, self.width))
+        block = Encoder(embed_dim=self.width, depth=self.depth, num_heads=8, patch_size=1, img_size=1)
+        blocks = [Block(block) for _ in range(self.depth)]
+        self.decoder = nn.Sequential(*blocks, nn.LayerNorm(self.width), nn.Linear(self.width, teacher.embed_dim))
 
     def forward(self, student, x, s, t, noise):
-        N, C = noise.shape[1], self.width
-        keep = noise.argsort(1)[:, :int(self.keep * N)]                        # (B, K) indices of the visible patches
-        seen = self.embed(student.run(x, keep=keep)[1])                        # (B, K, 256)
-        full = self.mask_token.to(seen.dtype).expand(len(x), N, C).scatter(1, keep[..., None].expand(-1, -1, C), seen)
-        predicted = self.decoder(full + self.pos_embed).float()                # (B, N, C_t)
+        B, N = noise.shape
+        keep = noise.argsort(1)[:, :int(self.keep * N)]                         # (B, K), indices of visible patches
+        seen = self.embed(student.run(x, keep=keep)[1])                         # (B, K, 256)
+        everywhere = self.mask_token.to(seen.dtype).expand(B, N, -1)
+        full = everywhere.scatter(1, keep[..., None].expand_as(seen), seen)     # (B, N, 256)
+        predicted = self.decoder(full + self.pos_embed).float()                 # (B, N, C_t)
         target = F.layer_norm(t[1], t[1].shape[-1:])
         return {"loss": F.smooth_l1_loss(predicted, target, beta=self.beta)}
 
@@ -758,47 +1016,75 @@ class G2SD(nn.Module):
 class ViTKD(nn.Module):
     """ViTKD (Yang et al. 2024): mimic the first two blocks, generate the last one from half of its positions.
 
-    Published weights 3e-5 and 3e-6 / 0.5 in sum form are about 4.5 and 0.23 in mean form at 196 tokens of width 384."""
-    weight, plain = 1.0, True
-    mimic, generate = 4.5, 0.23
+    The published weights 3e-5 and 3e-6 / 0.5 of sums are about 4.5 and 0.23 of means, at 196 tokens of width 384.
+    """
+    weight = 1.0
+    plain = True
+    mimic = 4.5
+    generate = 0.23
+    hidden = 0.5                        # share of the positions that are generated
 
     def __init__(self, student, teacher, config):
         super().__init__()
         dim = teacher.embed_dim
-        self.layers_s, self.layers_t = (0, 1, student.depth - 1), (0, 1, teacher.depth - 1)
+        self.layers_s = (0, 1, student.depth - 1)
+        self.layers_t = (0, 1, teacher.depth - 1)
         self.align = nn.ModuleList(nn.Linear(student.embed_dim, dim) for _ in range(3))
         self.token = nn.Parameter(torch.zeros(1, 1, dim))
         self.project = nn.Sequential(nn.Conv2d(dim, dim, 3, padding=1), nn.ReLU(), nn.Conv2d(dim, dim, 3, padding=1))
 
     def forward(self, student, x, s, t, noise):
-        first, second, last = (align(o) for align, o in zip(self.align, s[2]))  # (B, N, C_t)
-        hidden = random_mask(noise, 0.5)[..., None]                            # (B, N, 1)
-        grid = (x.shape[2] // student.patch_size, x.shape[3] // student.patch_size)
-        f = self.project(torch.where(hidden, self.token.to(last.dtype), last).mT.unflatten(2, grid)).flatten(2).mT.float()
-        error = (f - t[2][2]) ** 2 * hidden
-        losses = {"L_mimic": F.mse_loss(first.float(), t[2][0]) + F.mse_loss(second.float(), t[2][1]),
-                  "L_generate": error.sum() / (hidden.sum() * f.shape[-1])}
-        return losses | {"loss": self.mimic * losses["L_mimic"] + self.generate * losses["L_generate"]}
+        first, second, last = [align(out) for align, out in zip(self.align, s[2])]      # each (B, N, C_t)
+        first_t, second_t, last_t = t[2]
+        L_mimic = F.mse_loss(first.float(), first_t) + F.mse_loss(second.float(), second_t)
+
+        hidden = random_mask(noise, self.hidden)[..., None]                     # (B, N, 1)
+        f = torch.where(hidden, self.token.to(last.dtype), last)
+        f = self.project(f.mT.unflatten(2, grid_of(x.shape[2:], student.patch_size)))   # (B, C_t, h, w)
+        error = (f.flatten(2).mT.float() - last_t) ** 2 * hidden                # (B, N, C_t)
+        L_generate = error.sum() / (hidden.sum() * error.shape[-1])
+        loss = self.mimic * L_mimic + self.generate * L_generate
+        return {"L_mimic": L_mimic, "L_generate": L_generate, "loss": loss}
 
 
 class Proteus(nn.Module):
-    """Proteus (Zhang et al. 2025): CLS, all tokens, and masked patches at the masked positions only, each LayerNorm -> Linear."""
-    weight, plain, layers_s, layers_t = 1.0, True, (), ()
+    """Proteus (Zhang et al. 2025): CLS, all tokens, hidden patches of masked images, each LayerNorm -> Linear."""
+    weight = 1.0
+    plain = True
+    layers_s = layers_t = ()
 
     def __init__(self, student, teacher, config):
         super().__init__()
         self.config = config
-        self.cls, self.feat, self.patch = (
-            nn.Sequential(nn.LayerNorm(student.embed_dim), nn.Linear(student.embed_dim, teacher.embed_dim)) for _ in range(3))
+        self.cls = projection(student.embed_dim, teacher.embed_dim)
+        self.feat = projection(student.embed_dim, teacher.embed_dim)
+        self.patch = projection(student.embed_dim, teacher.embed_dim)
 
     def forward(self, student, x, s, t, noise):
-        rows = masked_rows(self.config)
-        mask = random_mask(noise[rows], self.config.mask_ratio)
-        error = (self.patch(student(x[rows], mask)[1]).float() - t[1][rows]) ** 2
-        losses = {"L_cls": F.mse_loss(self.cls(s[0]).float(), t[0]),
-                  "L_feat": F.mse_loss(self.feat(torch.cat([s[0][:, None], s[1]], 1)).float(), torch.cat([t[0][:, None], t[1]], 1)),
-                  "L_mask": (error.mean(-1) * mask).sum() / mask.sum()}
-        return losses | {"loss": losses["L_cls"] + losses["L_feat"] + losses["L_mask"]}
+        which = masked_images(self.config)
+        hidden = random_mask(noise[which], self.config.mask_ratio)              # (B/2, N)
+        v_s_mask = self.patch(student(x[which], hidden)[1]).float()
+        tokens_s = torch.cat([s[0][:, None], s[1]], 1)                          # (B, 1 + N, C_s)
+        tokens_t = torch.cat([t[0][:, None], t[1]], 1)
+        L_cls = F.mse_loss(self.cls(s[0]).float(), t[0])
+        L_feat = F.mse_loss(self.feat(tokens_s).float(), tokens_t)
+        L_mask = F.mse_loss(tokens_at(v_s_mask, hidden), tokens_at(t[1][which], hidden))
+        return {"L_cls": L_cls, "L_feat": L_feat, "L_mask": L_mask, "loss": L_cls + L_feat + L_mask}
 
 
 LOSSES = {"qsd": GKD, "mse": MSE, "cwd": CWD, "afdcd": AfDCD, "g2sd": G2SD, "vitkd": ViTKD, "proteus": Proteus}
+
+
+def build_objective(student, teacher, config):
+    """The objective that a LossConfig describes, for these two encoders."""
+    if config.loss == "qsd" and config.layers == "four":
+        return GKDFourLayers(student, teacher, config)
+    return LOSSES[config.loss](student, teacher, config)
+
+
+def load_heads(objective, heads, path):
+    """Continue with the heads that a student's checkpoint holds, instead of fresh ones (--keep_heads)."""
+    try:
+        objective.load_state_dict(heads or {})
+    except RuntimeError:
+        raise UserError(f"--keep_heads: {path} holds no heads of this --loss, teacher and student") from None

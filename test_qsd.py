@@ -1,2025 +1,1936 @@
-"""What the code promises, on a CPU without network; what needs timm or the real images beside the repository skips without."""
+"""What the code promises, on a CPU without network; tests of real weights and images want GKD_TEST_DATA."""
 import argparse
+import cmath
 import colorsys
+import contextlib
 import dataclasses
 import hashlib
-import io
 import itertools
 import json
 import math
 import multiprocessing
 import os
 import pickle
-import random
 import re
 import runpy
+import shutil
 import signal
 import struct
 import subprocess
 import sys
 import time
 import zlib
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import statistics
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+import torchvision.transforms.functional as TF
 from PIL import Image
+from torchvision.transforms import RandomResizedCrop
+from torchvision.transforms.functional import pil_to_tensor, to_pil_image
+from tqdm import tqdm
+from unittest.mock import Mock
 
 import data
 import distill
 import eval as evaluation
 import qsd
 import segment
-from segment import (DeformableAttention, Linear, MaskDecoder, SemFPN, attended, feature_layers, hungarian, pyramid, resize,
-                     sample)
+from segment import Linear, MaskDecoder, SemFPN, hungarian, pyramid, resize, sample, sine_position
 
-HERE = Path(__file__).parent
-SHARED = HERE.parent / "shared"
+REAL = Path(os.environ.get("GKD_TEST_DATA", "nowhere")) / "data"      # weights and imagenet, if there are any
 torch.set_num_threads(1)
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
 @pytest.fixture(autouse=True)
-def same_start(monkeypatch):
-    """Fixed random numbers for each test, no waiting for the disk, and Ctrl-C ends the tests even after a run caught it."""
-    monkeypatch.setattr(os, "fsync", lambda file: None)
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+def same_start():
     torch.manual_seed(0)
-    yield
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
 
 
-# --- The method: equations 7 to 12 against slow references ------------------------------------------------------------
+# --- The method and its rivals: slow references -----------------------------------------------------------------------
 
-def vit(width, depth=3, grid=4, name="mini"):
-    return qsd.ViT(name, embed_dim=width, depth=depth, num_heads=2, patch_size=4, img_size=4 * grid)
+def mini_vit(width, depth=3, grid=(3, 5)):
+    """An encoder with patches of 4x4 pixels, small enough for slow references."""
+    h, w = grid
+    return qsd.ViT("mini", embed_dim=width, depth=depth, num_heads=2, patch_size=4, img_size=(4 * h, 4 * w))
 
 
-def setting(loss="qsd", batch=4, grid=4, **constants):
-    """A student, an objective and all that the objective is given: (student, objective, x, s, t, noise)."""
-    student, teacher = vit(16, grid=grid), vit(32, depth=2, grid=grid).eval().requires_grad_(False)
-    objective = qsd.LOSSES[loss](student, teacher, qsd.LossConfig(loss=loss, **{"dcd_pool": 1} | constants))
-    for p in [*student.parameters(), *objective.parameters()]:
+def setting(loss="qsd", grid=(3, 5), **constants):
+    """A student 16 wide, the objective with a teacher 32 wide, and what it is given: x, both passes s and t, noise."""
+    student = mini_vit(16, grid=grid)
+    teacher = mini_vit(32, depth=2, grid=grid)
+    objective = qsd.build_objective(student, teacher, qsd.LossConfig(loss=loss, **constants))
+    for p in [*student.parameters(), *teacher.parameters(), *objective.parameters()]:
         p.data += 0.1 * torch.randn_like(p)
-    x, noise = torch.randn(batch, 3, 4 * grid, 4 * grid), torch.rand(batch, grid ** 2)
+    x = torch.randn(4, 3, 4 * grid[0], 4 * grid[1])
+    noise = torch.rand(4, grid[0] * grid[1])
     with torch.no_grad():
         t = teacher.run(x, layers=objective.layers_t)
     s = student.run(x, layers=objective.layers_s) if objective.plain else None
     return student, objective, x, s, t, noise
 
 
-def slow_project(project, token):
-    """Linear(LayerNorm(token)) for one token (C,)."""
+def slow_projection(project, v):
     norm, linear = project
-    token = (token - token.mean()) / (token.var(unbiased=False) + norm.eps).sqrt() * norm.weight + norm.bias
-    return linear.weight @ token + linear.bias
+    v = F.layer_norm(v, v.shape[-1:]) * norm.weight + norm.bias
+    return v @ linear.weight.T + linear.bias
 
 
-def slow_qsd(head, v_s, v_t):
-    """Equations 7 and 8 token by token: token i reads token j's value with weight exp(W_ij) over the sum of row i."""
-    out = []
-    for b, i in np.ndindex(v_s.shape[:2]):
+def slow_weights(head, config, v_s, v_t):
+    """Equation 7: the share that token i takes of token j is exp(W_ij) over the sum of row i."""
+    B, N, C = v_t.shape
+    if config.attention == "identity":
+        return torch.eye(N).expand(B, N, N)
+    query = slow_projection(head.varphi, v_s) if config.attention == "learned" else v_t
+    rows = []
+    for b, i in np.ndindex(B, N):
         W = []
-        for j in range(v_t.shape[1]):
-            query = slow_project(head.varphi, v_s[b, i]) if head.attention == "learned" else v_t[b, i]
-            dot, C = sum(query * v_t[b, j]), v_t.shape[2]
-            W.append({"one": dot, "sqrt": dot / C ** 0.5,
-                      "cosine": dot / (query.norm() * v_t[b, j].norm()) / head.temperature}[head.scale])
-        weights = [w.exp() for w in W]
-        out.append(sum(w / sum(weights) * slow_project(head.phi, v_s[b, j]) for j, w in enumerate(weights)))
-    return torch.stack(out).view_as(v_t)
+        for j in range(N):
+            dot = (query[b, i] * v_t[b, j]).sum()
+            cosine = dot / query[b, i].norm() / v_t[b, j].norm()
+            W.append({"one": dot, "sqrt": dot / C ** 0.5, "cosine": cosine / config.temperature}[config.scale])
+        shares = torch.stack(W).exp()
+        rows.append(shares / shares.sum())
+    return torch.stack(rows).view(B, N, N)
 
 
-@pytest.mark.parametrize("attention", ["learned", "teacher"])
-@pytest.mark.parametrize("scale", ["one", "sqrt", "cosine"])
-def test_qsd_equals_a_slow_loop_in_value_and_gradient(scale, attention):
-    head = qsd.QSD(6, 5, attention, scale)
-    v_s, v_t = torch.randn(2, 4, 6, requires_grad=True), torch.randn(2, 4, 5)
-    direction, inputs = torch.randn(2, 4, 5), [v_s, *head.parameters()]
-    fast, slow = head(v_s, v_t), slow_qsd(head, v_s, v_t)
-    torch.testing.assert_close(fast, slow, rtol=1e-5, atol=1e-5)
-    for a, b in zip(*(torch.autograd.grad((out * direction).sum(), inputs) for out in (fast, slow))):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+def slow_qsd(head, config, v_s, v_t):
+    """Equation 8: token i becomes the sum of all values j, each times the share that i takes of it."""
+    values = slow_projection(head.phi, v_s)
+    return (slow_weights(head, config, v_s, v_t)[..., None] * values[:, None]).sum(2)
 
 
-def test_the_objective_equals_the_plain_form_that_masks_in_a_second_pass_of_all_images():
-    student, objective, x, s, t, noise = setting()
-    losses = objective(student, x, s, t, noise)
-    mask = torch.zeros(4, 16, dtype=torch.bool)
-    for i in (0, 2):
-        mask[i, noise[i].argsort()[:8]] = True
-    (v_t_cls, v_t, _), (v_s_cls, v_s), v_s_mask = t, student(x), student(x, mask)[1]
-    cls, feat = slow_qsd(objective.cls, v_s_cls[:, None], v_t_cls[:, None]), slow_qsd(objective.feat, v_s, v_t)
-    L_cls = (cls - v_t_cls[:, None]).square().mean()
-    L_feat = torch.cat([cls - v_t_cls[:, None], feat - v_t], 1).square().mean()
-    L_mask = (slow_qsd(objective.mask, v_s_mask, v_t) - v_t).square().mean()
-    for name, want in {"L_cls": L_cls, "L_feat": L_feat, "L_mask": L_mask, "loss": L_feat + L_mask + L_cls}.items():
-        torch.testing.assert_close(losses[name], want, rtol=1e-5, atol=0)
-    weights = [*student.parameters(), *objective.parameters()]
-    fast, slow = (torch.autograd.grad(loss, weights) for loss in (losses["loss"], L_feat + L_mask + L_cls))
-    largest = max(g.abs().max().item() for g in slow)
+def slow_distance(a, b, how):
+    """The distance of each token of a (..., C) from the same token of b."""
+    if how == "cosine":
+        return 1 - (a * b).sum(-1) / a.norm(dim=-1) / b.norm(dim=-1)
+    return (a - b).abs().mean(-1) if how == "l1" else (a - b).square().mean(-1)
+
+
+def slow_mask(noise, ratio):
+    """Hides the patches of smallest noise."""
+    count = math.floor(ratio * noise.shape[1])
+    return noise < noise.sort(1).values[:, count:count + 1]
+
+
+def slow_gkd(objective, student, x, t, noise):
+    """Equations 9 to 12 as they stand: a second pass of all images, some of them masked, and no work shared."""
+    c = objective.config
+    v_t_cls, v_t, outs_t = t
+    v_s_cls, v_s, outs_s = student.run(x, layers=objective.layers_s)
+    losses = {}
+    if c.gamma:
+        cls = slow_qsd(objective.cls, c, v_s_cls[:, None], v_t_cls[:, None])
+        cls_errors = slow_distance(cls, v_t_cls[:, None], c.distance)           # (B, 1)
+        losses["L_cls"] = cls_errors.mean()
+    if c.alpha:
+        errors = slow_distance(slow_qsd(objective.feat, c, v_s, v_t), v_t, c.distance)
+        if c.gamma and c.feat_with_cls:
+            errors = torch.cat([cls_errors, errors], 1)                         # (B, 1 + N)
+        losses["L_feat"] = errors.mean()
+    if c.beta:
+        masked = slice(0, None, 1 if c.mask_all else 2)
+        mask = torch.zeros(noise.shape, dtype=torch.bool)
+        mask[masked] = slow_mask(noise[masked], c.mask_ratio)
+        errors = slow_distance(slow_qsd(objective.mask, c, student(x, mask)[1], v_t), v_t, c.distance)      # (B, N)
+        counted = {"all": errors, "masked_samples": errors[masked], "masked_tokens": errors[mask]}[c.mask_loss]
+        losses["L_mask"] = counted.mean()
+    weights = dict(L_feat=c.alpha, L_mask=c.beta, L_cls=c.gamma, L_inner=c.alpha)
+    if c.layers == "four":
+        losses["L_inner"] = 0.0
+        for head, o_s, o_t in zip(objective.inner, outs_s, outs_t, strict=True):
+            target = F.layer_norm(o_t, (32,))
+            losses["L_inner"] += slow_distance(slow_qsd(head, c, o_s, target), target, c.distance).mean()
+    return losses | {"loss": sum(weights[name] * value for name, value in losses.items())}
+
+
+def slow_mse(objective, student, x, t, noise):
+    return {"loss": (objective.phi(student(x)[1]) - t[1]).square().mean()}
+
+
+def slow_cwd(objective, student, x, t, noise):
+    """Each channel is a distribution over space; 4 is the temperature."""
+    p_s, p_t = [(v / 4).exp() / (v / 4).exp().sum(1, keepdim=True) for v in (objective.align(student(x)[1]), t[1])]
+    return {"loss": 4 ** 2 * (p_t * (p_t / p_s).log()).sum(1).mean()}
+
+
+def slow_afdcd(objective, student, x, t, noise):
+    """A quarter of the tokens reconstructs all; vectors (of 16 channel groups) contrast within 4x4 pooled positions."""
+    kept = ~slow_mask(noise, 0.75)[..., None]
+    f_s = objective.project((objective.align(student(x)[1]) * kept).mT.unflatten(2, (8, 16)))   # (B, C, h, w)
+    f_t = t[1].mT.unflatten(2, (8, 16))
+    L_fd = (f_s - f_t).square().mean()
+    pooled = [f.unflatten(3, (8, 2)).unflatten(2, (4, 2)).amax((3, 5)) for f in (f_s, f_t)]     # (B, C, 4, 8)
+    terms = []
+    for b, left in np.ndindex(4, 2):
+        cut_s, cut_t = [f[b, :, :, 4 * left:4 * left + 4].reshape(16, 2, 16) for f in pooled]
+        for m, n in np.ndindex(16, 16):                         # group, position
+            logits = -(cut_s[m, :, n, None] - cut_t).abs().sum(1) / 0.07        # (groups, positions)
+            others = logits[torch.arange(16) != m].flatten()
+            terms.append(torch.cat([logits[m, n, None], others]).logsumexp(0) - logits[m, n])
+    L_con = 16 * sum(terms) / len(terms)
+    return {"L_fd": L_fd, "L_con": L_con, "loss": L_fd + 0.01 * L_con}
+
+
+def slow_g2sd(objective, student, x, t, noise):
+    """A quarter of the patches is seen; four blocks predict every normalised token, by smooth L1 with 2 as its bend."""
+    keep = noise.argsort(1)[:, :3]                              # 15 / 4, rounded down
+    full = objective.mask_token.expand(4, 15, 256).clone()
+    full[torch.arange(4)[:, None], keep] = objective.embed(student.run(x, keep=keep)[1])
+    v = full + objective.pos_embed
+    for block in objective.decoder[:4]:
+        v = block(v)
+    norm, linear = objective.decoder[4:]
+    error = (linear(norm(v)) - F.layer_norm(t[1], (32,))).abs()
+    return {"loss": torch.where(error < 2, error ** 2 / 4, error - 1).mean()}
+
+
+def slow_vitkd(objective, student, x, t, noise):
+    """The first two blocks are mimicked, the last one is generated at the hidden half of its positions."""
+    first, second, last = [align(out) for align, out in zip(objective.align, student.run(x, layers=(0, 1, 2))[2])]
+    first_t, second_t, last_t = t[2]
+    hidden = slow_mask(noise, 0.5)
+    mixed = torch.where(hidden[..., None], objective.token, last).mT.unflatten(2, (3, 5))
+    L_mimic = (first - first_t).square().mean() + (second - second_t).square().mean()
+    L_generate = (objective.project(mixed).flatten(2).mT - last_t)[hidden].square().mean()
+    return {"L_mimic": L_mimic, "L_generate": L_generate, "loss": 4.5 * L_mimic + 0.23 * L_generate}
+
+
+def slow_proteus(objective, student, x, t, noise):
+    """CLS, all tokens, and the hidden patches of every second image (or all), each through LayerNorm and Linear."""
+    cls, patches = student(x)
+    mask = slow_mask(noise, objective.config.mask_ratio)
+    every = 1 if objective.config.mask_all else 2
+    masked = slow_projection(objective.patch, student(x, mask)[1])
+    tokens = slow_projection(objective.feat, torch.cat([cls[:, None], patches], 1))
+    L_cls = (slow_projection(objective.cls, cls) - t[0]).square().mean()
+    L_feat = (tokens - torch.cat([t[0][:, None], t[1]], 1)).square().mean()
+    L_mask = (masked - t[1])[::every][mask[::every]].square().mean()
+    return {"L_cls": L_cls, "L_feat": L_feat, "L_mask": L_mask, "loss": L_cls + L_feat + L_mask}
+
+
+# --- The method and its rivals: equal to them -------------------------------------------------------------------------
+
+def assert_equal_gradients(fast, slow, inputs):
+    fast, slow = [torch.autograd.grad(out, inputs, retain_graph=True, materialize_grads=True) for out in (fast, slow)]
+    largest = max(gradient.abs().max().item() for gradient in slow)
     for a, b in zip(fast, slow):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5 * largest)
 
 
-def test_one_token_gives_the_query_a_gradient_of_exactly_zero():
-    head = qsd.QSD(6, 5)
-    (head(torch.randn(3, 1, 6), torch.randn(3, 1, 5)) * torch.randn(3, 1, 5)).sum().backward()
-    assert all((p.grad == 0).all() for p in head.varphi.parameters())
-    assert all((p.grad != 0).any() for p in head.phi.parameters())
+@pytest.mark.parametrize("attention", ["learned", "teacher", "identity"])
+@pytest.mark.parametrize("scale", ["one", "sqrt", "cosine"])
+def test_a_qsd_head_equals_a_loop_over_tokens_in_value_and_gradient(scale, attention):
+    config = qsd.LossConfig(scale=scale, attention=attention, temperature=0.3)
+    head = qsd.build_head(mini_vit(6), mini_vit(8), config)
+    v_s = torch.randn(2, 4, 6, requires_grad=True)
+    v_t = torch.randn(2, 4, 8)
+    torch.testing.assert_close(head.weights(v_s, v_t), slow_weights(head, config, v_s, v_t), rtol=1e-5, atol=1e-6)
+    fast = head(v_s, v_t)
+    slow = slow_qsd(head, config, v_s, v_t)
+    torch.testing.assert_close(fast, slow, rtol=1e-5, atol=1e-5)
+    direction = torch.randn(2, 4, 8)
+    assert_equal_gradients((fast * direction).sum(), (slow * direction).sum(), [v_s, *head.parameters()])
 
 
-def test_without_queries_every_output_is_the_mean_value_token():
-    head, v_s, v_t = qsd.QSD(6, 5), torch.randn(2, 7, 6), torch.randn(2, 7, 5)
-    torch.nn.init.zeros_(head.varphi[1].weight)
-    torch.nn.init.zeros_(head.varphi[1].bias)
-    torch.testing.assert_close(head(v_s, v_t), head.phi(v_s).mean(1, keepdim=True).expand(2, 7, 5))
+SLOW = dict(qsd=slow_gkd, mse=slow_mse, cwd=slow_cwd, afdcd=slow_afdcd, g2sd=slow_g2sd, vitkd=slow_vitkd,
+            proteus=slow_proteus)
 
 
-def test_a_joint_permutation_of_the_tokens_changes_no_loss_but_one_of_the_students_alone_does():
-    head, v_s, v_t, order = qsd.QSD(6, 5), torch.randn(2, 7, 6), torch.randn(2, 7, 5), torch.randperm(7)
-    loss = F.mse_loss(head(v_s, v_t), v_t)
-    torch.testing.assert_close(F.mse_loss(head(v_s[:, order], v_t[:, order]), v_t[:, order]), loss)
-    assert (F.mse_loss(head(v_s[:, order], v_t), v_t) - loss).abs() > 1e-4
-
-
-def test_equal_tokens_under_identity_projections_are_told_apart_ever_better_as_the_logits_grow():
-    v, errors = F.layer_norm(torch.randn(2, 9, 16), (16,)), []
-    for temperature in (1.0, 0.2, 0.02):
-        head = qsd.QSD(16, 16, scale="cosine", temperature=temperature)
-        for project in (head.phi, head.varphi):
-            project[1].weight.data, project[1].bias.data = torch.eye(16), torch.zeros(16)
-        errors.append(F.mse_loss(head(v, v), v).item())
-    assert errors[0] > 0.5 and errors == sorted(errors, reverse=True) and errors[2] < 1e-6
-
-
-def test_identity_attention_is_the_pointwise_mse():
-    student, objective, x, s, t, noise = setting(attention="identity", feat_with_cls=False, beta=0, gamma=0)
-    phi = torch.stack([slow_project(objective.feat.phi, token) for token in s[1].flatten(0, 1)]).view_as(t[1])
-    torch.testing.assert_close(objective(student, x, s, t, noise)["loss"], (phi - t[1]).square().mean())
-
-
-def test_queries_and_keys_meet_in_fp32_under_autocast():
-    head, v_s, v_t = qsd.QSD(64, 64), torch.randn(1, 9, 64), 5 * torch.randn(1, 9, 64)
-    with torch.autocast("cpu", torch.bfloat16):
-        low = head(v_s, v_t)
-        query, value = head.varphi(v_s), head.phi(v_s)
-    assert low.dtype == torch.float32 and query.dtype == torch.bfloat16
-    torch.testing.assert_close(low, (query.float() @ v_t.mT).softmax(-1) @ value.float())
-
-
-@pytest.mark.parametrize("term, constants, heads", [
-    ("L_feat", dict(alpha=0), {"mask", "cls"}), ("L_mask", dict(beta=0), {"feat", "cls"}), ("L_cls", dict(gamma=0), {"feat", "mask", "cls"}),
-    ("L_cls", dict(gamma=0, feat_with_cls=False), {"feat", "mask"})])
-def test_a_weight_of_zero_removes_the_term_its_head_and_its_work(term, constants, heads):
-    def work(**constants):
-        student, objective, x, s, t, noise = setting(**constants)
-        return data.count_flops(lambda: objective(student, x, s, t, noise)["loss"].backward())
-    student, objective, x, s, t, noise = setting(**constants)
-    assert term not in objective(student, x, s, t, noise)
-    assert {key.split(".")[0] for key in objective.state_dict()} == heads
-    if heads != {"feat", "mask", "cls"}:  # with CLS in the features its head stays in use
-        assert work(**constants) < work()
-
-
-def test_without_a_use_for_the_plain_pass_it_does_not_run():
-    student, objective, x, s, t, noise = setting(alpha=0, gamma=0, mask_loss="masked_tokens")
-    assert not objective.plain and s is None and objective(student, x, s, t, noise)["loss"].isfinite()
-    assert setting(alpha=0, gamma=0)[1].plain  # "all" compares the images without mask, too
-
-
-@pytest.mark.parametrize("grid, every", [(4, 2), (5, 2), (5, 1)])
-def test_exactly_half_of_the_patches_are_hidden_in_every_second_image(grid, every):
-    student, objective, x, s, t, noise = setting(grid=grid, mask_every=every)
-    seen, forward = [], student.forward
-    student.forward = lambda x, mask: (seen.append((x, mask)), forward(x, mask))[1]
-    objective(student, x, s, t, noise)
-    (images, mask), = seen
-    assert torch.equal(images, x[::every]) and mask.sum(1).tolist() == [int(0.5 * grid ** 2)] * (4 // every)
-
-
-@pytest.mark.parametrize("constants", [{}, dict(mask_every=1), dict(mask_loss="masked_samples"), dict(mask_loss="masked_tokens")])
-def test_the_mask_loss_is_over_all_or_masked_samples_or_masked_tokens(constants):
-    student, objective, x, s, t, noise = setting(**constants)
-    every, over = constants.get("mask_every", 2), constants.get("mask_loss", "all")
-    mask = torch.stack([noise[i].argsort().argsort() < 8 * (i % every == 0) for i in range(4)])
-    error = (slow_qsd(objective.mask, student(x, mask)[1], t[1]) - t[1]).square()
-    want = {"all": error, "masked_samples": error[::every], "masked_tokens": error[mask]}[over].mean()
-    torch.testing.assert_close(objective(student, x, s, t, noise)["L_mask"], want)
-
-
-def test_masks_follow_the_draw_number_and_the_seed_alone():
-    draws = torch.tensor([7, 3, 12])
-    noise = data.noise(draws, 16, seed=1)
-    assert torch.equal(data.noise(draws[[2, 0]], 16, seed=1), noise[[2, 0]]) and noise.min() >= 0 and noise.max() < 1
-    assert not torch.equal(data.noise(draws, 16, seed=2), noise) and not torch.equal(noise[0], noise[1])
-
-
-def test_two_and_four_layers_are_distilled_at_equal_fractions_of_the_depth_with_a_head_each():
-    assert qsd.matching_layers(12, 24, "last2") == ([10], [21])
-    assert qsd.matching_layers(12, 24, "four") == ([3, 5, 7], [7, 11, 15])
-    for layers, more in (("last", 0), ("last2", 1), ("four", 3)):
-        student, objective, x, s, t, noise = setting(layers=layers, feat_with_cls=False)
-        losses = objective(student, x, s, t, noise)
-        want = F.mse_loss(objective.feat(s[1], t[1]), t[1])
-        for head, o_s, o_t in zip(objective.inner, s[2], t[2], strict=True):
-            o_t = F.layer_norm(o_t, (32,))
-            want = want + F.mse_loss(head(o_s, o_t), o_t)
-        assert len(objective.inner) == more
-        torch.testing.assert_close(losses["L_feat"], want)
-
-
-def test_targets_are_normalised_per_token_or_all_channels_to_one_variance_by_a_rotation():
-    tokens = torch.randn(500, 24) @ torch.randn(24, 24) + 3
-    t = tokens[:2], tokens.view(2, 250, 24), [tokens.view(2, 250, 24)]
-    assert all(torch.equal(a, b) for a, b in zip(qsd.normalize_targets(t, "none")[:2], t))
-    cls, patches, outs = qsd.normalize_targets(t, "layernorm")
-    torch.testing.assert_close(patches, (t[1] - t[1].mean(-1, keepdim=True)) / t[1].std(-1, keepdim=True, unbiased=False), rtol=1e-4, atol=1e-4)
-    assert torch.equal(cls, patches[0, :2]) and torch.equal(outs[0], t[2][0])
-    mean, rotation = qsd.phi_s(tokens)
-    _, patches, _ = qsd.normalize_targets(t, "phis", (mean, rotation))
-    x = patches.flatten(0, 1)
-    torch.testing.assert_close(x.mean(0), torch.zeros(24), rtol=0, atol=1e-4)
-    torch.testing.assert_close(x.var(0, unbiased=False), torch.ones(24), rtol=1e-3, atol=0)
-    scale = (rotation.T @ rotation)[0, 0]
-    torch.testing.assert_close(rotation.T @ rotation, scale * torch.eye(24), rtol=0, atol=1e-4 * scale.item())
-    for n in (1, 2, 12, 64, 384):
-        H = qsd.hadamard(n)
-        torch.testing.assert_close(H @ H.T, torch.eye(n))
-        torch.testing.assert_close(H.abs(), torch.full((n, n), n ** -0.5))
-    with pytest.raises(qsd.UserError, match="not 20"):
-        qsd.hadamard(20)
-
-
-def test_each_equation_is_computed_in_exactly_one_line_and_named_nowhere_else():
-    lines = [line for name in ("qsd", "data", "distill", "segment", "eval") for line in (HERE / f"{name}.py").read_text().splitlines()]
-    for number in range(3, 13):
-        naming = [line for line in lines if re.search(rf"Eq\. ?{number}([^0-9]|$)", line)]
-        assert len(naming) == 1 and re.search(rf"\S.*#.*Eq\. ?{number}([^0-9]|$)", naming[0]), (number, naming)
-
-
-# --- The rivals: each against its definition --------------------------------------------------------------------------
-
-def identity(linear):
-    """Make the projections of a student as wide as its teacher the identity."""
-    torch.nn.init.eye_(linear.weight)
-    torch.nn.init.zeros_(linear.bias)
-
-
-def wide_setting(loss):
-    """Student and teacher tokens of one width, (B, N, 32), and an objective without a student."""
-    objective = qsd.LOSSES[loss](vit(32), vit(32), qsd.LossConfig(dcd_pool=1))
-    return objective, torch.rand(2, 16, 32, requires_grad=True), torch.rand(2, 16, 32)
-
-
-def value(objective, s, t, student=None, noise=None):
-    """The losses on patch tokens s and t alone, of 16 x 16 pixels."""
-    return objective(student or vit(32), torch.zeros(len(t), 3, 16, 16), (None, s, None), (None, t, None),
-                     torch.rand(len(t), 16) if noise is None else noise)
-
-
-def test_mse_is_zero_at_identity_and_its_gradient_is_twice_the_error_over_their_number():
-    objective, s, t = wide_setting("mse")
-    identity(objective.phi)
-    assert value(objective, t, t)["loss"] == 0
-    value(objective, s, t)["loss"].backward()
-    torch.testing.assert_close(s.grad, 2 * (s.detach() - t) / t.numel())
-
-
-def test_cwd_compares_each_channels_distribution_over_space():
-    objective, s, t = wide_setting("cwd")
-    identity(objective.align)
-    loss, want = value(objective, s, t)["loss"], 0
-    for b, c in np.ndindex(2, 32):
-        p_s, p_t = ((x[b, :, c] / 4).exp() / (x[b, :, c] / 4).exp().sum() for x in (s, t))
-        want = want + 16 * (p_t * (p_t / p_s).log()).sum() / 64
-    torch.testing.assert_close(loss, want)
-    assert value(objective, t, t)["loss"].abs() < 1e-6
-    torch.testing.assert_close(value(objective, s + torch.randn(32), t)["loss"], loss)  # a constant per channel
-    loss.backward()
-    assert s.grad.abs().max() > 1e-5 and s.grad.sum(1).abs().max() < 1e-7
-    objective.T = 300.0
-    error = s.detach() - t
-    error = error - error.mean(1, keepdim=True)
-    torch.testing.assert_close(value(objective, s, t)["loss"].detach(), error.square().mean() / 2, rtol=0.05, atol=0)
-
-
-def test_afdcd_reconstructs_contrasts_and_gives_no_gradient_to_dropped_positions():
-    objective, s, t = wide_setting("afdcd")
-    identity(objective.align)
-    noise = torch.rand(2, 16)
-    losses = value(objective, s, t, noise=noise)
+@pytest.mark.parametrize("loss, constants", [
+    ("qsd", {}), ("qsd", dict(alpha=0.3, beta=0.5, gamma=0.7, layers="four")),
+    ("qsd", dict(alpha=0)), ("qsd", dict(beta=0)), ("qsd", dict(gamma=0)), ("qsd", dict(alpha=0, gamma=0)),
+    ("qsd", dict(distance="l1", layers="four")), ("qsd", dict(distance="cosine", mask_loss="masked_tokens")),
+    ("qsd", dict(feat_with_cls=False)), ("qsd", dict(mask_ratio=0.75)), ("qsd", dict(mask_all=True)),
+    ("qsd", dict(mask_loss="masked_samples")), ("qsd", dict(mask_loss="masked_tokens", alpha=0, gamma=0)),
+    ("qsd", dict(mask_loss="masked_tokens", mask_all=True)), ("qsd", dict(attention="teacher", scale="cosine")),
+    ("qsd", dict(attention="identity")), ("mse", {}), ("cwd", {}), ("afdcd", dict(grid=(8, 16), dcd_pool=2)),
+    ("g2sd", {}), ("vitkd", {}), ("proteus", {}), ("proteus", dict(mask_all=True, mask_ratio=0.3)),
+], ids=str)
+def test_an_objective_equals_its_slow_form_in_value_and_gradient_and_stays_fp32_under_autocast(loss, constants):
+    student, objective, x, s, t, noise = setting(loss, **constants)
+    losses = objective(student, x, s, t, noise)
+    want = SLOW[loss](objective, student, x, t, noise)          # no term has a weight of 0
+    torch.testing.assert_close(losses, want, rtol=1e-5, atol=1e-6)
+    assert_equal_gradients(losses["loss"], want["loss"], [*student.parameters(), *objective.parameters()])
     losses["loss"].backward()
-    dropped = noise.argsort(1).argsort(1) < 12  # 75 %
-    assert (s.grad[dropped] == 0).all() and (s.grad[~dropped] != 0).any(-1).all()
-    with torch.no_grad():
-        f = objective.project((s * ~dropped[..., None]).mT.unflatten(2, (4, 4))).flatten(2)  # (B, C, N)
-    total = 0
-    for b, n, m in np.ndindex(2, 16, 16):  # position, group of two channels
-        own = f[b, 2 * m:2 * m + 2, n]
-        others = [t[b, k, 2 * g:2 * g + 2] for k in range(16) for g in range(16) if g != m]
-        logits = torch.stack([-(own - vector).abs().sum() / 0.07 for vector in [t[b, n, 2 * m:2 * m + 2], *others]])
-        total += logits.logsumexp(0) - logits[0]
-    torch.testing.assert_close(losses["L_con"].detach(), 16 * total / 512, rtol=1e-4, atol=0)
-    torch.testing.assert_close(losses["L_fd"].detach(), (f.mT - t).square().mean())
-    for conv in objective.project[::2]:
-        torch.nn.init.dirac_(conv.weight)
-        torch.nn.init.zeros_(conv.bias)
-    objective.drop = 0.0
-    assert value(objective, t, t)["L_fd"] == 0
-    ones = torch.ones(2, 16, 32)
-    assert value(objective, ones, ones)["L_con"].item() == pytest.approx(16 * math.log(241))
-
-
-def test_afdcd_pools_both_maps_before_it_contrasts_them():
-    student, objective, x, s, t, noise = setting("afdcd", grid=8, dcd_pool=2)
-    tokens = t[1].mT.unflatten(2, (8, 8))
-    assert objective.vectors(tokens).shape == (4, 256, 2)
-    assert torch.equal(objective.vectors(tokens), setting("afdcd", grid=8)[1].vectors(F.max_pool2d(tokens, 2)))
-
-
-def test_g2sd_sees_a_quarter_of_the_patches_and_predicts_all_of_them_whatever_the_teachers_scale():
-    student, objective, x, s, t, noise = setting("g2sd")
-    losses = objective(student, x, s, t, noise)
-    assert s is None and not objective.plain
-    seen = noise.argsort(1).argsort(1) < 4  # of 16
-    pixels = seen.view(4, 1, 4, 1, 4, 1).expand(4, 3, 4, 4, 4, 4).reshape(x.shape)
-    other = torch.where(pixels, x, torch.randn_like(x))
-    torch.testing.assert_close(objective(student, other, s, t, noise)["loss"], losses["loss"])
-    assert (objective(student, -x, s, t, noise)["loss"] - losses["loss"]).abs() > 1e-6
-    scaled = (None, 3 * t[1] + 2, ())
-    torch.testing.assert_close(objective(student, x, s, scaled, noise)["loss"], losses["loss"], rtol=1e-4, atol=0)
-    torch.nn.init.zeros_(objective.decoder[-1].weight)
-    for constant in (0.0, 4.0):  # predicted everywhere: errors mostly below 2, and above
-        torch.nn.init.constant_(objective.decoder[-1].bias, constant)
-        error = (constant - F.layer_norm(t[1], (32,))).abs()
-        want = torch.where(error < 2, error ** 2 / 4, error - 1).mean()
-        torch.testing.assert_close(objective(student, x, s, t, noise)["loss"], want)
-
-
-def test_vitkd_mimics_two_blocks_and_generates_the_last_without_its_replaced_positions():
-    student, objective, x, s, t, noise = setting("vitkd")
-    outs = [o.detach().requires_grad_() for o in s[2]]
-    hidden = noise.argsort(1).argsort(1) < 8
-    losses = objective(student, x, (None, None, outs), t, noise)
-    first, second, last = (align(o) for align, o in zip(objective.align, outs))
-    mixed = torch.where(hidden[..., None], objective.token, last)
-    error = objective.project(mixed.mT.unflatten(2, (4, 4))).flatten(2).mT - t[2][-1]
-    torch.testing.assert_close(losses["L_mimic"], (first - t[2][0]).square().mean() + (second - t[2][1]).square().mean())
-    torch.testing.assert_close(losses["L_generate"], error[hidden].square().mean())
-    losses["L_generate"].backward()
-    assert (outs[2].grad[hidden] == 0).all() and (outs[2].grad[~hidden] != 0).any()
-
-
-def test_vitkds_mean_form_does_not_change_with_the_number_of_tokens():
-    losses = []
-    for grid in (4, 8):
-        objective = qsd.LOSSES["vitkd"](vit(32), vit(32), qsd.LossConfig())
-        for p in objective.parameters():
-            torch.nn.init.constant_(p, 0.0)
-        t = torch.linspace(-1, 1, 32).expand(2, grid ** 2, 32)
-        losses.append(objective(vit(32), torch.zeros(2, 3, 4 * grid, 4 * grid), (None, None, [t] * 3), (None, None, [t] * 3),
-                                torch.rand(2, grid ** 2)))
-    assert losses[0]["L_mimic"] > 0
-    torch.testing.assert_close(losses[0], losses[1])
-
-
-def test_proteus_compares_cls_all_tokens_and_the_masked_positions():
-    student, objective, x, s, t, noise = setting("proteus")
-    seen, masked = [], torch.randn(2, 16, 16, requires_grad=True)
-    student.forward = lambda x, mask: (seen.append((x, mask)), (None, masked))[1]
-    losses = objective(student, x, s, t, noise)
-    (images, mask), = seen
-    assert torch.equal(images, x[::2]) and mask.sum(1).tolist() == [8, 8]
-    tokens = torch.cat([s[0][:, None], s[1]], 1), torch.cat([t[0][:, None], t[1]], 1)
-
-    def error(project, s, t):
-        return (torch.stack([slow_project(project, token) for token in s.flatten(0, -2)]).view_as(t) - t).square()
-    torch.testing.assert_close(losses["L_cls"], error(objective.cls, s[0], t[0]).mean())
-    torch.testing.assert_close(losses["L_feat"], error(objective.feat, *tokens).mean())
-    torch.testing.assert_close(losses["L_mask"], error(objective.patch, masked, t[1][::2])[mask].mean())
-    torch.testing.assert_close(losses["loss"], losses["L_cls"] + losses["L_feat"] + losses["L_mask"])
-    losses["L_mask"].backward()
-    assert (masked.grad[~mask] == 0).all() and (masked.grad[mask] != 0).any(-1).all()
-
-
-@pytest.mark.parametrize("loss", qsd.LOSSES)
-def test_every_objective_trains_the_student_and_gives_fp32_losses_under_autocast(loss):
-    student, objective, x, s, t, noise = setting(loss)
-    losses = objective(student, x, s, t, noise)
-    losses["loss"].backward()
-    assert student.blocks[0].mlp.fc1.weight.grad.abs().max() > 0
-    assert all(p.grad is not None and p.grad.isfinite().all() for p in objective.parameters())
+    assert all(p.grad is not None for p in objective.parameters())              # no head is idle
+    assert objective.weight == (50 if loss == "cwd" else 1)     # the published one, beside a task loss
     with torch.autocast("cpu", torch.bfloat16):
         s = student.run(x, layers=objective.layers_s) if objective.plain else None
         low = objective(student, x, s, t, noise)
-    for name, loss in losses.items():
-        assert low[name].dtype == torch.float32 and low[name].item() == pytest.approx(loss.item(), rel=0.05)
+    for name, value in losses.items():
+        assert low[name].dtype == torch.float32 and low[name].item() == pytest.approx(value.item(), rel=0.05)
 
 
-# --- Encoders: helpers ------------------------------------------------------------------------------------------------
+def test_attention_is_computed_in_fp32_under_autocast():
+    head = qsd.QSD(64, 64)
+    v = 5 * torch.randn(1, 9, 64)
+    with torch.autocast("cpu", torch.bfloat16):
+        query, value, out = head.varphi(v), head.phi(v), head(v, v)             # the first two in bf16
+    torch.testing.assert_close(out, (query.float() @ v.mT).softmax(-1) @ value.float())
 
-DEIT_TINY = SHARED / "data/weights/deit_tiny_patch16_224.pth"
-AUGREG_TINY = SHARED / "data/weights/vit_tiny_patch16_224.augreg_in21k_ft_in1k.pth"
-needs_weights = pytest.mark.skipif(not DEIT_TINY.exists(), reason="needs ../shared/data")
+
+def test_only_masked_images_pass_twice_and_the_plain_pass_is_skipped_where_nothing_needs_it():
+    student, objective, x, s, t, noise = setting()
+    two_passes = data.count_flops(lambda: (student(x[::2]), objective.mask(s[1], t[1])))
+    assert data.count_flops(lambda: objective.masked(student, x, s[1], t[1], noise)) == two_passes
+    for constants in (dict(mask_all=True), dict(mask_loss="masked_samples"), dict(mask_loss="masked_tokens")):
+        assert not setting(alpha=0, gamma=0, **constants)[1].plain
 
 
-def noisy(name, depth=None, **sizes):
-    """An encoder of the table with every parameter random (also biases, norms, LayerScale), so that each one counts."""
-    vit = qsd.load_vit(name, depth=depth, pretrained=False, **sizes)
-    generator = torch.Generator().manual_seed(0)
+def test_four_layers_are_distilled_at_equal_fractions_of_the_depth():
+    objective = qsd.build_objective(mini_vit(8, depth=12), mini_vit(8, depth=24), qsd.LossConfig(layers="four"))
+    assert (objective.layers_s, objective.layers_t) == ([3, 5, 7], [7, 11, 15])
+
+
+def test_targets_are_fp32_and_with_layernorm_every_token_has_mean_0_and_variance_1():
+    low = 3 * torch.randn(2, 9, 24).bfloat16() + 1
+    raw = low.float()
+    t = (low[:, 0], low, [low])
+    torch.testing.assert_close(qsd.normalize_targets(t, "none"), (raw[:, 0], raw, [raw]))
+    unit = (raw - raw.mean(-1, keepdim=True)) / raw.std(-1, unbiased=False, keepdim=True)
+    want = (unit[:, 0], unit, [raw])                            # the outputs of blocks stay raw
+    torch.testing.assert_close(qsd.normalize_targets(t, "layernorm"), want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("constants, text", [
+    (dict(alpha=0, beta=0, gamma=0), "nothing is left to learn from"),
+    (dict(alpha=0, layers="four"), "--layers four adds to L_feat"),
+    (dict(loss="afdcd", grid=(4, 8)), "--dcd_pool 4 leaves no 4x4 patch on a grid of 4x8"),
+])
+def test_constants_that_leave_nothing_to_learn_from_are_refused(constants, text):
+    with pytest.raises(qsd.UserError, match=text):
+        student, objective, *given = setting(**constants)
+        objective(student, *given)
+
+
+def test_each_equation_is_computed_in_exactly_one_line_and_named_nowhere_else():
+    files = [Path(qsd.__file__).with_name(f"{name}.py") for name in ("qsd", "data", "distill", "segment", "eval")]
+    text = "\n".join(file.read_text() for file in files)
+    for number in range(3, 13):
+        naming = re.findall(rf".*Eqs?\. ?{number}\b.*", text)
+        assert len(naming) == 1 and re.match(r" +\w.*[=(].*#", naming[0]), (number, naming)
+
+
+# --- The method: equal to one step of the authors' own code -----------------------------------------------------------
+# Their MetaArch ran it in float64 on the tensors of recorded_tensor. A case has its image and patch size, the offset of
+# the teacher's positions, the student's file before resizing, and these numbers: the norms of the teacher's CLS tokens
+# and patches, L_feat, L_mask, L_cls, their sum, the norm of all heads' gradients, and of each gradient of the encoder.
+
+OFFICIAL_STEP = {
+    "DeiT, proxy stage": (56, 14, 0.1, dict(patch_size=16, img_size=64, layerscale=False), (
+        17.742150686068364, 69.2917240534317, 2.22590580787406, 2.4034260026541583, 2.1504780862111996,
+        6.779809896739418, 3.0942626827817485, 0.6329651116651694, 1.5175161893554505, 0.6217783677588461,
+        1.948463761558545, 0.320288312446828, 1.617934617871477, 0.5512785828392024, 3.5793965147378883,
+        0.660719990269467, 0.2725894393110481, 0.33570677561910384, 0.2285172612486845, 0.3488716998079733,
+        1.254325984086545, 0.40694629190944914, 1.673583367309323, 0.19060841292492847, 1.3034316419353966,
+        0.31025479491274793, 2.669037506314772, 0.3701867400052421, 0.22062557325260285, 0.19512747504074948,
+        0.16566136666246098, 0.47442200761116493, 0.21698464307697635, 0.41053499791526166, 0.4449426232582547,
+        1.0152433752625896, 9.383646658169868, 0.637143412344779)),
+    "DeiT, source stage": (64, 16, 0.0, dict(patch_size=14, img_size=56, layerscale=False), (
+        17.482842839838742, 68.69253458392063, 2.164420469849641, 2.2678658196967194, 2.1549959012721587,
+        6.58728219081852, 2.835834305648553, 0.82604559141844, 1.690781323618571, 0.9783498354760333,
+        2.4277769593177583, 0.33335411667504034, 1.727060544763962, 0.5868512886365356, 3.8615754103337148,
+        1.0439257882509962, 0.3421802770679963, 0.33717935712128705, 0.2716889860315263, 0.510007333223033,
+        1.3802932345400092, 0.5624507290532778, 1.9587969079451277, 0.2506144444584714, 1.418565798887968,
+        0.4185845615927486, 3.0136343872621505, 0.5489417051417462, 0.25241380889802795, 0.2553865026396855,
+        0.17833673151769394, 0.671369950496684, 0.259403258297871, 0.5591357061326806, 0.4995093039965946,
+        1.0964851286009003, 9.414897955510666, 0.8019047413756715)),
+    "DINOv2 student, source stage": (64, 16, 0.0, dict(patch_size=14, img_size=56, layerscale=True), (
+        17.482842839838742, 68.69253458392063, 2.085948234328974, 2.0997054145292493, 2.1128707163603004,
+        6.298524365218523, 2.9714202640049168, 0.47364108379268544, 0.9051326587787023, 0.5122920330659301,
+        1.2428743509321538, 0.24974265922766678, 0.4478548572359188, 0.21515581597282857, 1.3306088680635826,
+        0.38363219710864443, 2.8625216948452206, 0.5289882460646, 0.16810783427523845, 0.21824095193501689,
+        0.19761690067452534, 0.3693764468067398, 0.8002247159139773, 0.46021785267332693, 1.3978844929307643,
+        0.21665236330112023, 0.4216320190075377, 0.18274657078385695, 1.2582267592216787, 0.28695427083275654,
+        2.8498857447911385, 0.43405600753543233, 0.16711625825487944, 0.19607535854444183, 0.18302637876900005,
+        0.7515283963141725, 0.2157745978211723, 0.49766364420719345, 0.539787560825102, 0.6520150701565545,
+        7.943480409698896, 0.8391576847082186)),
+}
+
+
+def recorded_tensor(role, key, shape):
+    """The tensor that the recorded step had under this name, made of the numbers of NumPy's frozen generator."""
+    z = np.random.RandomState(zlib.crc32(f"{role} {key}".strip().encode())).standard_normal(shape)
+    if z.ndim == 1 and key.endswith("gamma"):
+        z = 0.5 + 0.1 * z
+    elif z.ndim == 1:
+        z = 1 + 0.2 * z if key.endswith("weight") else 0.1 * z
+    elif "pos_embed" in key or "token" in key:
+        z = 0.3 * z
+    elif role:                                                  # images and noise have none
+        z = z / math.sqrt(math.prod(shape[1:]))
+    return torch.tensor(z, dtype=torch.float32)
+
+
+def recorded_encoder(role, folder, size, patch, offset, **file):
+    """The encoder as load_vit resizes it from a file of other sizes."""
+    vit = qsd.ViT(role, num_heads=2, **file)
+    vit.load_state_dict({key: recorded_tensor(role, key, p.shape) for key, p in vit.state_dict().items()})
+    torch.save(qsd.student_checkpoint(vit), folder / "encoder.pt")
+    return qsd.load_vit(folder / "encoder.pt", size, patch, offset=offset).double()
+
+
+@pytest.mark.parametrize("case", OFFICIAL_STEP)
+def test_losses_and_every_gradient_equal_the_authors_step(case, tmp_path):
+    size, patch, offset, file, want = OFFICIAL_STEP[case]
+    student = recorded_encoder("student", tmp_path, size, patch, 0.0, embed_dim=48, depth=2, **file)
+    file = dict(patch_size=14, img_size=70, layerscale=True)
+    teacher = recorded_encoder("teacher", tmp_path, size, patch, offset, embed_dim=64, depth=3, **file)
+    objective = qsd.build_objective(student, teacher, qsd.LossConfig()).double()
+    for key, p in objective.named_parameters():
+        head, layer = key.split(".", 1)
+        official = layer.replace("varphi", "proj_q").replace("phi", "proj_v")
+        p.data = recorded_tensor(f"head {head}", official, p.shape).double()
+
+    order = [0, 2, 1, 3]            # the authors mask the first half of a batch, this project every second image
+    x = recorded_tensor("", "images", (4, 3, size, size)).double()[order]
+    noise = recorded_tensor("", "noise", (4, 16))[order]
     with torch.no_grad():
-        for key, p in vit.named_parameters():
-            noise = torch.randn(p.shape, generator=generator)
-            p.copy_(1 + 0.2 * noise if p.ndim == 1 and not key.endswith("bias") else
-                    noise / p[0].numel() ** 0.5 if p.ndim in (2, 4) else 0.3 * noise)
-    return vit.eval()
+        t = teacher.run(x)
+    losses = objective(student, x, student.run(x), t, noise)
+    losses["loss"].backward()
+
+    got = [t[0].norm(), t[1].norm(), losses["L_feat"], losses["L_mask"], losses["L_cls"], losses["loss"]]
+    got.append(torch.cat([p.grad.flatten() for p in objective.parameters()]).norm())
+    got += [p.grad.norm() for _, p in sorted(student.named_parameters())]
+    assert [number.item() for number in got] == pytest.approx(want, rel=1e-9, abs=0)
 
 
-def plain_state(vit):
-    return {key: p.detach().clone() for key, p in vit.state_dict().items() if key != "mask_token"}
+# --- Encoders ---------------------------------------------------------------------------------------------------------
+
+def random_encoder(name, depth=None, **sizes):
+    """An encoder of the table in which every parameter counts, also biases, norms and LayerScale."""
+    vit = qsd.load_vit(name, depth=depth, pretrained=False, **sizes).requires_grad_(False)
+    for p in vit.parameters():
+        fan_in = p[0].numel() if p.ndim in (2, 4) else 25
+        p += torch.randn_like(p) / fan_in ** 0.5
+    return vit
 
 
-def save_student(path, vit):
-    """A file as distill.py writes it: the official keys in "model", mask_token beside them."""
-    torch.save(dict(model=plain_state(vit), mask_token=vit.mask_token.detach(), encoder=vit.config, ledger=[]), path)
-    return path
-
-
-def save_deit(path, vit, **extra):
-    torch.save({"model": plain_state(vit) | extra}, path)
-    return path
-
-
-@pytest.fixture
-def small(tmp_path):
-    """A file in DeiT's layout, 64 wide, 2 blocks, patch 8, and the encoder in it."""
-    torch.manual_seed(0)
-    vit = qsd.ViT("small", embed_dim=64, depth=2, num_heads=1, patch_size=8, img_size=32).eval()
-    return save_deit(tmp_path / "small.pth", vit), vit
-
-
-def message(*args, **kwargs):
-    with pytest.raises(qsd.UserError) as error:
-        qsd.load_vit(*args, **kwargs)
-    text = str(error.value)
-    assert "\n" not in text and len(text) < 700
-    return text
-
-
-# --- Encoders: equal to timm's ----------------------------------------------------------------------------------------
-
-EVA = {"global_pool": "token"}              # timm otherwise moves the final norm behind an average over patches
-TIMM = {                                    # timm's name, how many blocks are compared, timm's options
-    "deit_tiny": ("deit_tiny_patch16_224", 12, {}),
-    "deit_small": ("deit_small_patch16_224", 4, {}),
-    "deit_base": ("deit_base_patch16_224", 2, {}),
-    "dino_vits16": ("vit_small_patch16_224.dino", 2, {}),
-    "dinov2_vits14": ("vit_small_patch14_dinov2", 3, {}),
-    "dinov2_vitb14": ("vit_base_patch14_dinov2", 2, {}),
-    "dinov2_vitl14": ("vit_large_patch14_dinov2", 2, {}),
-    "dinov2_vitg14": ("vit_giant_patch14_dinov2", 1, {}),
-    "dinov2_vits14_reg": ("vit_small_patch14_reg4_dinov2", 2, {}),
-    "dinov2_vitb14_reg": ("vit_base_patch14_reg4_dinov2", 2, {}),
-    "eva02_tiny": ("eva02_tiny_patch14_224", 12, EVA),
-    "eva02_small": ("eva02_small_patch14_224", 4, EVA),
-    "eva02_base": ("eva02_base_patch14_224", 2, EVA),
-    "eva02_large": ("eva02_large_patch14_224", 2, EVA),
+TIMM = {            # timm's name, and how many blocks are compared
+    "deit_tiny": ("deit_tiny_patch16_224", 12), "deit_small": ("deit_small_patch16_224", 4),
+    "deit_base": ("deit_base_patch16_224", 2), "dino_vits16": ("vit_small_patch16_224.dino", 2),
+    "dinov2_vits14": ("vit_small_patch14_dinov2", 3), "dinov2_vitb14": ("vit_base_patch14_dinov2", 2),
+    "dinov2_vitl14": ("vit_large_patch14_dinov2", 2), "dinov2_vitg14": ("vit_giant_patch14_dinov2", 1),
+    "dinov2_vits14_reg": ("vit_small_patch14_reg4_dinov2", 2), "dinov2_vitb14_reg": ("vit_base_patch14_reg4_dinov2", 2),
+    "eva02_tiny": ("eva02_tiny_patch14_224", 12), "eva02_small": ("eva02_small_patch14_224", 4),
+    "eva02_base": ("eva02_base_patch14_224", 2), "eva02_large": ("eva02_large_patch14_224", 2),
 }
 
 
 @pytest.mark.parametrize("name", TIMM)
-def test_every_output_equals_timms_at_the_native_and_at_a_resized_nonsquare_size(name):
+def test_every_output_equals_timms_which_reads_a_students_checkpoint_as_it_is(name):
     timm = pytest.importorskip("timm")
-    from timm.models import eva, vision_transformer
-    reference, depth, options = TIMM[name]
-    module = eva if name.startswith("eva02") else vision_transformer
-    vit = noisy(name, depth)
+    reference, depth = TIMM[name]
+    family = timm.models.eva if name.startswith("eva02") else timm.models.vision_transformer
+    options = dict(global_pool="token") if name.startswith("eva02") else {}     # else the norm follows an average
+    vit = random_encoder(name, depth)
     native = (vit.patch_size * vit.grid[0], vit.patch_size * vit.grid[1])
-    resized = (98, 126) if vit.patch_size == 14 else (96, 128)
+    resized = (7 * vit.patch_size, 9 * vit.patch_size)
     for size in [native, resized] if vit.embed_dim <= 384 else [resized]:       # the wide ones take seconds at 518
         model = timm.create_model(reference, depth=depth, num_classes=0, img_size=size, **options).eval()
-        state = plain_state(vit) | ({"mask_token": vit.mask_token} if name.startswith("dinov2") else {})    # timm's cue
-        state = module.checkpoint_filter_fn(state, model, antialias=False)
+        state = qsd.student_checkpoint(vit)["model"]
+        if size == resized or not name.startswith("deit"):      # other families' names differ in timm
+            cue = {"mask_token": vit.mask_token} if name.startswith("dinov2") else {}
+            state = family.checkpoint_filter_fn(state | cue, model, antialias=False)
         model.load_state_dict(state, strict=True)
-        x = torch.randn(1, 3, *size, generator=torch.Generator().manual_seed(1))
-        layers = list(range(depth))
+        x = torch.randn(1, 3, *size)
         with torch.no_grad():
-            want, blocks = model.forward_intermediates(x, indices=layers, output_fmt="NLC", norm=False)
-            cls, patches, outs = vit.run(x, layers=layers)
-        prefix = 1 + qsd.ENCODERS[name].registers
-        for got, ref in zip([cls, patches, *outs], [want[:, 0], want[:, prefix:], *blocks], strict=True):
+            last, wanted = model.forward_intermediates(x, indices=list(range(depth)), output_fmt="NLC", norm=False)
+            cls, patches, outs = vit.run(x, layers=range(depth))
+        for got, want in zip([cls, patches, *outs], [last[:, 0], last[:, vit.prefix:], *wanted], strict=True):
+            assert (got - want).abs().max() < 1e-5 * want.abs().max()
+
+
+@pytest.mark.parametrize("name", ["deit_tiny", "dinov2_vits14_reg", "eva02_tiny"])
+def test_patches_that_are_kept_have_their_own_positions_and_do_not_see_the_others(name):
+    vit = random_encoder(name, depth=2)
+    x = torch.randn(2, 3, 4 * vit.patch_size, 6 * vit.patch_size)
+    cls, patches, (first,) = vit.run(x, layers=[0])
+    order = torch.stack([torch.randperm(24), torch.randperm(24)])
+    cls_kept, kept, _ = vit.run(x, keep=order)                  # all patches, shuffled
+    torch.testing.assert_close(cls_kept, cls)
+    torch.testing.assert_close(kept, patches.gather(1, order[..., None].expand_as(patches)))
+    lower = torch.arange(12, 24).expand(2, -1)
+    upper_black = x.clone()
+    upper_black[:, :, :2 * vit.patch_size] = 0
+    torch.testing.assert_close(vit.run(upper_black, keep=lower)[1], vit.run(x, keep=lower)[1])
+    del vit.blocks[1]                                           # not needed for what the first block puts out
+    torch.testing.assert_close(vit.blocks_out(x, [0])[0], first)
+
+
+def test_larger_patch_kernels_by_pseudo_inverse_give_larger_patches_the_same_tokens(monkeypatch):
+    weight = torch.randn(5, 3, 14, 14)
+    patches = torch.randn(7, 3, 14, 14)
+    monkeypatch.setattr(qsd, "PATCH_RESIZE", "pinv")
+    larger = F.conv2d(F.interpolate(patches, (16, 16), mode="bicubic"), qsd.resize_patch_embed(weight, 16))
+    torch.testing.assert_close(larger, F.conv2d(patches, weight), rtol=1e-4, atol=1e-4)
+
+
+@pytest.fixture
+def small(tmp_path, monkeypatch):
+    """The encoder in small.pth (DeiT's layout: 64 wide, 2 blocks, patch 8), in the current folder."""
+    monkeypatch.chdir(tmp_path)
+    vit = qsd.ViT("small", embed_dim=64, depth=2, num_heads=1, patch_size=8, img_size=32).requires_grad_(False)
+    torch.save({"model": qsd.student_checkpoint(vit)["model"]}, "small.pth")
+    return vit
+
+
+def test_sizes_and_depth_given_to_load_vit_are_applied_and_printed(small, capsys):
+    loaded = qsd.load_vit("small.pth", img_size=(48, 96), patch_size=16, depth=1)
+    assert loaded.grid == (3, 6) and loaded.patch_size == 16 and loaded.depth == len(loaded.blocks) == 1
+    kernel = F.interpolate(small.patch_embed.proj.weight, (16, 16), mode="bicubic")
+    assert torch.equal(loaded.patch_embed.proj.weight, kernel)
+    assert torch.equal(loaded.pos_embed, qsd.resize_pos_embed(small.pos_embed, (4, 4), (3, 6)))
+    line, = capsys.readouterr().out.splitlines()
+    for change in ["pos_embed 4x4 -> 3x6", "patch 8 -> 16", "the first 1 of 2 blocks", "mask_token is new"]:
+        assert change in line
+
+
+def test_a_students_and_other_layouts_give_their_encoder(small):
+    def load(name, contents, vit=small):
+        torch.save(contents, f"{name}.pth")
+        loaded = qsd.load_vit(f"{name}.pth")
+        torch.testing.assert_close(dict(loaded.state_dict()), dict(vit.state_dict()), rtol=0, atol=0)
+        return loaded.config
+    for name in ("toy_small", "dinov2_vits14_reg", "eva02_base"):
+        vit = random_encoder(name, depth=1, img_size=(56, 112))
+        assert load("student", qsd.student_checkpoint(vit), vit) == vit.config
+    state = small.state_dict()
+    cls, patches = state["pos_embed"].split([1, 16], 1)
+    load("dino", {"teacher": state})
+    inside = {f"encoder.{key}": state[key] for key in state}
+    load("segmenter", {"encoder": small.config, "model": inside | {"decoder.bias": cls}})
+    both = {f"student.backbone.{key}": state[key] for key in state} | {"teacher.backbone.patch_embed.proj.weight": cls}
+    load("official", {"model": both | {"student.head": cls}, "args": argparse.Namespace(lr=1.0)})
+    more = {"dist_token": cls, "pos_embed": torch.cat([cls, cls + 1, patches], 1), "head.bias": cls}
+    load("distilled", {"model": state | more | {"head_dist.bias": cls}})
+    vit = random_encoder("eva02_base", depth=1, img_size=56)
+    more = {"rope.freqs_cos": cls, "blocks.0.attn.rope.freqs_cos": cls, "lm_head.bias": cls}
+    state = vit.state_dict() | more | {"mask_token": vit.mask_token[None]}
+    assert load("eva02_B_pt_in21k_p14", {"module": state}, vit) == vit.config   # the file's name tells the statistics
+
+
+KEY = "blocks.1.attn.qkv.weight"
+BAD_FILES = [        # how small.pth, of path p and state s, is made wrong; options of load_vit; what the user reads
+    (lambda p, s: torch.save(s | {"wight": s.pop(KEY)}, p), {}, f"small.pth does .* {KEY} is missing, wight is not"),
+    (lambda p, s: torch.save(s | {KEY: s[KEY].T}, p), {}, r"qkv.weight has shape \(64, 192\) instead of \(192, 64\)"),
+    (lambda p, s: torch.save({KEY: s[KEY]}, p), {}, "small.pth holds no encoder: no key in it ends in patch_embed"),
+    (lambda p, s: torch.save(s | {"pos_embed": s[KEY]}, p), {}, "small.pth: the architecture is unclear, as pos_embed"),
+    (lambda p, s: p.write_bytes(p.read_bytes()[:5000]), {}, r"small.pth is truncated, damaged or .* \(5000 bytes\)"),
+    (lambda p, s: torch.save({"model": Path("x")}, p), {}, "small.pth holds Python objects, which could run code"),
+    (lambda p, s: p.write_bytes(pickle.dumps(Path("x"), protocol=2)), {}, "small.pth holds Python objects, which"),
+    (lambda p, s: p.write_text("\n<!DOCTYPE html><html>404</html>"), {}, "small.pth is a web page, not a checkpoint"),
+    (lambda p, s: None, dict(depth=3), "depth must be 1 to 2 for small, not 3"),
+    (lambda p, s: None, dict(img_size=30), "30x30 pixels does not divide into patches of 8"),
+    (lambda p, s: None, dict(pretrained=False), "only a named encoder can start at random, one of deit_tiny"),
+    (lambda p, s: p.unlink(), {}, "small.pth: neither a file nor a known encoder; the names are deit_tiny, deit_small"),
+]
+
+
+@pytest.mark.parametrize("spoil, options, text", BAD_FILES)
+def test_a_wrong_file_or_size_is_refused_in_one_line(spoil, options, text, small):
+    spoil(Path("small.pth"), qsd.student_checkpoint(small)["model"])
+    with pytest.raises(qsd.UserError, match=text) as error:
+        qsd.load_vit("small.pth", **options)
+    assert "\n" not in str(error.value)
+
+
+def test_a_named_encoders_file_is_found_or_downloaded_or_its_address_and_place_are_named(small, monkeypatch, capsys):
+    url = "https://host/small-01234567.pth"
+    cached = Path("cache/checkpoints/small-01234567.pth")
+    asked = []
+
+    def download(*request, hash_prefix):
+        asked.append((*request, hash_prefix))
+        Path("small.pth").rename(cached)                        # an OSError where it is no more
+    monkeypatch.setitem(qsd.ENCODERS, "small", qsd.Encoder(64, 2, 1, 8, 32, url, "01234567"))
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: "cache")
+    monkeypatch.setattr(torch.hub, "download_url_to_file", download)
+    for _ in range(2):                                          # the second time it lies in the cache
+        assert torch.equal(qsd.load_vit("small").norm.weight, small.norm.weight)
+    assert asked == [(url, str(cached), "01234567")]
+    Path("weights").mkdir()
+    for path in (Path("weights/small-01234567.pth"), Path("weights/small.pth")):
+        cached = cached.rename(path)
+        qsd.load_vit("small")
+        assert f"{path} (SHA-256 " in capsys.readouterr().out.splitlines()[-1]
+    path.unlink()
+    with pytest.raises(qsd.UserError, match=f"{url} cannot be had .*: download it and put it at weights/small-0123"):
+        qsd.load_vit("small")
+
+
+@pytest.mark.skipif(not REAL.is_dir(), reason="GKD_TEST_DATA names no folder with data/weights and data/imagenet")
+@pytest.mark.parametrize("file, mean, measured", [
+    ("vit_tiny_patch16_224.augreg_in21k_ft_in1k", 0.5, 83), ("deit_tiny_patch16_224", 0.485, 86)])
+def test_real_weights_classify_imagenet(file, mean, measured):
+    """The file's own head on our CLS: short side 240, the middle 240; every tenth class (of all, 83.1 and 80.5 %)."""
+    path = REAL / f"weights/{file}.pth"
+    vit = qsd.load_vit(path, img_size=240).requires_grad_(False)
+    head = torch.load(path, weights_only=True)
+    assert vit.mean[0] == mean and vit.name in qsd.ENCODERS
+    classes = sorted((REAL / "imagenet/train").iterdir())
+    right = 0
+    for label in range(0, 1000, 10):
+        image = data.read_image(next(classes[label].iterdir())).float()
+        image = TF.resize(image, 240, TF.InterpolationMode.BICUBIC, antialias=False).round().clamp(0, 255)
+        cls, _ = vit(data.normalize(TF.center_crop(image, 240)[None], vit.mean, vit.std))
+        right += (cls @ head["head.weight"].T + head["head.bias"]).argmax().item() == label
+    assert abs(right - measured) <= 2, right                    # JPEG decoders differ
+
+
+# --- Encoders: equal to a plain loop ----------------------------------------------------------------------------------
+
+def tensor_of(key, shape):
+    """A parameter's numbers, made from its name, always the same; small enough that LayerNorm's eps counts."""
+    z = torch.from_numpy(np.random.RandomState(zlib.crc32(key.encode())).standard_normal(tuple(shape)))
+    if key.endswith("gamma") or "norm" in key and key.endswith("weight") or key.endswith("_ln.weight"):
+        return 1 + 0.3 * z
+    if len(shape) in (2, 4) and "token" not in key:
+        return z / z[0].numel() ** 0.5
+    return 0.1 * z
+
+
+def small_vit(name):
+    """An encoder of the table, 24 wide, with one block of two heads, for a grid of 2 x 3 patches of 2 x 2 pixels."""
+    row = qsd.ENCODERS[name]._replace(embed_dim=24, depth=1, num_heads=2, patch_size=2, img_size=(4, 6))
+    vit = qsd.ViT(**qsd.constructor_values(name, row)).double().eval()
+    vit.load_state_dict({key: tensor_of(key, p.shape) for key, p in vit.state_dict().items()})
+    return vit
+
+
+class Slow:
+    """What the official code of each family computes, for one image, from a state dict: token vectors in lists."""
+
+    def __init__(self, name, state):
+        self.state = state
+        self.eva02 = name.startswith("eva02")
+        self.dinov3 = name.startswith("dinov3")
+        self.eps = 1e-5 if self.dinov3 else 1e-6
+
+    def norm(self, key, token):
+        variance = ((token - token.mean()) ** 2).mean()
+        unit = (token - token.mean()) / (variance + self.eps).sqrt()
+        return unit * self.state[f"{key}.weight"] + self.state[f"{key}.bias"]
+
+    def linear(self, key, token):
+        return self.state[f"{key}.weight"] @ token + self.state.get(f"{key}.bias", 0)
+
+    def tokens(self, image, mask):
+        """CLS, registers, patches; a position is added to CLS and to the patches, hidden patches are mask_token."""
+        s = self.state
+        out = [s["cls_token"][0, 0]]
+        out += list(s["register_tokens"][0]) if "register_tokens" in s else []
+        for n in range(6):
+            i, j = divmod(n, 3)
+            pixels = image[:, 2 * i:2 * i + 2, 2 * j:2 * j + 2]
+            patch = (s["patch_embed.proj.weight"] * pixels).sum((1, 2, 3)) + s["patch_embed.proj.bias"]
+            out.append(s["mask_token"][0] if mask[n] else patch)
+        if not self.dinov3:
+            out[0] = out[0] + s["pos_embed"][0, 0]
+            for n in range(6):
+                out[n - 6] = out[n - 6] + s["pos_embed"][0, 1 + n]
+        return out
+
+    def rotated(self, vector, n):
+        """A query or key (12 channels: 6 complex numbers, 3 turned by y and 3 by x) of patch n; None is no patch."""
+        if n is None or not (self.eva02 or self.dinov3):
+            return vector
+        i, j = divmod(n, 3)
+        out = vector.clone()
+        for pair in range(6):
+            k = pair % 3
+            if self.eva02:
+                place = 16 * i / 2 if pair < 3 else 16 * j / 3
+                angle = place / 10000 ** (k / 3)
+                a = 2 * pair
+                b = 2 * pair + 1
+            else:
+                place = 2 * (i + 0.5) / 2 - 1 if pair < 3 else 2 * (j + 0.5) / 3 - 1
+                angle = 2 * math.pi * place / 100 ** (k / 3)
+                a = pair
+                b = pair + 6
+            turned = complex(vector[a], vector[b]) * cmath.exp(1j * angle)
+            out[a] = turned.real
+            out[b] = turned.imag
+        return out
+
+    def attention(self, key, tokens):
+        s = self.state
+        if f"{key}.q_proj.weight" in s:
+            weights = [s[f"{key}.{part}_proj.weight"] for part in "qkv"]
+        else:
+            weights = s[f"{key}.qkv.weight"].chunk(3)
+        if f"{key}.q_bias" in s:
+            biases = [s[f"{key}.q_bias"], 0, s[f"{key}.v_bias"]]
+        else:
+            biases = s[f"{key}.qkv.bias"].chunk(3)
+        places = [None] * (len(tokens) - 6) + list(range(6))
+        out = []
+        for t, place in zip(tokens, places):
+            heads = []
+            for channels in (slice(0, 12), slice(12, 24)):
+                query = self.rotated((weights[0] @ t + biases[0])[channels], place)
+                total = 0
+                value = 0
+                for other, there in zip(tokens, places):
+                    w = (query @ self.rotated((weights[1] @ other + biases[1])[channels], there) / 12 ** 0.5).exp()
+                    total = total + w
+                    value = value + w * (weights[2] @ other + biases[2])[channels]
+                heads.append(value / total)
+            joined = torch.cat(heads)
+            if f"{key}.inner_attn_ln.weight" in s:
+                joined = self.norm(f"{key}.inner_attn_ln", joined)
+            out.append(self.linear(f"{key}.proj", joined))
+        return out
+
+    def mlp(self, key, token):
+        if f"{key}.fc1.weight" in self.state:
+            return self.linear(f"{key}.fc2", F.gelu(self.linear(f"{key}.fc1", token)))
+        if f"{key}.w12.weight" in self.state:
+            both = self.linear(f"{key}.w12", token)
+            gate = both[:len(both) // 2]
+            value = both[len(both) // 2:]
+        else:
+            gate = self.linear(f"{key}.w1", token)
+            value = self.linear(f"{key}.w2", token)
+        hidden = gate * gate.sigmoid() * value
+        if f"{key}.ffn_ln.weight" in self.state:
+            hidden = self.norm(f"{key}.ffn_ln", hidden)
+        return self.linear(f"{key}.w3", hidden)
+
+    def run(self, image, mask):
+        """CLS and patches after the final norm, patches before it: (24,), (6, 24), (6, 24)."""
+        tokens = self.tokens(image, mask)
+        scale_attn = self.state.get("blocks.0.ls1.gamma", 1)
+        scale_mlp = self.state.get("blocks.0.ls2.gamma", 1)
+        attended = self.attention("blocks.0.attn", [self.norm("blocks.0.norm1", t) for t in tokens])
+        tokens = [t + scale_attn * a for t, a in zip(tokens, attended)]
+        tokens = [t + scale_mlp * self.mlp("blocks.0.mlp", self.norm("blocks.0.norm2", t)) for t in tokens]
+        normed = [self.norm("norm", t) for t in tokens]
+        return normed[0], torch.stack(normed[-6:]), torch.stack(tokens[-6:])
+
+
+FAMILIES = ["deit_tiny", "dinov2_vits14", "dinov2_vits14_reg", "dinov2_vitg14", "eva02_tiny", "eva02_base",
+            "dinov3_vits16", "dinov3_vits16plus"]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_family_equals_a_plain_loop_over_tokens_heads_and_channel_pairs(name):
+    vit = small_vit(name)
+    image = tensor_of("image", (1, 3, 4, 6))
+    mask = torch.tensor([[False, True, False, False, False, True]])
+    with torch.no_grad():
+        cls, patches, outs = vit.run(image, mask, layers=[0])
+        got = [cls[0], patches[0], outs[0][0]]
+        for ours, slow in zip(got, Slow(name, vit.state_dict()).run(image[0], mask[0])):
+            torch.testing.assert_close(ours, slow, rtol=0, atol=1e-6 * slow.abs().max().item())
+
+
+def test_the_layer_norm_inside_attention_equals_the_plain_loop():
+    row = qsd.ENCODERS["eva02_base"]._replace(embed_dim=24, depth=1, num_heads=2, patch_size=2, img_size=(4, 6))
+    vit = qsd.ViT(**qsd.constructor_values("eva02_base", row) | dict(inner_attn_ln=True)).double()
+    vit.load_state_dict({key: tensor_of(key, p.shape) for key, p in vit.state_dict().items()})
+    image = tensor_of("image", (1, 3, 4, 6))
+    with torch.no_grad():
+        slow, _, _ = Slow("eva02_base", vit.state_dict()).run(image[0], [False] * 6)
+        torch.testing.assert_close(vit(image)[0][0], slow, rtol=0, atol=1e-6 * slow.abs().max().item())
+
+
+def test_a_stored_encoder_that_says_true_or_false_has_eva02s_rotary_positions_or_none():
+    for stored, rope in [(True, "eva02"), (False, "")]:
+        vit = qsd.ViT("old", embed_dim=24, depth=1, num_heads=2, patch_size=2, img_size=4, rope=stored)
+        assert vit.rope == vit.config["rope"] == rope
+
+
+HIDDEN = {"deit_small": 1536, "dinov2_vitg14": 4096, "eva02_small": 1024, "eva02_large": 2730,
+          "dinov3_vits16": 1536, "dinov3_vits16plus": 1536, "dinov3_vith16plus": 5120}
+
+
+@pytest.mark.parametrize("name", HIDDEN)
+def test_the_mlp_is_as_wide_as_in_the_official_file(name):
+    with torch.device("meta"):
+        state = qsd.load_vit(name, depth=1, pretrained=False).state_dict()
+    last = state["blocks.0.mlp.fc2.weight"] if "blocks.0.mlp.fc2.weight" in state else state["blocks.0.mlp.w3.weight"]
+    assert last.shape[1] == HIDDEN[name]
+
+
+def cubic(distance):
+    """The bicubic kernel (a = -0.75) at a distance from a sample."""
+    d = abs(distance)
+    if d <= 1:
+        return 1.25 * d ** 3 - 2.25 * d ** 2 + 1
+    return -0.75 * (d ** 3 - 5 * d ** 2 + 8 * d - 4) if d < 2 else 0
+
+
+def cubic_matrix(new, old, offset):
+    """(new, old): row i samples `old` values at place (i + 0.5) old / (new + offset) - 0.5, the border repeated."""
+    matrix = torch.zeros(new, old)
+    for i in range(new):
+        place = (i + 0.5) * old / (new + offset) - 0.5
+        for j in range(math.floor(place) - 1, math.floor(place) + 3):
+            matrix[i, min(max(j, 0), old - 1)] += cubic(place - j)
+    return matrix
+
+
+@pytest.mark.parametrize("offset", [0.0, 0.1])
+@pytest.mark.parametrize("grid", [(16, 16), (32, 32), (20, 45)])
+def test_a_position_embedding_is_sampled_where_the_official_code_samples_it(grid, offset):
+    pos_embed = torch.randn(1, 1 + 35 * 37, 4)
+    got = qsd.resize_pos_embed(pos_embed, (35, 37), grid, offset)
+    rows = cubic_matrix(grid[0], 35, offset)
+    columns = cubic_matrix(grid[1], 37, offset)
+    want = torch.einsum("yh,xw,hwc->yxc", rows, columns, pos_embed[0, 1:].view(35, 37, 4)).flatten(0, 1)
+    torch.testing.assert_close(got[0, 1:], want, rtol=0, atol=1e-4)
+    assert torch.equal(got[:, 0], pos_embed[:, 0])
+    assert qsd.resize_pos_embed(pos_embed, (35, 37), (35, 37), offset) is pos_embed
+
+
+@pytest.mark.parametrize("dinov2", [True, False])
+def test_load_vit_applies_the_offset_to_dinov2_alone_and_says_so(dinov2, tmp_path, capsys):
+    vit = qsd.ViT("small", embed_dim=64, depth=1, num_heads=1, patch_size=8, img_size=40, layerscale=dinov2)
+    torch.save(vit.state_dict(), tmp_path / "small.pth")
+    loaded = qsd.load_vit(tmp_path / "small.pth", 24, offset=0.1)
+    plain = qsd.resize_pos_embed(vit.pos_embed, (5, 5), (3, 3))
+    moved = qsd.resize_pos_embed(vit.pos_embed, (5, 5), (3, 3), 0.1)
+    assert torch.equal(loaded.pos_embed, moved if dinov2 else plain)
+    assert not torch.allclose(moved, plain, atol=1e-4)
+    assert ("pos_embed 5x5 -> 3x3 (bicubic, offset 0.1)" in capsys.readouterr().out) == dinov2
+
+
+# --- Encoders: DINOv3 -------------------------------------------------------------------------------------------------
+
+def official_dinov3(width, depth, hidden, gated, qkv_bias=True):
+    """A state dict with the keys of an official DINOv3 file; each tensor random, so that each one counts."""
+    shapes = {"cls_token": (1, 1, width), "storage_tokens": (1, 4, width), "mask_token": (1, width),
+              "patch_embed.proj.weight": (width, 3, 16, 16), "patch_embed.proj.bias": (width,),
+              "norm.weight": (width,), "norm.bias": (width,),
+              "local_cls_norm.weight": (width,), "local_cls_norm.bias": (width,)}
+    for i in range(depth):
+        block = {"norm1.weight": (width,), "norm1.bias": (width,), "norm2.weight": (width,), "norm2.bias": (width,),
+                 "attn.qkv.weight": (3 * width, width), "attn.qkv.bias": (3 * width,),
+                 "attn.proj.weight": (width, width), "attn.proj.bias": (width,),
+                 "ls1.gamma": (width,), "ls2.gamma": (width,)}
+        for layer in ["w1", "w2"] if gated else ["fc1"]:
+            block |= {f"mlp.{layer}.weight": (hidden, width), f"mlp.{layer}.bias": (hidden,)}
+        last = "w3" if gated else "fc2"
+        block |= {f"mlp.{last}.weight": (width, hidden), f"mlp.{last}.bias": (width,)}
+        shapes |= {f"blocks.{i}.{key}": shape for key, shape in block.items()}
+    generator = torch.Generator().manual_seed(0)
+    state = {}
+    for key, shape in shapes.items():
+        noise = torch.randn(shape, generator=generator)
+        if len(shape) in (2, 4) and "token" not in key:
+            state[key] = noise / noise[0].numel() ** 0.5
+        elif key.endswith("gamma") or "norm" in key and key.endswith("weight"):
+            state[key] = 1 + 0.2 * noise
+        else:
+            state[key] = 0.3 * noise
+    mask = torch.ones(3 * width)
+    mask[width:2 * width] = 0                                                   # of the bias: keys have none
+    for i in range(depth):
+        state[f"blocks.{i}.attn.qkv.bias"] *= qkv_bias
+        state[f"blocks.{i}.attn.qkv.bias_mask"] = mask
+    state["rope_embed.periods"] = torch.ones(16)
+    return state
+
+
+def dinov3_file(folder, name, depth, **options):
+    """The official file of this name in a folder, cut to `depth` blocks, and its state dict."""
+    row = qsd.ENCODERS[name]
+    hidden = 4 * row.embed_dim                                                  # two thirds of 6 is 4, too
+    state = official_dinov3(row.embed_dim, depth, hidden, gated=name.endswith("plus"), **options)
+    path = folder / row.file
+    torch.save(state, path)
+    return path, state
+
+
+TIMM_DINOV3 = {"dinov3_vits16": "vit_small_patch16_dinov3", "dinov3_vitb16": "vit_base_patch16_dinov3",
+               "dinov3_vitl16": "vit_large_patch16_dinov3", "dinov3_vits16plus": "vit_small_plus_patch16_dinov3"}
+
+
+@pytest.mark.parametrize("ending", ["", "_qkvb"])           # timm's models without and with biases of q and v
+@pytest.mark.parametrize("name", TIMM_DINOV3)
+def test_dinov3_equals_timm_at_224_at_512_and_at_a_nonsquare_size(tmp_path, name, ending):
+    timm = pytest.importorskip("timm")
+    from timm.models import eva
+    path, state = dinov3_file(tmp_path, name, depth=2, qkv_bias=bool(ending))
+    vit = qsd.load_vit(path).eval()
+    every_size = ending and vit.embed_dim == 384                                # the wide ones take seconds
+    for size in [(224, 224), (512, 512), (160, 256)] if every_size else [(160, 256)]:
+        model = timm.create_model(TIMM_DINOV3[name] + ending, depth=2, num_classes=0, img_size=size,
+                                  global_pool="token").eval()
+        model.load_state_dict(eva.checkpoint_filter_fn(dict(state), model), strict=True)
+        x = torch.randn(1, 3, *size, generator=torch.Generator().manual_seed(1))
+        with torch.no_grad():
+            want, blocks = model.forward_intermediates(x, indices=[0, 1], output_fmt="NLC", norm=False)
+            cls, patches, outs = vit.run(x, layers=[0, 1])
+        for got, ref in zip([cls, patches, *outs], [want[:, 0], want[:, 5:], *blocks], strict=True):
             assert (got - ref).abs().max() < 1e-5 * ref.abs().max()
 
 
-def test_inner_attention_norm_equals_timm():
-    timm = pytest.importorskip("timm")
-    from timm.models import eva
-    vit = qsd.ViT("eva", embed_dim=192, depth=2, num_heads=3, patch_size=14, img_size=56, mlp="swiglu", rope=True,
-                  sub_ln=True, inner_attn_ln=True).eval()
-    for p in vit.parameters():
-        p.data += 0.2 * torch.randn_like(p)
-    model = timm.create_model(
-        "eva02_base_patch14_224", embed_dim=192, depth=2, num_heads=3, img_size=56, num_classes=0, global_pool="token",
-        scale_attn_inner=True).eval()
-    model.load_state_dict(eva.checkpoint_filter_fn(plain_state(vit), model), strict=True)
-    x = torch.randn(2, 3, 56, 56)
-    with torch.no_grad():
-        cls, patches = vit(x)
-        got, want = torch.cat([cls[:, None], patches], dim=1), model.forward_features(x)
-    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+def test_dinov3s_rotary_positions_equal_a_loop_over_patches_and_channel_pairs():
+    """Channels m and m + D/2 are a complex number, turned by 2 pi c / 100 ** (2 k / (D/2)), c from -1 to 1."""
+    h, w, D = 3, 5, 16
+    vit = qsd.ViT("v", embed_dim=2 * D, depth=1, num_heads=2, patch_size=2, img_size=8, registers=4, rope="dinov3")
+    vectors = torch.randn(1, 2, 5 + h * w, D)                                   # (B, heads, T, D)
+    got = qsd.rotate(vectors, *vit.rotary_position((h, w), None, "cpu"), vit.rope)
+    assert torch.equal(got[:, :, :5], vectors[:, :, :5])                        # CLS and registers are not turned
+    for head in range(2):
+        for n in range(h * w):
+            y = 2 * (n // w + 0.5) / h - 1
+            x = 2 * (n % w + 0.5) / w - 1
+            for m in range(D // 2):
+                k = m % (D // 4)
+                angle = 2 * math.pi * (y if m < D // 4 else x) / 100 ** (2 * k / (D / 2))
+                vector = vectors[0, head, 5 + n]
+                turned = complex(vector[m], vector[m + D // 2]) * cmath.exp(1j * angle)
+                assert abs(complex(*got[0, head, 5 + n, [m, m + D // 2]]) - turned) < 1e-5
 
 
-@pytest.mark.parametrize("name, size", [("tiny", 192), ("small", 384), ("base", 768)])
-def test_student_checkpoint_loads_strictly_in_timm(tmp_path, name, size):
-    timm = pytest.importorskip("timm")
-    vit = noisy(f"deit_{name}", depth=2, img_size=64, patch_size=8)
-    save_student(tmp_path / "student.pt", vit)
-    model = timm.create_model(f"vit_{name}_patch16_224", num_classes=0, img_size=64, patch_size=8, depth=2).eval()
-    model.load_state_dict(torch.load(tmp_path / "student.pt", weights_only=True)["model"], strict=True)
-    x = torch.randn(1, 3, 64, 64)
-    with torch.no_grad():
-        torch.testing.assert_close(model(x), vit(x)[0], rtol=1e-5, atol=1e-5)
-    assert vit.embed_dim == size
-
-
-# --- Encoders: real weights -------------------------------------------------------------------------------------------
-
-@needs_weights
-@pytest.mark.parametrize("path, mean, measured", [(AUGREG_TINY, 0.5, 83), (DEIT_TINY, 0.485, 86)])
-def test_real_weights_classify_imagenet(path, mean, measured):
-    """The file's own head on our CLS, short side 240, bicubic without antialias, the middle 240; every tenth class, to save time: over
-    all 1000 classes 83.1 % (AugReg) and 80.5 % (DeiT) are right."""
-    vit, head = qsd.load_vit(path, img_size=240).eval(), torch.load(path, weights_only=True)
-    assert vit.mean[0] == mean and vit.name in qsd.ENCODERS
-    classes = sorted((SHARED / "data/imagenet/train").iterdir())
-    right = 0
-    for label in range(0, 1000, 10):
-        image = data.read_image(next(classes[label].iterdir()))
-        height, width = (round(side * 240 / min(image.shape[1:])) for side in image.shape[1:])
-        image = F.interpolate(image[None].float(), (height, width), mode="bicubic").round().clamp(0, 255)
-        top, left = (height - 240) // 2, (width - 240) // 2
-        with torch.no_grad():
-            cls, _ = vit(data.normalize(image[:, :, top:top + 240, left:left + 240], vit.mean, vit.std))
-        right += (F.linear(cls, head["head.weight"], head["head.bias"]).argmax().item() == label)
-    assert abs(right - measured) <= 2, right                                                # JPEG decoders differ
-
-
-@needs_weights
-def test_a_name_finds_its_file_in_the_weights_folder(monkeypatch, capsys):
-    monkeypatch.setattr(qsd, "WEIGHTS", str(DEIT_TINY.parent))
-    by_name, by_path = qsd.load_vit("deit_tiny", depth=6), qsd.load_vit(DEIT_TINY)
-    assert torch.equal(by_name.blocks[5].mlp.fc2.weight, by_path.blocks[5].mlp.fc2.weight)
-    assert "the first 6 of 12 blocks" in capsys.readouterr().out
-
-
-# --- Encoders: passes -------------------------------------------------------------------------------------------------
-
-@pytest.mark.parametrize("name", ["deit_tiny", "dinov2_vits14_reg", "eva02_tiny"])
-def test_masked_and_partial_passes_follow_their_definition(name):
-    vit = noisy(name, depth=2)
-    p = vit.patch_size
-    x, mask = torch.randn(2, 3, 4 * p, 6 * p), torch.rand(2, 24) < 0.5
-    with torch.no_grad():
-        cls, patches = vit(x)
-        assert cls.shape == (2, vit.embed_dim) and patches.shape == (2, 24, vit.embed_dim)
-        masked = vit(x, mask)[1]
-        elsewhere = x.unflatten(2, (4, p)).unflatten(4, (6, p)).clone()                     # (B, 3, 4, p, 6, p)
-        elsewhere = torch.where(mask.view(2, 1, 4, 1, 6, 1), torch.randn_like(elsewhere), elsewhere).reshape(x.shape)
-        torch.testing.assert_close(vit(elsewhere, mask)[1], masked)                         # masked pixels are not seen
-        assert (masked - patches).abs().max() > 1e-3
-        torch.testing.assert_close(vit(x, torch.zeros_like(mask))[1], patches)
-        order = torch.stack([torch.randperm(24) for _ in range(2)])
-        cls_kept, kept, _ = vit.run(x, keep=order)                                          # all patches, shuffled
-        torch.testing.assert_close(cls_kept, cls)
-        torch.testing.assert_close(kept, patches.gather(1, order[..., None].expand_as(patches)))
-        first, *_ = vit.blocks_out(x, [0])
-        _, _, (last, again) = vit.run(x, layers=[1, 0])
-        assert torch.equal(first, again) and torch.equal(vit.norm(last), patches)
-        seen = torch.cat([vit.cls_token.expand(2, -1, -1) + vit.pos_embed[:, :1], first], dim=1)
-        assert seen.shape[1] == 25                                                          # no register among them
-
-
-def test_blocks_after_the_last_wanted_one_do_not_run():
-    vit, ran = noisy("toy_small"), []
-    for i, block in enumerate(vit.blocks):
-        block.register_forward_hook(lambda *_, i=i: ran.append(i))
-    vit.blocks_out(torch.randn(1, 3, 64, 64), [1, 0])
-    assert ran == [0, 1]
-
-
-def test_an_image_that_does_not_divide_into_patches_is_refused():
-    with pytest.raises(qsd.UserError, match="100x64 pixels .* patches of 8"):
-        qsd.load_vit("toy_small")(torch.randn(1, 3, 100, 64))
-
-
-def test_the_config_of_an_encoder_rebuilds_it():
-    for name in qsd.ENCODERS:
-        with torch.device("meta"):
-            vit = qsd.ViT(**qsd.constructor_values(name, qsd.ENCODERS[name]))
-            again = qsd.ViT(**vit.config)
-        assert str(again) == str(vit) and again.config == vit.config
-
-
-# --- Encoders: resizing -----------------------------------------------------------------------------------------------
-
-def test_position_embedding_is_resized_bicubically_with_cls_kept():
-    pos = torch.randn(1, 1 + 37 * 37, 8)
-    for grid in [(16, 16), (32, 32), (20, 45)]:
-        got = qsd.resize_pos_embed(pos, (37, 37), grid)
-        for c in range(3):                                                                  # channel by channel
-            image = pos[0, 1:, c].view(1, 1, 37, 37)
-            want = F.interpolate(image, grid, mode="bicubic", align_corners=False).flatten()
-            torch.testing.assert_close(got[0, 1:, c], want)
-        assert torch.equal(got[:, 0], pos[:, 0])
-
-
-@pytest.mark.parametrize("old, new", [(14, 16), (16, 14)])
-def test_patch_embedding_is_resized_plainly_by_default_and_by_pseudo_inverse_on_request(old, new, monkeypatch):
-    torch.manual_seed(0)
-    weight, pixels = torch.randn(5, 3, old, old), torch.randn(7, 3, old, old)
-    plain = qsd.resize_patch_embed(weight, new)
-    torch.testing.assert_close(plain, F.interpolate(weight, (new, new), mode="bicubic", align_corners=False))
-    monkeypatch.setattr(qsd, "PATCH_RESIZE", "pinv")
-    flexi = qsd.resize_patch_embed(weight, new)
-    assert flexi.shape == plain.shape == (5, 3, new, new)
-    larger = F.interpolate(pixels, (new, new), mode="bicubic", align_corners=False)
-    tokens = torch.einsum("bihw,oihw->bo", pixels, weight)
-    error = [(torch.einsum("bihw,oihw->bo", larger, w) - tokens).square().mean() for w in (flexi, plain)]
-    assert error[0] < (1e-6 if new > old else error[1])                                     # exact when enlarging
-
-
-# --- Encoders: loading ------------------------------------------------------------------------------------------------
-
-def test_sizes_and_depth_given_to_load_vit_are_applied_and_printed(small, capsys):
-    path, vit = small
-    loaded = qsd.load_vit(path, img_size=(48, 96), patch_size=16, depth=1)
-    assert loaded.grid == (3, 6) and loaded.patch_size == 16 and loaded.depth == 1
-    want = F.interpolate(vit.patch_embed.proj.weight, (16, 16), mode="bicubic", align_corners=False)
-    assert torch.equal(loaded.patch_embed.proj.weight, want)
+@pytest.mark.parametrize("name", ["dinov3_vits16", "dinov3_vits16plus"])
+def test_a_dinov3_file_is_recognised_by_its_keys_and_a_student_of_it_comes_back(tmp_path, name, capsys):
+    path, state = dinov3_file(tmp_path, name, depth=2)
+    by_file_name = qsd.load_vit(path)
+    assert by_file_name.config == qsd.constructor_values(name, qsd.ENCODERS[name]) | dict(depth=2)
+    by_keys = qsd.load_vit(path.rename(tmp_path / "mine.pth"))
+    assert by_keys.config == by_file_name.config | dict(name="mine")
     out = capsys.readouterr().out
-    assert out.count("\n") == 1
-    for change in ["pos_embed 4x4 -> 3x6", "patch 8 -> 16", "first 1 of 2 blocks", "mask_token is new"]:
-        assert change in out
+    assert "dropped local_cls_norm.bias local_cls_norm.weight qkv.bias_mask rope_embed.periods" in out
+
+    torch.save(qsd.student_checkpoint(by_keys), tmp_path / "student.pt")
+    again = qsd.load_vit(tmp_path / "student.pt", img_size=96, depth=1)
+    assert again.config == by_keys.config | dict(img_size=96, depth=1)
+    for key, tensor in again.state_dict().items():
+        assert torch.equal(tensor, by_keys.state_dict()[key])
+    assert torch.equal(again.register_tokens, state["storage_tokens"])
+    torch.save(by_keys.state_dict(), tmp_path / "bare.pth")                     # without the constructor values
+    assert qsd.load_vit(tmp_path / "bare.pth").config == by_keys.config | dict(name="bare")
 
 
-def test_student_checkpoint_gives_back_the_same_encoder(tmp_path):
-    for name in ["toy_small", "dinov2_vits14_reg", "eva02_base"]:
-        vit = noisy(name, depth=1, img_size=(4 * qsd.ENCODERS[name].patch_size, 56))
-        again = qsd.load_vit(save_student(tmp_path / "student.pt", vit))
-        assert again.config == vit.config
-        torch.testing.assert_close(dict(again.state_dict()), dict(vit.state_dict()), rtol=0, atol=0)
+def test_dinov3s_masked_and_partial_passes_follow_their_definition(tmp_path):
+    vit = qsd.load_vit(dinov3_file(tmp_path, "dinov3_vits16", depth=2)[0]).eval()
+    x = torch.randn(2, 3, 64, 96)
+    mask = torch.rand(2, 24) < 0.5
+    black = x.clone()
+    for b, n in mask.nonzero().tolist():
+        i, j = divmod(n, 6)
+        black[b, :, 16 * i:16 * i + 16, 16 * j:16 * j + 16] = 0
+    order = torch.stack([torch.randperm(24), torch.randperm(24)])
+    with torch.no_grad():
+        cls, patches = vit(x)
+        torch.testing.assert_close(vit(black, mask), vit(x, mask))              # hidden pixels are not seen
+        assert (vit(x, mask)[1] - patches).abs().max() > 1e-3
+        cls_kept, kept, _ = vit.run(x, keep=order)                              # all patches, shuffled
+    torch.testing.assert_close(cls_kept, cls)
+    torch.testing.assert_close(kept, patches.gather(1, order[..., None].expand_as(patches)))
 
 
-def test_segmenter_and_official_gkd_checkpoints_give_their_encoder(tmp_path, small):
-    _, vit = small
-    inside = {f"encoder.{key}": p for key, p in vit.state_dict().items()} | {"decoder.weight": torch.zeros(3)}
-    torch.save({"encoder": vit.config, "model": inside}, tmp_path / "segmenter.pt")
-    teacher = qsd.ViT("t", embed_dim=128, depth=1, num_heads=2, patch_size=8, img_size=32).state_dict()
-    both = {f"teacher.backbone.{key}": p for key, p in teacher.items()}
-    both |= {f"student.backbone.{key}": p for key, p in vit.state_dict().items()}
-    both |= {"student.head.bias": torch.zeros(3)}
-    torch.save({"model": both, "args": argparse.Namespace(lr=1.0)}, tmp_path / "checkpoint_99.pth")
-    for file in ["segmenter.pt", "checkpoint_99.pth"]:
-        torch.testing.assert_close(
-            dict(qsd.load_vit(tmp_path / file).state_dict()), dict(vit.state_dict()), rtol=0, atol=0)
+def test_training_dinov3_leaves_its_keys_without_a_bias():
+    vit = qsd.load_vit("dinov3_vits16", depth=1, pretrained=False)
+    biases = [key for key, _ in vit.named_parameters() if "attn" in key and key.endswith("bias")]
+    assert biases == ["blocks.0.attn.q_bias", "blocks.0.attn.v_bias", "blocks.0.attn.proj.bias"]
+    assert "pos_embed" not in vit.state_dict()
 
 
-def test_distilled_deit_loses_its_second_token_and_that_tokens_position(tmp_path, small):
-    _, vit = small
-    state = plain_state(vit)
-    cls, patches = state["pos_embed"][:, :1], state["pos_embed"][:, 1:]
-    extra = {"dist_token": torch.randn(1, 1, 64), "pos_embed": torch.cat([cls, torch.randn(1, 1, 64), patches], dim=1),
-             "head.weight": torch.randn(10, 64), "head_dist.weight": torch.randn(10, 64)}
-    loaded = qsd.load_vit(save_deit(tmp_path / "distilled.pth", vit, **extra))
-    assert torch.equal(loaded.pos_embed, vit.pos_embed)
-
-
-def test_official_eva02_layout_loads_strictly(tmp_path):
-    vit = noisy("eva02_base", depth=1, img_size=56)
-    tables = {f"{where}rope.freqs_{f}": torch.zeros(16, 64) for where in ("", "blocks.0.attn.") for f in ("cos", "sin")}
-    state = plain_state(vit) | tables | {"lm_head.weight": torch.zeros(4, 768), "mask_token": vit.mask_token[None]}
-    torch.save({"module": state}, tmp_path / "eva02_B_pt_in21k_p14.pt")
-    loaded = qsd.load_vit(tmp_path / "eva02_B_pt_in21k_p14.pt")
-    assert loaded.config == vit.config                                                      # the file's name tells
-    torch.testing.assert_close(dict(loaded.state_dict()), dict(vit.state_dict()), rtol=0, atol=0)
-
-
-def test_a_renamed_key_is_refused_by_name(tmp_path, small):
-    state = plain_state(small[1])
-    state["blocks.1.attn.qkv.wight"] = state.pop("blocks.1.attn.qkv.weight")
-    torch.save(state, tmp_path / "a.pth")
-    text = message(tmp_path / "a.pth")
-    assert "blocks.1.attn.qkv.weight is missing" in text and "blocks.1.attn.qkv.wight is not expected" in text
-
-
-def test_a_transposed_tensor_is_refused_by_name(tmp_path, small):
-    path = save_deit(tmp_path / "a.pth", small[1], **{"blocks.0.mlp.fc1.weight": torch.zeros(64, 256)})
-    assert "blocks.0.mlp.fc1.weight has shape (64, 256) instead of (256, 64)" in message(path)
-
-
-def test_a_truncated_file_is_refused(tmp_path, small):
-    (tmp_path / "a.pth").write_bytes(small[0].read_bytes()[:5000])
-    assert "a.pth is truncated, damaged or no checkpoint (5000 bytes)" in message(tmp_path / "a.pth")
-
-
-class Code:
-    def __reduce__(self):
-        return Path.touch, (Path("ran"),)
-
-
-def test_a_pickle_with_code_is_refused_and_its_code_does_not_run(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    torch.save({"model": Code()}, "a.pth")
-    Path("b.pth").write_bytes(pickle.dumps({"model": Code()}, protocol=2))
-    for file in ["a.pth", "b.pth"]:
-        assert "holds Python objects, which could run code" in message(file)
-    assert not Path("ran").exists()
-
-
-def test_a_web_page_saved_as_a_checkpoint_is_refused(tmp_path):
-    (tmp_path / "a.pth").write_text("\n<!DOCTYPE html><html>404</html>")
-    assert "a.pth is a web page, not a checkpoint" in message(tmp_path / "a.pth")
-
-
-def test_unknown_names_files_without_an_encoder_and_impossible_sizes_are_refused(tmp_path, small):
-    assert "neither a file nor a known encoder; the names are deit_tiny" in message("dinov2_vits15")
-    torch.save({"x": torch.zeros(1)}, tmp_path / "a.pth")
-    assert "holds no encoder" in message(tmp_path / "a.pth")
-    assert "depth must be 1 to 2" in message(small[0], depth=3)
-    assert "30x30 pixels does not divide into patches of 8" in message(small[0], img_size=30)
-    assert "only a named encoder can start at random" in message(small[0], pretrained=False)
-
-
-def test_offline_the_address_and_the_place_for_the_file_are_named(tmp_path, monkeypatch):
-    def no_network(url, *_, **__):
-        raise OSError("no network")
-    monkeypatch.setattr(torch.hub, "download_url_to_file", no_network)
+def test_dinov3s_weights_are_asked_for_by_the_user_never_downloaded(tmp_path, monkeypatch):
+    def download(*args, **kwargs):
+        raise AssertionError("a download was tried")
+    monkeypatch.setattr(torch.hub, "download_url_to_file", download)
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
-    text = message("dino_vits16")
-    assert qsd.ENCODERS["dino_vits16"].url in text and "put it at weights/dino_deitsmall16_pretrain.pth" in text
+    with pytest.raises(qsd.UserError) as error:
+        qsd.load_vit("dinov3_vitl16_sat")
+    assert "https://ai.meta.com/resources/models-and-libraries/dinov3-downloads/" in str(error.value)
+    assert "weights/dinov3_vitl16_pretrain_sat493m-eadcf0ff.pth" in str(error.value)
 
 
-# --- Datasets: tiny trees in the true layouts -------------------------------------------------------------------------
-
-def write(path, array, mode=None, **options):
-    """Save an array as an image file, making its folders; mode "P" keeps the values as indices of a palette."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    image = Image.fromarray(np.asarray(array, np.uint8))
-    if mode == "P":
-        image.putpalette([255 - value // 3 for value in range(768)])  # turns "L" into "P"
-    image.save(path, **options)
-    return path
+def test_a_dinov3_file_in_the_weights_folder_is_found_by_its_name(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(qsd, "WEIGHTS", str(tmp_path))
+    _, state = dinov3_file(tmp_path, "dinov3_vits16", depth=12)
+    vit = qsd.load_vit("dinov3_vits16", img_size=64)
+    assert torch.equal(vit.blocks[11].attn.v_bias, state["blocks.11.attn.qkv.bias"][768:])
+    assert "not the official file, whose SHA-256 starts with 08c60483" in capsys.readouterr().out
 
 
-def photo(height=6, width=8, value=0):
-    return np.full((height, width, 3), value, np.uint8)
+# --- Datasets: small files --------------------------------------------------------------------------------------------
+
+def save_files(root, files):
+    """Write files from a text of "path=content": images of 6x8 pixels, all of them alike.
+
+    Content: 7 one channel, 1-2-3 a colour, 1-2-3-4 one with alpha, P7 the index of a palette, S7 the red of a 16-bit
+    PNG, C7 CMYK, N7 a PNG whatever the file's name, D7 of twice the size, ! what is no image."""
+    for name, content in re.findall(r"(\S+)=(\S+)", files):
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if content == "!":
+            path.write_bytes(b"\x89PNG")
+            continue
+        kind = content.strip("0123456789-")
+        values = [int(value) for value in re.findall(r"\d+", content)]
+        pixels = np.full((6, 8, len(values)), values, np.uint8).squeeze()
+        image = Image.fromarray(pixels)
+        if kind == "P":
+            image.putpalette([255 - value // 3 for value in range(768)])  # colours that mean nothing; "L" becomes "P"
+        if kind == "C":
+            image = image.convert("CMYK")
+        if kind == "D":
+            image = image.resize((16, 12))
+        image.save(path, "PNG" if kind == "N" else None)
+        if kind == "S":
+            path.write_bytes(png16(pixels))
 
 
-def ids(*values, height=6, width=8):
-    """Label (H, W) that repeats the given values along its rows."""
-    return np.resize(np.array(values, np.uint8), (height, width))
-
-
-def write_png16(path, first_channel):
-    """A 16-bit RGB PNG, written chunk by chunk since Pillow cannot."""
-    values = np.zeros((*np.shape(first_channel), 3), ">u2")
-    values[..., 0], values[..., 1] = first_channel, 40000
+def png16(red):
+    """The bytes of a 16-bit RGB PNG with this red channel, written chunk by chunk since Pillow cannot."""
+    values = np.full((*red.shape, 3), 40000, ">u2")
+    values[..., 0] = red
     rows = b"".join(b"\0" + row.tobytes() for row in values)
-    def chunk(kind, body):
-        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
-    header = struct.pack(">IIBBBBB", values.shape[1], values.shape[0], 16, 2, 0, 0, 0)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    body = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
-    path.write_bytes(b"\x89PNG\r\n\x1a\n" + body)
+    header = struct.pack(">IIBBBBB", red.shape[1], red.shape[0], 16, 2, 0, 0, 0)
+    file = b"\x89PNG\r\n\x1a\n"
+    for kind, body in ((b"IHDR", header), (b"IDAT", zlib.compress(rows)), (b"IEND", b"")):
+        file += struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+    return file
 
 
-def read(name, root, split="train", **kwargs):
-    """Images as (H, W, 3) arrays, labels as arrays, of all items."""
-    dataset = data.scenes(name, root, split, **kwargs)
-    items = [dataset[i] for i in range(len(dataset))]
-    for image, label, _ in items:
-        assert image.dtype == torch.uint8 and image.shape[0] == 3 and image.is_contiguous()
-        assert label.dtype == torch.int64
-        assert label.shape == image.shape[1:] or "transform" in kwargs  # at evaluation the label keeps its size
-    return [(image.permute(1, 2, 0).numpy(), label.numpy()) for image, label, _ in items]
+def save_gtav(root, count):
+    """GTAV with images of grey levels 0, 1, .. and labels of cars."""
+    for i in range(count):
+        save_files(root / "gtav", f"images/{i:05}.png={i} labels/{i:05}.png=P26")
 
 
-def preflight(*argv):
-    """Exit status of `python data.py`, but for a user's mistake; the picture goes where the data are."""
-    argv = [str(word) for word in argv]
-    try:
-        data.main(argv if "--out" in argv else [*argv, "--out", f"{argv[argv.index('--root') + 1]}/preflight.png"])
-    except SystemExit as stop:
-        return stop.code
-    return 0
+# --- Datasets: what the values and colours of label files mean, as the releases document it ---------------------------
+
+CITYSCAPES = re.findall(r"([a-z ]+) (\d+) (\d+) (\d+) (\d+)", """road 7 128 64 128,sidewalk 8 244 35 232,
+building 11 70 70 70,wall 12 102 102 156,fence 13 190 153 153,pole 17 153 153 153,traffic light 19 250 170 30,
+traffic sign 20 220 220 0,vegetation 21 107 142 35,terrain 22 152 251 152,sky 23 70 130 180,person 24 220 20 60,
+rider 25 255 0 0,car 26 0 0 142,truck 27 0 0 70,bus 28 0 60 100,train 31 0 80 100,motorcycle 32 0 0 230,
+bicycle 33 119 11 32""")  # class, label id and colour, in the order of the train ids
+LABEL_IDS = dict.fromkeys(range(35), "-") | {int(row[1]): row[0] for row in CITYSCAPES}  # "-": ignored
+TRAIN_IDS = dict(enumerate(row[0] for row in CITYSCAPES))
+STREET_COLORS = {tuple(map(int, row[2:])): row[0] for row in CITYSCAPES}
+CAMVID = dict(enumerate("sky,building,pole,road,pavement,tree,sign,fence,car,pedestrian,bicyclist,-".split(",")))
+SYNTHIA = dict(enumerate(("-,sky,building,road,sidewalk,fence,vegetation,pole,car,traffic sign,person,bicycle,"
+                          "motorcycle,-,-,traffic light,terrain,rider,truck,bus,train,wall,-").split(",")))
+MAPILLARY = dict(enumerate((  # bird, ground animal, curb, fence, guard rail, barrier, wall, bike lane, crosswalk, ...
+    "-,-,sidewalk,fence,-,-,wall,road,road,sidewalk,road,sidewalk,-,road,road,sidewalk,-,building,-,person,rider,rider,"
+    "rider,road,road,-,-,sky,-,terrain,vegetation,-,-,-,-,-,-,-,-,-,-,-,-,-,pole,pole,traffic sign,pole,traffic light,"
+    "traffic sign,traffic sign,-,bicycle,-,bus,car,-,motorcycle,train,-,-,truck,-,-,-,-").split(",")))
+ISPRS = {(255, 255, 255): "impervious", (0, 0, 255): "building", (0, 255, 255): "low vegetation", (0, 255, 0): "tree",
+         (255, 255, 0): "car", (255, 0, 0): "clutter", (0, 0, 0): "-"}
+ENDOVIS = {(0, 0, 0): "background", (0, 255, 0): "instrument shaft", (0, 255, 255): "instrument clasper",
+           (125, 255, 12): "instrument wrist", (255, 55, 0): "kidney", (24, 55, 125): "covered kidney",
+           (187, 155, 25): "thread", (0, 255, 125): "clamps", (255, 255, 125): "needle", (123, 15, 175): "suction",
+           (124, 155, 5): "small intestine", (12, 255, 141): "-"}
+LABEL_FILES = {  # dataset and label file: {value or colour: class}
+    "cityscapes labelIds": LABEL_IDS, "cityscapes labelTrainIds": TRAIN_IDS, "acdc-fog labelIds": LABEL_IDS,
+    "acdc-fog labelTrainIds": TRAIN_IDS, "gtav ids": LABEL_IDS, "gtav colors": STREET_COLORS | {(1, 2, 3): "-"},
+    "bdd100k ids": TRAIN_IDS, "urbansyn ids": TRAIN_IDS | {19: "-"}, "synthia ids": SYNTHIA, "mapillary ids": MAPILLARY,
+    "camvid ids": CAMVID, "camvid-dusk ids": CAMVID, "endovis18 colors": ENDOVIS, "potsdam-rgb colors": ISPRS,
+    "potsdam-irrg colors": ISPRS, "vaihingen-irrg colors": ISPRS}
 
 
-def gtav_tree(root, n=3):
-    for i in range(n):
-        write(root / f"gtav/images/{i:05}.png", photo(value=i))
-        write(root / f"gtav/labels/{i:05}.png", ids(7, 26, i % 34), "P")
+@pytest.mark.parametrize("case", LABEL_FILES)
+def test_every_value_or_colour_of_a_label_file_is_the_documented_class_or_refused(case, tmp_path):
+    name, kind = case.split()
+    entry = data.DATASETS[name]
+    path = tmp_path / f"a_{kind}.png"
+
+    def decode(values):
+        Image.fromarray(np.uint8([values])).save(path)
+        if name == "synthia":
+            path.write_bytes(png16(np.uint8([values])))
+        return ["-" if number == 255 else entry.classes[number] for number in entry.decode(path)[0]]
+
+    assert decode([*LABEL_FILES[case]]) == [*LABEL_FILES[case].values()]
+    if kind == "colors":
+        assert entry.colors == tuple(color for color, label in LABEL_FILES[case].items() if label != "-")
+    else:
+        assert decode([255]) == ["-"]
+        unknown = [value for value in range(255) if value not in LABEL_FILES[case]]
+        for start in range(0, len(unknown), 8):
+            listed = unknown[start:start + 8]
+            with pytest.raises(data.UserError, match=re.escape(f"a_{kind}.png: label values {listed} are not")):
+                decode(listed)
 
 
-# --- Datasets: lookup tables, against what the releases document ------------------------------------------------------
-
-def class_of(table, value):
-    return data.CITYSCAPES_CLASSES[table[value]] if table[value] < 19 else table[value]
-
-
-def test_cityscapes_label_ids_are_those_of_its_label_table():
-    facts = {7: "road", 8: "sidewalk", 11: "building", 12: "wall", 13: "fence", 17: "pole", 19: "traffic light",
-             20: "traffic sign", 21: "vegetation", 22: "terrain", 23: "sky", 24: "person", 25: "rider", 26: "car",
-             27: "truck", 28: "bus", 31: "train", 32: "motorcycle", 33: "bicycle"}
-    for value in range(256):
-        expected = facts.get(value, data.IGNORE if value < 35 or value == 255 else data.UNKNOWN)
-        assert class_of(data.LABEL_IDS, value) == expected
-
-
-def test_synthia_ids_are_those_of_its_readme():
-    facts = {1: "sky", 2: "building", 3: "road", 4: "sidewalk", 5: "fence", 6: "vegetation", 7: "pole", 8: "car",
-             9: "traffic sign", 10: "person", 11: "bicycle", 12: "motorcycle", 15: "traffic light", 16: "terrain",
-             17: "rider", 18: "truck", 19: "bus", 20: "train", 21: "wall", 0: 255, 13: 255, 14: 255, 22: 255,
-             23: data.UNKNOWN}
-    for value, expected in facts.items():  # 13 parking slot, 14 road work, 22 lane marking
-        assert class_of(data.SYNTHIA_IDS, value) == expected
-
-
-def test_mapillary_ids_are_those_of_its_config():
-    names = ("bird, ground animal, curb, fence, guard rail, barrier, wall, bike lane, crosswalk, curb cut, "
-             "parking, pedestrian area, rail track, road, service lane, sidewalk, bridge, building, tunnel, "
-             "person, bicyclist, motorcyclist, other rider, lane marking crosswalk, lane marking, mountain, sand, "
-             "sky, snow, terrain, vegetation, water, banner, bench, bike rack, billboard, catch basin, cctv "
-             "camera, fire hydrant, junction box, mailbox, manhole, phone booth, pothole, street light, pole, "
-             "traffic sign frame, utility pole, traffic light, traffic sign back, traffic sign front, trash can, "
-             "bicycle, boat, bus, car, caravan, motorcycle, on rails, other vehicle, trailer, truck, wheeled slow, "
-             "car mount, ego vehicle, unlabeled").split(", ")
-    assert len(names) == 66
-    same = {"bike lane": "road", "crosswalk": "road", "parking": "road", "service lane": "road",
-            "lane marking": "road", "lane marking crosswalk": "road", "curb": "sidewalk", "curb cut": "sidewalk",
-            "pedestrian area": "sidewalk", "bicyclist": "rider", "motorcyclist": "rider", "other rider": "rider",
-            "utility pole": "pole", "street light": "pole", "traffic sign frame": "traffic sign",
-            "traffic sign back": "traffic sign", "traffic sign front": "traffic sign", "on rails": "train"}
-    for value, name in enumerate(names):
-        found = class_of(data.MAPILLARY_IDS, value)
-        assert found == (name if name in data.CITYSCAPES_CLASSES else same.get(name, data.IGNORE)), name
-    assert class_of(data.MAPILLARY_IDS, 55) == "car" and data.MAPILLARY_IDS[66] == data.UNKNOWN
-
-
-def test_every_row_has_one_colour_per_class_and_every_setting_exists():
+def test_every_dataset_has_a_colour_per_class_and_every_row_of_the_papers_tables_its_domains():
     for name, entry in data.DATASETS.items():
-        assert len(entry.classes) == len(entry.colors) == len(set(entry.colors)), name
-    for source, targets in data.SETTINGS.values():
-        assert "train" in data.DATASETS[source].splits and all("val" in data.DATASETS[name].splits for name in targets)
-        assert {data.DATASETS[name].classes for name in targets} == {data.DATASETS[source].classes}
-    counts = {"cityscapes": 19, "potsdam-rgb": 6, "endovis18": 11, "camvid": 11}
-    assert {name: data.DATASETS[name].num_classes for name in counts} == counts
+        assert entry.num_classes == len(entry.classes) == len(entry.colors) == len(set(entry.colors)), name
+    weather = "acdc-night acdc-snow acdc-fog acdc-rain"
+    assert {row: " ".join((source, *unseen)) for row, (source, unseen) in data.SETTINGS.items()} == {
+        "gtav": "gtav cityscapes bdd100k mapillary", "gtav-acdc": f"gtav {weather}",
+        "cityscapes": f"cityscapes {weather}", "potsdam-rgb": "potsdam-rgb potsdam-irrg vaihingen-irrg",
+        "endovis18": "endovis18 endovis18", "camvid": "camvid camvid-dusk",
+        "toy": "toy toy-night toy-fog toy-snow toy-rain"}
+
+
+def test_potsdam_and_vaihingen_are_split_into_the_papers_tiles_and_areas():
+    def listed(name):
+        return [text.strip("{}").replace(",", " ") for text in data.DATASETS[name].splits.values()]
+
+    assert listed("potsdam-rgb") == listed("potsdam-irrg") == [
+        "2_10 2_11 2_12 3_10 3_11 3_12 4_10 4_11 4_12 5_10 5_11 5_12 "
+        "6_7 6_8 6_9 6_10 6_11 6_12 7_7 7_8 7_9 7_10 7_11 7_12",
+        "2_13 2_14 3_13 3_14 4_13 4_14 4_15 5_13 5_14 5_15 6_13 6_14 6_15 7_13"]
+    assert listed("vaihingen-irrg") == ["1 3 5 7 11 13 15 17 21 23 26 28 30 32 34 37",
+                                        "2 4 6 8 10 12 14 16 20 22 24 27 29 31 33 35 38"]
+    assert len(data.tile_boxes(6000, 6000, 512)) * 24 == 3456
 
 
 # --- Datasets: each from its true layout ------------------------------------------------------------------------------
 
-def test_imagenet_reads_class_folders_grey_cmyk_and_misnamed_files_and_a_flat_folder(tmp_path):
-    train = tmp_path / "imagenet/train"
-    write(train / "n01/n01_1.JPEG", photo(value=100))
-    write(train / "n01/n01_2.JPEG", photo(value=100)[..., 0])  # grey
-    (train / "n02").mkdir()
-    Image.fromarray(photo(value=100)).convert("CMYK").save(train / "n02/n02_1.JPEG")
-    write(train / "n02/n02_2.JPEG", photo(value=100), format="PNG")  # ILSVRC has one of these
-    (train / "n02/._n02_1.JPEG").write_bytes(b"macOS")
-    (train / "LOC_synset_mapping.txt").write_text("not an image")
-    dataset = data.images("imagenet", tmp_path)
-    assert len(dataset) == 4
-    for i in range(4):
-        image, draw = dataset[i]
-        assert draw == i and image.shape == (3, 6, 8) and (image.int() - 100).abs().max() <= 2
-    assert len(data.images("imagenet", train)) == 4  # the class folders' own parent
-    assert len(data.images("imagenet", train / "n01")) == 2  # a flat folder
-    assert preflight("--data", "imagenet", "--root", tmp_path) == 0
+MICCAI = "miccai_challenge_2018_release_1/seq"
+WEATHER = ""
+for number, condition in enumerate(("fog", "night", "rain", "snow")):
+    for drive in (f"{condition}/val/GP/{number}", f"{condition}/train/GO/{number}"):
+        WEATHER += f"rgb_anon/{drive}_rgb_anon.png={number} rgb_anon/{drive}_rgb_ref_anon.png=9 "
+        WEATHER += f"gt/{drive}_gt_labelTrainIds.png={number} gt/{drive}_gt_labelIds.png=9 gt/{drive}_gt_invIds.png=9 "
+LAYOUTS = [  # sets with what is read from them (grey level:class of each item), the files in the dataset's folder
+    ("imagenet train 100 102 104 106, imagenet val 108", """train/n01/a.JPEG=100-100-100 train/n01/b.JPEG=102
+        train/n02/c.JPEG=C104 train/n02/d.JPEG=N106 val/e.JPEG=108 train/n01/._b.JPEG=! train/map.txt=!"""),
+    ("imagenet train 2 4", "n01/a.JPEG=2 n02/b.JPEG=4"),
+    ("imagenet train 2 4", "a.webp=2 b.BMP=4 c.txt=!"),
+    ("gtav train 1:13 2:8 3:0",  # a palette, colours, another size; a converter's train ids do not count
+     """images/1.png=1 labels/1.png=P26 labels/1_labelTrainIds.png=5 images/2.png=2 labels/2.png=107-142-35
+        images/3.png=3 labels/3.png=D7 labels/3_labelTrainIds.png=5"""),
+    ("synthia train 1:13 2:0", """CITY/RGB/1.png=1 CITY/GT/LABELS/1.png=S8 CITY/GT/LABELS/1_labelTrainIds.png=5
+        CITY/RGB/2.png=2 CITY/GT/LABELS/2.png=S3 CITY/GT/LABELS/2_labelTrainIds.png=5 CITY/GT/COLOR/1.png=9"""),
+    ("urbansyn train 1:0 2:18", "rgb/rgb_1.png=1 ss/ss_1.png=0 rgb/rgb/rgb_2.png=2 ss/ss/ss_2.png=18"),
+    ("cityscapes train 1:13, cityscapes val 2:1", """leftImg8bit/train/u/u_leftImg8bit.png=1
+        gtFine/train/u/u_gtFine_labelIds.png=26 gtFine/train/u/u_gtFine_labelTrainIds.png=5
+        leftImg8bit/val/b/b_leftImg8bit.png=2 gtFine/val/b/b_gtFine_labelIds.png=8 gtFine/train/u/u_gtFine_color.png=9
+        leftImg8bit/test/r/r_leftImg8bit.png=3"""),
+    ("cityscapes train 1:13", "leftImg8bit/train/u/u_leftImg8bit.png=1 gtFine/train/u/u_gtFine_labelTrainIds.png=13"),
+    ("bdd100k train 2:0, bdd100k val 4:18", """images/10k/train/a.jpg=2 labels/sem_seg/masks/train/a.png=0
+        images/10k/val/a.jpg=4 labels/sem_seg/masks/val/a.png=P18"""),
+    ("bdd100k val 2:18", "seg/images/val/a.jpg=2 seg/labels/val/a_train_id.png=18"),  # the old release
+    ("mapillary train 2:13, mapillary val 4:0", """training/images/a.jpg=2 training/labels/a.png=P55
+        validation/images/b.jpg=4 validation/labels/b.png=P13"""),
+    ("mapillary train 2:13", "training/images/a.jpg=2 training/v1.2/labels/a.png=P55 training/v2.0/labels/a.png=P99"),
+    ("acdc-fog val 0:0, acdc-night val 1:1, acdc-rain val 2:2, acdc-snow val 3:3, acdc-snow train 3:3, "
+     "acdc val 1:1 3:3 0:0 2:2", WEATHER),
+    ("potsdam-rgb train 1:3, potsdam-rgb val 2:0, potsdam-irrg train 3:3, potsdam-irrg val 4:0",
+     """RGB/top_potsdam_2_10_RGB.tif=1 RGB/top_potsdam_2_13_RGB.tif=2 IRRG/top_potsdam_2_10_IRRG.tif=3
+        IRRG/top_potsdam_2_13_IRRG.tif=4 Labels/top_potsdam_2_10_label_noBoundary.tif=0-255-0
+        Labels/top_potsdam_2_13_label_noBoundary.tif=255"""),
+    ("vaihingen-irrg train 1:4 3:0, vaihingen-irrg val 2:5",  # area 1 is not area 11
+     """top/top_mosaic_09cm_area1.tif=1 top/top_mosaic_09cm_area2.tif=2 top/top_mosaic_09cm_area11.tif=3
+        gts/top_mosaic_09cm_area1_noBoundary.tif=252-255-0 gts/top_mosaic_09cm_area2_noBoundary.tif=255-0-0
+        gts/top_mosaic_09cm_area11_noBoundary.tif=255"""),
+    ("endovis18 train 1:6 4:4, endovis18 val 5:0", f"""{MICCAI}_1/left_frames/0.png=1 {MICCAI}_1/labels/0.png=187-155-25
+        {MICCAI}_1/right_frames/0.png=9 {MICCAI}_4/left_frames/0.png=4 {MICCAI}_4/labels/0.png=255-55-0-9
+        __MACOSX/{MICCAI}_1/left_frames/1.png=9 miccai_challenge_release_2/seq_5/left_frames/0.png=5
+        miccai_challenge_release_2/seq_5/labels/0.png=0"""),
+    ("camvid train 1:1 2:2, camvid val 5:5, camvid-dusk val 4:4 0:0 6:6", """
+        train/0006R0_a.png=1 trainannot/0006R0_a.png=1 train/0016E5_a.png=2 trainannot/0016E5_a.png=2
+        val/0016E5_b.png=3 valannot/0016E5_b.png=3 test/Seq05VD_a.png=5 testannot/Seq05VD_a.png=5
+        train/0001TP_a.png=0 trainannot/0001TP_a.png=0 test/0001TP_b.png=4 testannot/0001TP_b.png=4
+        val/0001TP_c.png=6 valannot/0001TP_c.png=6"""),
+    ("folder train 2:1", "images/a.jpg=2 masks/a.png=1"),
+    ("folder train 2:1, folder val 4:2", """images/train/a.jpg=2 masks/train/a.png=1 images/val/b.jpg=4
+        masks/val/b.png=P2"""),
+]
 
 
-def test_gtav_keeps_palette_indices_and_resizes_labels_of_another_size(tmp_path, capsys):
-    gtav_tree(tmp_path)
-    write(tmp_path / "gtav/labels/00002.png", ids(7, 26, height=12, width=16), "P")
-    items = read("gtav", tmp_path)
-    assert [image[0, 0, 0] for image, _ in items] == [0, 1, 2]
-    assert items[0][1][0, :3].tolist() == [0, 13, data.IGNORE]  # 7 road, 26 car, 0 unlabelled
-    assert items[2][1].shape == (6, 8)
-    assert preflight("--data", "gtav", "--root", tmp_path / "gtav") == 0  # the size is known to differ
-    assert "16x12, but its image is 8x6, will be resized" in capsys.readouterr().out
-    write(tmp_path / "gtav/labels/00001.png", np.resize(data.CITYSCAPES_COLORS[13], (6, 8, 3)))
-    assert (read("gtav", tmp_path)[1][1] == 13).all()  # a mirror with colours
+@pytest.mark.parametrize("sets, files", LAYOUTS, ids=[sets for sets, _ in LAYOUTS])
+def test_each_dataset_is_read_from_its_true_layout_without_complaint(sets, files, tmp_path, capsys):
+    folder = "acdc" if "acdc" in sets else data.DATASETS[sets.split()[0]].folder
+    save_files(tmp_path / folder, files)
+    for root in (tmp_path, tmp_path / folder):  # what holds all datasets, or the dataset's own folder
+        for line in sets.split(", "):
+            name, split, *expected = line.split()
+            classes = 3 if name == "folder" else None
+            images = [image for image, _ in data.images(name, root, split=split)]
+            assert [f"{image.float().mean():.0f}" for image in images] == [item.split(":")[0] for item in expected]
+            assert all(image.is_contiguous() for image in images)
+            if name != "imagenet":
+                items = [*data.scenes(name, root, split, classes=classes)]
+                assert [f"{image[0, 0, 0]}:{label[5, 7]}" for image, label, draw in items] == expected
+                image, label, _ = items[0]
+                assert image.dtype == torch.uint8 and image.is_contiguous() and label.dtype == torch.int64
+            assert data.preflight(name, root, classes=classes) == 0
+    if "gtav" in sets:
+        assert "3.png: 16x12, but its image is 8x6, will be resized" in capsys.readouterr().out
 
 
-def test_synthia_reads_the_class_from_16_bit_files(tmp_path):
-    write(tmp_path / "synthia/RAND_CITYSCAPES/RGB/0000000.png", photo())
-    write_png16(tmp_path / "synthia/RAND_CITYSCAPES/GT/LABELS/0000000.png", ids(8, 3, 19, 13))
-    expected = ids(13, 0, 15, data.IGNORE)
-    assert (read("synthia", tmp_path)[0][1] == expected).all()
-    assert (read("synthia", tmp_path / "synthia/RAND_CITYSCAPES")[0][1] == expected).all()
-    write_png16(tmp_path / "synthia/RAND_CITYSCAPES/GT/LABELS/0000000.png", np.full((6, 8), 40))
-    with pytest.raises(data.UserError, match=r"0000000.png: label values \[40\]"):
-        read("synthia", tmp_path)
-
-
-def test_urbansyn_reads_nested_folders_and_ignores_19(tmp_path):
-    write(tmp_path / "urbansyn/rgb/rgb/rgb_0001.png", photo())
-    write(tmp_path / "urbansyn/ss/ss/ss_0001.png", ids(0, 18, 19))
-    assert read("urbansyn", tmp_path)[0][1][0, :3].tolist() == [0, 18, data.IGNORE]
-
-
-@pytest.mark.parametrize("kind, values", [("labelIds", (7, 26, 0)), ("labelTrainIds", (0, 13, 255))])
-def test_cityscapes_pairs_cities_and_takes_label_ids_or_train_ids(tmp_path, kind, values):
-    for split, city in (("train", "aachen"), ("train", "ulm"), ("val", "lindau"), ("test", "berlin")):
-        stem = f"{split}/{city}/{city}_000000_000019"
-        write(tmp_path / f"cityscapes/leftImg8bit/{stem}_leftImg8bit.png", photo(4, 8))
-        write(tmp_path / f"cityscapes/gtFine/{stem}_gtFine_{kind}.png", ids(*values, height=4))
-        write(tmp_path / f"cityscapes/gtFine/{stem}_gtFine_color.png", photo(4, 8))
-        write(tmp_path / f"cityscapes/gtFine/{stem}_gtFine_instanceIds.png", photo(4, 8))
-    assert len(read("cityscapes", tmp_path)) == 2
-    (image, label), = read("cityscapes", tmp_path, "val", transform=data.eval_transform("cityscapes"))
-    assert image.shape == (512, 1024, 3) and label.shape == (4, 8)  # the label keeps its size
-    assert label[0, :3].tolist() == [0, 13, data.IGNORE]
-
-
-def test_bdd100k_reads_labels_in_both_modes_and_the_old_release(tmp_path):
-    for i, mode in enumerate((None, "P")):
-        write(tmp_path / f"bdd100k/images/10k/val/{i}.jpg", photo())
-        write(tmp_path / f"bdd100k/labels/sem_seg/masks/val/{i}.png", ids(0, 18, 255), mode)
-    write(tmp_path / "old/seg/images/val/0.jpg", photo())
-    write(tmp_path / "old/seg/labels/val/0_train_id.png", ids(0, 18, 255))
-    for _, label in read("bdd100k", tmp_path, "val") + read("bdd100k", tmp_path / "old", "val"):
-        assert label[0, :3].tolist() == [0, 18, data.IGNORE]
-
-
-@pytest.mark.parametrize("inner", ["", "v1.2/"])
-def test_mapillary_reads_both_layouts_and_is_evaluated_at_half_size(tmp_path, inner):
-    write(tmp_path / "mapillary/validation/images/a.jpg", photo(101, 80))
-    write(tmp_path / f"mapillary/validation/{inner}labels/a.png", ids(55, 13, 65, height=101, width=80), "P")
-    write(tmp_path / "mapillary/validation/v2.0/labels/a.png", ids(200, height=101, width=80), "P")
-    assert read("mapillary", tmp_path, "val")[0][1][0, :3].tolist() == [13, 0, data.IGNORE]
-    (image, label), = read("mapillary", tmp_path, "val", transform=data.eval_transform("mapillary"))
-    assert label.shape == (50, 40) and image.shape == (640, 512, 3)  # portrait: the short edge decides
-
-
-def test_acdc_conditions_are_domains_and_reference_folders_stay_out(tmp_path):
-    for condition in ("fog", "night", "rain", "snow"):
-        for split, seq in (("train", "GOPR01"), ("val", "GP0102"), ("train_ref", "GOPR01"), ("val_ref", "GP0102")):
-            kind = "rgb_ref_anon" if "ref" in split else "rgb_anon"
-            value = ("fog", "night", "rain", "snow").index(condition)
-            write(tmp_path / f"acdc/rgb_anon/{condition}/{split}/{seq}/{seq}_frame_1_{kind}.png", photo(54, 96, value))
-            for kind in ("labelTrainIds", "labelIds", "invIds"):
-                label = tmp_path / f"acdc/gt/{condition}/{split}/{seq}/{seq}_frame_1_gt_{kind}.png"
-                write(label, ids(3, height=54, width=96))
-    for value, condition in enumerate(("fog", "night", "rain", "snow")):
-        (image, label), = read(f"acdc-{condition}", tmp_path, "val", transform=data.eval_transform(f"acdc-{condition}"))
-        assert image[0, 0, 0] == value and image.shape == (540, 960, 3)
-        assert (label == 3).all() and label.shape == (54, 96)
-    assert len(read("acdc", tmp_path, "val")) == 4
-
-
-@pytest.mark.parametrize("compression", ["raw", "tiff_lzw"])
-def test_isprs_tiles_cover_the_image_and_off_palette_colours_are_cut_at_127(tmp_path, compression):
+@pytest.mark.parametrize("compression, unpacked", [("raw", 0), ("tiff_lzw", 2)])  # a raw file is read where it lies
+def test_tiles_cover_the_whole_image_and_shades_of_a_colour_are_its_class(compression, unpacked, tmp_path):
     rng = np.random.default_rng(0)
     image = rng.integers(0, 256, (700, 600, 3), np.uint8)
-    colors = np.array([*data.ISPRS_COLORS, (0, 0, 0)])
-    classes = rng.integers(0, 7, (700, 600))
-    label = np.abs(colors[classes] - rng.integers(0, 100, (700, 600, 3)))  # shades as in tile 4_12
-    root = tmp_path / "potsdam"
-    for tile in ("2_10", "2_13", "7_13"):
-        write(root / f"2_Ortho_RGB/top_potsdam_{tile}_RGB.tif", image, compression=compression)
-        write(root / f"3_Ortho_IRRG/top_potsdam_{tile}_IRRG.tif", image, compression=compression)
-        write(root / f"5_Labels_all_noBoundary/top_potsdam_{tile}_label_noBoundary.tif", label, compression=compression)
-    items = read("potsdam-rgb", tmp_path)
-    expected = np.where(classes == 6, data.IGNORE, classes)
-    boxes = [(0, 0), (0, 88), (188, 0), (188, 88)]  # top, left
-    assert len(items) == 4
-    for (crop, classes_of_crop), (top, left) in zip(items, boxes):
-        assert (crop == image[top:top + 512, left:left + 512]).all()
-        assert (classes_of_crop == expected[top:top + 512, left:left + 512]).all()
-    assert len(read("potsdam-irrg", tmp_path, "val")) == 8
-    assert len(list(tmp_path.rglob("*.npy"))) == (0 if compression == "raw" else 6)  # compressed: unpacked once
-    assert len(data.images("potsdam-rgb", tmp_path)) == 4
+    classes = rng.integers(0, 6, (700, 600))
+    shades = np.abs(np.array([*ISPRS])[classes] - rng.integers(0, 128, image.shape)).astype(np.uint8)  # as in tile 4_12
+    for kind, pixels in (("RGB", image), ("label_noBoundary", shades)):
+        Image.fromarray(pixels).save(tmp_path / f"top_potsdam_2_10_{kind}.tif", compression=compression)
+    dataset = data.scenes("potsdam-rgb", tmp_path)
+    for (tile, label, _), (top, left) in zip(dataset, [(0, 0), (0, 88), (188, 0), (188, 88)], strict=True):
+        assert (tile.permute(1, 2, 0).numpy() == image[top:top + 512, left:left + 512]).all()
+        assert (label.numpy() == classes[top:top + 512, left:left + 512]).all()
+    assert len([*tmp_path.glob("*.npy")]) == unpacked
 
 
-def test_a_tiff_whose_strips_lie_out_of_order_is_not_mapped_as_it_lies(tmp_path):
-    rows = np.arange(4 * 5 * 3, dtype=np.uint8).reshape(4, 5, 3)  # strips of two rows, the second one first in the file
-    tags = [(256, 4, 1, 5), (257, 4, 1, 4), (258, 3, 1, 8), (259, 3, 1, 1), (262, 3, 1, 2), (273, 4, 2, 200),
-            (277, 3, 1, 3), (278, 4, 1, 2), (279, 4, 2, 208)]  # 273: offsets, 278: rows per strip
-    header = b"II*\0" + struct.pack("<IH", 8, len(tags)) + b"".join(struct.pack("<HHII", *tag) for tag in tags)
-    header = header.ljust(200, b"\0") + struct.pack("<IIII", 300 + 30, 300, 30, 30)
-    (tmp_path / "a.tif").write_bytes(header.ljust(300, b"\0") + rows[2:].tobytes() + rows[:2].tobytes())
-    assert (data.read_image(tmp_path / "a.tif").permute(1, 2, 0).numpy() == rows).all()
-
-
-def test_isprs_tile_counts_are_the_papers():
-    assert len(data.tile_boxes(6000, 6000, 512)) * 24 == 3456 and len(data.tile_boxes(6000, 6000, 512)) * 14 == 2016
-    counts = [part.count(",") + 1 for part in (*data.POTSDAM.values(), *data.VAIHINGEN.values())]
-    assert counts == [24, 14, 16, 17]
-    assert data.ISPRS_CLASS_OF[0b110] == 4  # (252, 255, 0): tile 6_7's cars
-
-
-def test_vaihingen_areas_are_split_and_area_1_is_not_area_11(tmp_path):
-    for area in (1, 11, 2):
-        write(tmp_path / f"vaihingen/top/top_mosaic_09cm_area{area}.tif", photo(512, 512, area))
-        write(tmp_path / f"vaihingen/gts/top_mosaic_09cm_area{area}_noBoundary.tif", photo(512, 512))
-    assert [image[0, 0, 0] for image, _ in read("vaihingen-irrg", tmp_path)] == [1, 11]
-    assert [image[0, 0, 0] for image, _ in read("vaihingen-irrg", tmp_path, "val")] == [2]
-
-
-def test_endovis18_reads_rgb_and_rgba_labels_and_no_shadow_tree(tmp_path):
-    colors = [(0, 255, 0), (255, 55, 0), (12, 255, 141), (124, 155, 5)]
-    root = tmp_path / "endovis18"
-    for release, seq, alpha in (("2018_release_1", 1, 0), ("2018_release_1", 4, 1), ("release_2", 5, 1)):
-        label = np.resize(np.array(colors, np.uint8), (4, 4, 3))
-        label = np.dstack([label, np.full((4, 4), 128)]) if alpha else label
-        write(root / f"miccai_challenge_{release}/seq_{seq}/left_frames/frame000.png", photo(4, 4, seq))
-        write(root / f"miccai_challenge_{release}/seq_{seq}/labels/frame000.png", label)
-        write(root / f"miccai_challenge_{release}/seq_{seq}/right_frames/frame000.png", photo(4, 4))
-        write(root / f"__MACOSX/miccai_challenge_{release}/seq_{seq}/left_frames/frame001.png", photo(4, 4))
-    items = read("endovis18", tmp_path)
-    assert [image[0, 0, 0] for image, _ in items] == [1, 4]
-    for _, label in items + read("endovis18", tmp_path, "val"):
-        assert label[0].tolist() == [1, 4, data.IGNORE, 10]
-
-
-def test_camvid_splits_day_by_folder_and_dusk_by_sequence(tmp_path):
-    names = {"train": ("0001TP_1", "0006R0_1", "0016E5_1"), "val": ("0016E5_2",), "test": ("0001TP_2", "Seq05VD_1")}
-    for split, stems in names.items():
-        for stem in stems:
-            write(tmp_path / f"camvid/{split}/{stem}.png", photo())
-            write(tmp_path / f"camvid/{split}annot/{stem}.png", ids(0, 10, 11))
-    domains = (("camvid", "train"), ("camvid", "val"), ("camvid-dusk", "val"))
-    assert [len(read(name, tmp_path, split)) for name, split in domains] == [2, 1, 2]
-    assert read("camvid", tmp_path)[0][1][0, :3].tolist() == [0, 10, data.IGNORE]
-
-
-def test_own_folder_needs_a_class_count_and_may_have_splits(tmp_path):
-    for part in ("train/", "val/"):
-        write(tmp_path / f"images/{part}a.jpg", photo())
-        write(tmp_path / f"masks/{part}a.png", ids(0, 1, 2))
-    assert read("folder", tmp_path, classes=3)[0][1][0, :3].tolist() == [0, 1, 2]
-    assert len(read("folder", tmp_path, "val", classes=3)) == 1
-    with pytest.raises(data.UserError, match="--classes"):
-        read("folder", tmp_path)
-    with pytest.raises(data.UserError, match=r"a.png: label values \[2\] are not"):
-        read("folder", tmp_path, classes=2)
-    write(tmp_path / "flat/images/b.png", photo())
-    write(tmp_path / "flat/masks/b.png", ids(1))
-    assert len(read("folder", tmp_path / "flat", classes=2)) == 1
-    with pytest.raises(data.UserError, match="val"):  # a flat folder has no held-out part
-        read("folder", tmp_path / "flat", "val", classes=2)
-
-
-def test_sources_join_and_a_generated_set_needs_no_files(tmp_path, monkeypatch):
-    gtav_tree(tmp_path)
-    def generate(number):
-        return photo(value=number), ids(number)
-    toy = data.street("toy", splits={"train": range(2), "val": range(7, 9)}, generate=generate)
-    monkeypatch.setitem(data.DATASETS, "toy", toy)
-    items = read("gtav+toy", tmp_path)
-    assert [image[0, 0, 0] for image, _ in items] == [0, 1, 2, 0, 1]
-    assert [label[0, 0] for _, label in read("toy", tmp_path, "val")] == [7, 8]
-    with pytest.raises(data.UserError, match="different classes"):
-        data.scenes("toy+camvid", tmp_path)
-    write(tmp_path / "imagenet/train/n01/a.JPEG", photo())
-    assert len(data.images("imagenet+gtav", tmp_path)) == 4  # without labels anything joins
-
-
-@pytest.mark.skipif(not (SHARED / "data/camvid").exists(), reason="needs the shared images")
-def test_real_camvid_and_imagenet_load(tmp_path):
-    root = SHARED / "data"
-    assert len(data.scenes("camvid", root)) == 305
-    assert len(data.scenes("camvid", root, "val")) == 171
-    dusk = data.scenes("camvid-dusk", root, "val")
-    image, label, _ = dusk[0]
-    assert len(dusk) == 124 and image.shape == (3, 360, 480) and label.unique().max() == data.IGNORE
-    proxy = data.images("imagenet", root, data.distill_transform(64))
-    assert len(proxy) == 1000 and all(proxy[i][0].shape == (3, 64, 64) for i in range(0, 1000, 100))
-
-
-# --- Datasets: which sample when --------------------------------------------------------------------------------------
-
-def first_batches(dataset, steps=3, batch=4, **kwargs):
-    batches = iter(data.loader(dataset, batch, seed=5, **kwargs))
-    return [next(batches) for _ in range(steps)]
-
-
-def test_batches_do_not_depend_on_workers_processes_or_accumulation(tmp_path):
-    gtav_tree(tmp_path, 5)
-    dataset = data.scenes("gtav", tmp_path, transform=data.segment_transform(16))
-    alone = first_batches(dataset)
-    for other in (first_batches(dataset, workers=2), first_batches(dataset, start_step=0)):
-        assert all(torch.equal(a, b) for one, two in zip(alone, other) for a, b in zip(one, two))
-    shares = [first_batches(dataset, world=2, rank=rank, workers=2 * rank) for rank in (0, 1)]
-    micro = first_batches(dataset, steps=6, accumulate=2)
-    for s in range(3):
-        for k in range(3):  # image, label, draw
-            assert torch.equal(torch.cat([shares[0][s][k], shares[1][s][k]]), alone[s][k])
-            assert torch.equal(torch.cat([micro[2 * s][k], micro[2 * s + 1][k]]), alone[s][k])
-    resumed = first_batches(dataset, steps=1, start_step=2)
-    assert torch.equal(resumed[0][0], alone[2][0]) and torch.equal(resumed[0][2], torch.arange(8, 12))
-    other_seed = next(iter(data.loader(dataset, 4, seed=6)))
-    assert not torch.equal(other_seed[0], alone[0][0])
-    with pytest.raises(data.UserError, match="--batch 4"):
-        data.loader(dataset, 4, world=3)
-
-
-def test_reading_an_item_leaves_the_global_random_state_alone(tmp_path):
-    gtav_tree(tmp_path)
-    dataset = data.scenes("gtav", tmp_path, transform=data.segment_transform(16))
-    torch.manual_seed(1)
-    expected = torch.rand(3)
-    torch.manual_seed(1)
-    dataset[0]
-    assert torch.equal(torch.rand(3), expected)
-
-
-def test_an_items_crop_follows_from_its_draw_and_not_from_its_index(tmp_path):
-    gtav_tree(tmp_path)
-    dataset = data.images("gtav", tmp_path, lambda image, label: (torch.rand(1, 2, 2), label))
-    assert torch.equal(dataset[0, 5][0], dataset[1, 5][0]) and not torch.equal(dataset[0, 5][0], dataset[0, 6][0])
-
-
-def test_an_epoch_shows_every_image_once_or_a_third_of_them_three_times():
-    draws = iter(data.Draws(12, 6, seed=1))
-    epochs = [next(draws) + next(draws) for _ in range(2)]
-    orders = [[index for index, _ in keys] for keys in epochs]
-    assert sorted(orders[0]) == sorted(orders[1]) == list(range(12)) and orders[0] != orders[1]
-    assert [draw for keys in epochs for _, draw in keys] == list(range(24))
-    draws = iter(data.Draws(12, 6, seed=1, repeats=3))
-    order = [index for index, _ in next(draws) + next(draws)]
-    assert order[::3] == order[1::3] == order[2::3] == orders[0][:4]
-
-
-def test_a_label_fraction_is_a_fixed_subset_and_smaller_ones_lie_in_larger_ones(tmp_path):
-    gtav_tree(tmp_path, 32)
-    def files(labels):
-        return {sample.image.name for sample in data.scenes("gtav", tmp_path, labels=labels).samples}
-    assert [len(files(labels)) for labels in ("1", "1/4", "1/8", "1/16")] == [32, 8, 4, 2]
-    assert files("1/16") < files("1/8") < files("1/4") and files("1/8") == files("1/8")
-    for labels in ("0", "2", "many", "1/0"):
-        with pytest.raises(data.UserError, match="--labels"):
-            files(labels)
-
-
-# --- Datasets: transforms against slow references ---------------------------------------------------------------------
-
-def smooth_image(height=48, width=64):
-    """A colourful uint8 image (3, H, W) without hard edges, so that resampling kernels agree."""
-    y, x = np.mgrid[:height, :width]
-    waves = [np.sin(x / 7 + c) * 60 + np.cos(y / 5 - c) * 60 + 128 for c in range(3)]
-    return torch.from_numpy(np.array(waves).round().astype(np.uint8))
-
-
-def pillow(image):
-    return Image.fromarray(image.permute(1, 2, 0).numpy())
-
-
-def inner_difference(image, reference, border=0):
-    difference = np.abs(image.permute(1, 2, 0).numpy().astype(int) - np.asarray(reference).astype(int))
-    return difference[border:difference.shape[0] - border, border:difference.shape[1] - border]
-
-
-@pytest.mark.parametrize("number, name", list(enumerate((
-    "Rotate", "PosterizeIncreasing", "SolarizeIncreasing", "SolarizeAdd", "AutoContrast", "Equalize", "Invert",
-    "ColorIncreasing", "ContrastIncreasing", "BrightnessIncreasing", "SharpnessIncreasing", "ShearX", "ShearY",
-    "TranslateXRel", "TranslateYRel"))))
-def test_each_rand_augment_operation_is_timms(number, name, monkeypatch):
-    timm_ops = pytest.importorskip("timm.data.auto_augment")
-    image = smooth_image()
-    for level in (0.5, 0.9, 0.97):
-        for sign in (1, -1):
-            coin = 0.1 if sign == 1 else 0.9  # timm's, for the sign
-            monkeypatch.setattr(timm_ops.random, "random", lambda: coin)
-            to_arguments = timm_ops.LEVEL_TO_ARG[name]
-            arguments = to_arguments(level * 10, {}) if to_arguments else ()
-            expected = timm_ops.NAME_TO_OP[name](pillow(image), *arguments, fillcolor=data.FILL, resample=Image.BICUBIC)
-            found = data.RAND_AUGMENT[number](image, level, level * sign)
-            difference = inner_difference(found, expected)
-            if name in ("Rotate", "ShearX", "ShearY"):  # kernels differ a little, borders blend with the fill
-                assert (difference <= 3).mean() > 0.93
-            elif "Translate" in name:  # whole pixels
-                assert (difference <= 12).mean() > 0.9
-            else:
-                assert difference.max() <= 3 and difference.mean() < 0.8
-
-
-def test_rand_augment_applies_each_of_two_operations_half_the_time(monkeypatch):
-    calls = []
-    monkeypatch.setattr(data, "RAND_AUGMENT", tuple(
-        lambda image, level, signed, i=i: (calls.append((i, level, signed)), image)[1] for i in range(15)))
-    torch.manual_seed(0)
-    for _ in range(3000):
-        data.rand_augment(smooth_image(4, 4))
-    levels = torch.tensor([level for _, level, _ in calls])
-    assert abs(len(calls) / 6000 - 0.5) < 0.03 and {i for i, _, _ in calls} == set(range(15))
-    assert abs(levels.mean() - 0.9) < 0.01 and abs(levels.std() - 0.05) < 0.01 and levels.max() <= 1
-    assert abs(sum(signed > 0 for _, _, signed in calls) / len(calls) - 0.5) < 0.04
-
-
-def test_distill_transform_crops_areas_and_ratios_in_range_and_resizes_as_pillow(monkeypatch):
-    monkeypatch.setattr(data, "rand_augment", lambda image: image)
-    image, boxes = smooth_image(60, 80), []
-    get_params = data.RandomResizedCrop.get_params
-    def remember(*args):
-        boxes.append(get_params(*args))
-        return boxes[-1]
-    monkeypatch.setattr(data.RandomResizedCrop, "get_params", remember)
-    torch.manual_seed(0)
-    for _ in range(200):
-        out, _ = data.distill_transform(32, flip=0)(image)
-        top, left, height, width = boxes[-1]
-        assert 0.07 < height * width / 4800 <= 1 and 0.7 < width / height < 1.45
-        expected = pillow(image).resize((32, 32), Image.BICUBIC, box=(left, top, left + width, top + height))
-        assert inner_difference(out, expected, border=2).max() <= 2
-
-
-def test_image_and_label_move_together_and_padding_is_ignored():
-    rng = np.random.default_rng(0)
-    blocks = np.kron(rng.integers(0, 5, (9, 12)), np.ones((8, 8))).astype(np.uint8)  # (72, 96): grey level = 40 label
-    image, label = torch.from_numpy(blocks * 40)[None].repeat(3, 1, 1), torch.from_numpy(blocks)
-    undistorted = data.distort
-    data.distort = lambda image: image
-    try:
-        transform, padded = data.segment_transform(64), 0
-        for seed in range(60):
-            torch.manual_seed(seed)
-            out, classes = transform(image, label)
-            assert out.shape == (3, 64, 64) and classes.shape == (64, 64) and classes.dtype == torch.uint8
-            valid = classes != data.IGNORE
-            agree = (out[0].float() / 40).round()[valid] == classes[valid]
-            assert agree.float().mean() > 0.8  # block borders are blurred in the image
-            outside = out[:, ~valid]
-            assert (outside == torch.tensor(data.FILL)[:, None]).all()
-            padded += bool(outside.numel())
-        assert padded  # short edges 32..57 need padding
-    finally:
-        data.distort = undistorted
-
-
-def test_short_edges_and_long_edge_are_those_of_the_recipe(monkeypatch):
-    sizes = []
-    monkeypatch.setattr(data, "resize", lambda image, size: sizes.append(size) or image)
-    monkeypatch.setattr(data, "resize_label", lambda label, size: label)
-    image = torch.zeros(3, 100, 200, dtype=torch.uint8), torch.zeros(100, 200, dtype=torch.uint8)
-    for seed in range(300):
-        torch.manual_seed(seed)
-        data.segment_transform(512)(*image)
-    official = [256, 307, 358, 409, 460, 512, 563, 614, 665, 716, 768, 819, 870, 921, 972, 1024]
-    assert sorted({height for _, height in sizes}) == official
-    assert all(width == 2 * height for width, height in sizes)
-    sizes.clear()
-    wide = torch.zeros(3, 10, 40, dtype=torch.uint8), torch.zeros(10, 40, dtype=torch.uint8)
-    data.segment_transform(512, short_edges=[1024])(*wide)
-    assert sizes == [(2048, 512)]
-
-
-def test_crops_avoid_one_class_filling_more_than_three_quarters():
-    label = torch.zeros(64, 256, dtype=torch.uint8)
-    label[:, 96:] = 1
-    image = torch.zeros(3, 64, 256, dtype=torch.uint8)
-    def share(ratio):
-        above = 0
-        for seed in range(100):
-            torch.manual_seed(seed)
-            _, crop = data.segment_transform(64, short_edges=[64], cat_max_ratio=ratio)(image, label)
-            above += max((crop == 0).float().mean(), (crop == 1).float().mean()) >= 0.75
-        return above
-    assert share(1.01) > 60 and share(0.75) < 30  # the tenth try is kept whatever it is
-    label[:] = data.IGNORE
-    data.segment_transform(64)(image, label)  # nothing labelled: any crop
-
-
-def test_saturation_and_hue_equal_colorsys():
-    rng = np.random.default_rng(0)
-    image = torch.from_numpy(rng.integers(0, 256, (3, 8, 8), np.uint8))
-    for factor, turn in ((0.5, 0.0), (1.5, 0.0), (1.0, 0.08), (1.0, -0.1)):
-        found = data.saturate(image, factor) if turn == 0 else data.F.adjust_hue(image, turn)
-        for y in range(8):
-            for x in range(8):
-                h, s, v = colorsys.rgb_to_hsv(*(image[:, y, x] / 255).tolist())
-                expected = np.array(colorsys.hsv_to_rgb((h + turn) % 1, min(1, s * factor), v)) * 255
-                assert np.abs(found[:, y, x].numpy() - expected).max() <= 2
-
-
-def test_distortion_stays_in_range_and_each_part_comes_half_the_time():
-    image = torch.full((3, 4, 4), 100, dtype=torch.uint8)  # grey: saturation and hue change nothing
-    torch.manual_seed(0)
-    outs = torch.stack([data.distort(image)[0, 0, 0] for _ in range(2000)]).int()
-    assert 0.2 < (outs == 100).float().mean() < 0.3  # neither brightness nor contrast
-    assert outs.min() >= 34 - 1 and outs.max() <= 198
-    only_brightness = torch.stack([data.distort(image, contrast=(1, 1))[0, 0, 0] for _ in range(1000)]).int()
-    assert only_brightness.min() < 72 and only_brightness.max() > 128 and only_brightness.max() <= 132
-
-
-def test_normalisation_subtracts_the_mean_and_divides_by_the_deviation():
-    image = torch.tensor([0, 124, 255], dtype=torch.uint8)[None, :, None, None]
-    expected = [(0 / 255 - 0.485) / 0.229, (124 / 255 - 0.456) / 0.224, (255 / 255 - 0.406) / 0.225]
-    assert torch.allclose(data.normalize(image, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)).flatten(), torch.tensor(expected), atol=1e-6)
-
-
-def test_erasing_depends_on_seed_and_draw_alone_and_hits_a_quarter_with_noise():
-    x, draws = torch.full((800, 3, 32, 32), 9.0), torch.arange(800)
-    erased = data.erase(x.clone(), draws, seed=3)
-    hit = (erased != 9).all(1)  # (800, 32, 32), all channels at once
-    assert torch.equal(hit, (erased != 9).any(1))
-    assert abs(hit.any(2).any(1).float().mean() - 0.25) < 0.05
-    for i in hit.any(2).any(1).nonzero().flatten().tolist():
-        height, width = hit[i].any(1).sum().item(), hit[i].any(0).sum().item()
-        assert hit[i].sum() == height * width  # one box
-        assert 0.015 < height * width / 1024 < 0.37 and 0.2 < height / width < 4.5
-    noise = erased[hit[:, None].expand_as(erased)]
-    assert abs(noise.mean()) < 0.02 and abs(noise.std() - 1) < 0.02
-    order = torch.randperm(800)
-    assert torch.equal(data.erase(x.clone(), draws[order], seed=3), erased[order])
-    assert not torch.equal(data.erase(x.clone(), draws, seed=4), erased)
+def test_16_bit_grey_is_scaled_and_a_tiff_is_mapped_as_it_lies_only_if_its_rows_lie_in_order(tmp_path):
+    grey = Image.fromarray(np.uint16([[0, 257, 32800, 65535]]))
+    for file, mapped, unpacked in (("a.png", True, 0), ("a.tif", False, 0), ("a.tif", True, 1)):
+        grey.save(tmp_path / file)
+        assert data.read_image(tmp_path / file, mapped)[:, 0].tolist() == [[0, 1, 128, 255]] * 3
+        assert len([*tmp_path.glob("*.npy")]) == unpacked
+    Image.fromarray(np.float32([[0.5, 2]])).save(tmp_path / "b.tif")
+    with pytest.raises(data.UserError, match="b.tif: cannot be read as an image .* none is known to be white"):
+        data.read_image(tmp_path / "b.tif")
+    for first, second, offset in ((300, 330, 300), (330, 300, None), (300, 331, None)):
+        strips = [("raw", (0, 0, 5, 2), first, "RGB"), ("raw", (0, 2, 5, 4), second, "RGB")]
+        assert data.raw_offset(SimpleNamespace(mode="RGB", width=5, height=4, tile=strips)) == offset
 
 
 # --- Datasets: what goes wrong ----------------------------------------------------------------------------------------
 
-def broken(path):
-    path.write_bytes(path.read_bytes()[:len(path.read_bytes()) // 2])
+ONE = "images/1.png=0 labels/1.png=7"
+OWN_FOLDER = "images/a.png=0 masks/a.png=2"
+BDD = "seg/images/val/a.jpg=0 seg/labels/val/a_train_id.png"
+SEQ = "miccai_challenge_release_2/seq_5"
+WRONG_FILES = [  # set (with --classes) and split, the files of its folder, the one line
+    ("gtav train", "images/1.png=0 labels/1.png=!", "1.png: cannot be read as a label"),
+    ("gtav train", f"{ONE} labels/2.png=7", r"labels/2.png: has no partner, as 1 files of gtav train"),
+    ("gtav train", f"{ONE} images/2.png=0", r"images/2.png: has no partner"),
+    ("gtav train", "images/1.png=0", "--data gtav: .* holds no files like labels/"),
+    ("gtav train", "labels/1.png=7", "--data gtav: .* holds no files like images/"),
+    ("gtav val", ONE, "--data gtav: has no val split, only train"),
+    ("gtav:3 train", ONE, "--classes 3: is for --data folder"),
+    ("gtav+camvid train", ONE, r"--data gtav\+camvid: these sets have different classes"),
+    ("gta train", ONE, "--data gta: not one of imagenet gtav"),
+    ("imagenet train", "a.png=0", "--data imagenet: has no labels"),
+    ("folder train", OWN_FOLDER, "--data folder: say how many --classes"),
+    ("folder:2 train", OWN_FOLDER, r"a.png: label values \[2\] are not"),
+    ("folder:255 train", OWN_FOLDER, "--classes 255: is for --data folder, and at most 254"),
+    ("folder:3 val", OWN_FOLDER, "--data folder: .* holds no files like images/val/"),  # a flat folder holds nothing out
+    ("bdd100k val", f"{BDD}=D0", "a_train_id.png: 16x12, but its image is 8x6"),
+    ("bdd100k val", f"{BDD}=0-0-0", "a_train_id.png: .* one 8-bit channel was expected"),
+    ("bdd100k val", "seg/images/val/a.jpg=! seg/labels/val/a_train_id.png=0", r"a.jpg: cannot be read as an image.*\)$"),
+    ("endovis18 val", f"{SEQ}/left_frames/0.png=5 {SEQ}/labels/0.png=7", r"0.png: label values \[\[7, 7, 7\]\]"),
+    ("vaihingen-irrg val", "top_mosaic_09cm_area2.tif=1 top_mosaic_09cm_area2_noBoundary.tif=255-0-255",
+     r"noBoundary.tif: label values \[\[255, 0, 255\]\] are not"),
+]
 
 
-def test_a_corrupt_training_image_is_named_and_replaced_and_too_many_stop(tmp_path, capfd):
-    gtav_tree(tmp_path, 120)
-    broken(tmp_path / "gtav/images/00003.png")
-    dataset = data.scenes("gtav", tmp_path)
-    for _ in range(2):
-        image, _, draw = dataset[3, 77]
-        assert image[0, 0, 0] == 4 and draw == 77  # the next image
-    assert capfd.readouterr().err.count("another image takes its place") == 1  # named once
-    broken(tmp_path / "gtav/images/00004.png")
-    with pytest.raises(data.UserError, match="like 2 of 120 training images"):
-        next(iter(data.loader(dataset, 120)))
+@pytest.mark.parametrize("case, files, line", WRONG_FILES)
+def test_a_wrong_file_or_flag_is_one_line_that_names_it(case, files, line, tmp_path):
+    name, classes, split = re.fullmatch(r"([^:]+):?(\d*) (\w+)", case).groups()
+    save_files(tmp_path, files)
+    with pytest.raises(data.UserError, match=line) as error:
+        data.scenes(name, tmp_path, split, classes=int(classes or 0))[0]
+    assert "\n" not in str(error.value)
 
 
-def test_a_workers_error_is_one_line(tmp_path):
-    gtav_tree(tmp_path)
-    write(tmp_path / "gtav/labels/00001.png", ids(77), "P")
-    with pytest.raises(data.UserError) as error:
-        next(iter(data.loader(data.scenes("gtav", tmp_path), 3, workers=1)))
-    assert "\n" not in str(error.value) and "00001.png: label values [77]" in str(error.value)
+def test_an_unreadable_training_image_is_named_once_and_replaced_and_too_many_stop_the_run(tmp_path, capfd):
+    save_gtav(tmp_path, 220)
+    one, two, three = [keys[0][0] for keys in itertools.islice(data.Draws(220, 4), 3)]  # each in another batch
+    save_files(tmp_path, f"gtav/images/{one:05}.png=! gtav/images/{two:05}.png=!")
+    for dataset in (data.scenes("gtav", tmp_path), data.images("gtav", tmp_path)):
+        for index in (one, two, one, two):
+            image, *_, draw = dataset[index, 77]
+            assert image[0, 0, 0] == (index + 1) % 220 and draw == 77
+        assert re.findall(r"takes its place, (\d) so far", capfd.readouterr().err) == ["1", "2"]
+    save_files(tmp_path, f"gtav/images/{three:05}.png=!")
+    batches = iter(data.loader(data.scenes("gtav", tmp_path), 4, workers=2))
+    with pytest.raises(data.UserError, match=r"\A.*, like 3 of 220 training images: too many\Z"):  # one line, though it
+        [*itertools.islice(batches, 3)]                                                           # crosses processes
+    batches._shutdown_workers()  # now, not when Python collects its garbage
 
 
-def test_a_corrupt_label_or_evaluation_image_stops_at_once(tmp_path):
-    for split in ("train", "val"):
-        write(tmp_path / f"bdd100k/images/10k/{split}/a.jpg", photo())
-        write(tmp_path / f"bdd100k/labels/sem_seg/masks/{split}/a.png", ids(0))
-    broken(tmp_path / "bdd100k/images/10k/val/a.jpg")
-    with pytest.raises(data.UserError, match="a.jpg: cannot be read as an image"):
-        data.scenes("bdd100k", tmp_path, "val")[0]
-    broken(tmp_path / "bdd100k/labels/sem_seg/masks/train/a.png")
-    with pytest.raises(data.UserError, match="a.png: cannot be read as a label"):
-        data.scenes("bdd100k", tmp_path)[0]
-    write(tmp_path / "bdd100k/labels/sem_seg/masks/train/a.png", ids(0, height=5))
-    with pytest.raises(data.UserError, match="a.png: 8x5, but its image is 8x6"):
-        data.scenes("bdd100k", tmp_path)[0]
-    write(tmp_path / "bdd100k/labels/sem_seg/masks/train/a.png", photo())
-    with pytest.raises(data.UserError, match="one 8-bit channel was expected"):
-        data.scenes("bdd100k", tmp_path)[0]
-
-
-def test_preflight_lists_everything_wrong_writes_a_picture_and_exits_with_1(tmp_path, capsys):
-    for stem in "abcdef":
-        write(tmp_path / f"images/{stem}.png", photo())
-        write(tmp_path / f"masks/{stem}.png", ids(0, 1))
-    command = ["--data", "folder", "--root", tmp_path, "--classes", "2"]
-    assert preflight(*command) == 0
-    assert "folder train: 6 pairs, 0 problems" in capsys.readouterr().out
-    (tmp_path / "images/a.png").unlink()
-    (tmp_path / "masks/b.png").unlink()
-    broken(tmp_path / "images/c.png")
-    write(tmp_path / "masks/d.png", ids(0, 9))
-    write(tmp_path / "masks/e.png", ids(0, height=3))
-    assert preflight(*command, "--out", tmp_path / "out.png") == 1
-    out = capsys.readouterr().out
-    for line in ("4 pairs, 5 problems", "masks/a.png: has no partner", "images/b.png: has no partner",
-                 "c.png: cannot be read", "d.png: label values [9]", "e.png: 8x3, but its image is 8x6"):
-        assert line in out
-    assert Image.open(tmp_path / "out.png").width > 300
-
-
-def test_training_refuses_images_or_labels_without_partner(tmp_path):
-    gtav_tree(tmp_path)
-    (tmp_path / "gtav/images/00001.png").unlink()
-    with pytest.raises(data.UserError, match="labels/00001.png: has no partner"):
-        data.scenes("gtav", tmp_path)
-    assert len(data.images("gtav", tmp_path)) == 2  # distillation needs no labels
+def test_the_preflight_lists_all_that_is_wrong_and_the_shares_of_the_classes_and_exits_with_1(tmp_path, capsys):
+    save_files(tmp_path, """images/a.png=0 masks/a.png=0 images/f.png=0 masks/f.png=1 images/g.png=0 masks/g.png=1
+        images/h.png=0 masks/h.png=255""")
+    command = ["--data", "folder", "--root", str(tmp_path), "--classes", "2", "--out", str(tmp_path / "out.png")]
+    data.main(command)
+    text = capsys.readouterr().out
+    assert "folder train: 4 pairs, 0 problems" in text
+    assert re.findall(r"(\w+) +(\d+\.\d+)\n", text) == [("0", "25.00"), ("1", "50.00"), ("ignored", "25.00")]
+    assert Image.open(tmp_path / "out.png").width > 1200  # four samples
+    save_files(tmp_path, """masks/b.png=0 images/c.png=0 images/d.png=! masks/d.png=0 images/e.png=0 masks/e.png=9
+        images/f.png=0 masks/f.png=D0""")
+    with pytest.raises(SystemExit, match="1"):
+        data.main(command)
+    text = capsys.readouterr().out
+    for line in ("6 pairs, 5 problems", "masks/b.png: has no partner", "images/c.png: has no partner",
+                 "d.png: cannot be read as an image", "e.png: label values [9]", "f.png: 16x12, but its image is 8x6"):
+        assert line in text
 
 
 # --- Datasets: storing at training size -------------------------------------------------------------------------------
 
-def test_a_stored_set_keeps_images_and_labels_paired_and_knows_what_it_was_made_from(tmp_path, capsys):
-    for i in range(3):
-        half = ids(*[7] * 10, *[26] * 10, height=12, width=20)
-        write(tmp_path / f"gtav/images/{i:05}.png", np.where(half[..., None] == 7, 50 + i, 200 + i).repeat(3, 2))
-        write(tmp_path / f"gtav/labels/{i:05}.png", half, "P")
-    with pytest.raises(data.UserError, match="gtav-6 is not there; run python data.py"):
-        data.scenes("gtav", tmp_path, cache=6)
-    command = ["--data", "gtav", "--root", str(tmp_path), "--cache", "6"]
+def test_a_stored_training_set_keeps_its_pairs_and_knows_which_files_it_was_made_from(tmp_path, capsys):
+    folder = tmp_path / "bdd100k"
+    save_files(folder, """images/10k/train/2.png=! labels/sem_seg/masks/train/2.png=0 images/10k/train/3.png=9
+        labels/sem_seg/masks/train/3.png=0 images/10k/val/0.png=9 labels/sem_seg/masks/val/0.png=9""")
+    half = np.repeat(np.uint8([[0, 13]]), 24, 1).repeat(32, 0)  # (32, 48)
+    stripes = 4 * (np.arange(32)[:, None] % 4 == 3).astype(np.uint8)  # their mean is 1
+    for i in range(2):
+        Image.fromarray(half * 10 + stripes + i).save(folder / f"images/10k/train/{i}.png")
+        Image.fromarray(half).save(folder / f"labels/sem_seg/masks/train/{i}.png")
+    open_stored = partial(data.scenes, "bdd100k", tmp_path, cache=8)
+    command = ["--data", "bdd100k", "--root", str(tmp_path), "--cache", "8"]
+    with pytest.raises(data.UserError, match="bdd100k-8 is not there; run python data.py --data bdd100k"):
+        open_stored()
     data.main(command)
-    with pytest.raises(data.UserError, match="gtav-6 exists"):
+    assert "bdd100k-8: 3 images" in capsys.readouterr().out  # one cannot be read
+    with pytest.raises(data.UserError, match="bdd100k-8 exists; delete it"):
         data.main(command)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["gtav", "gtav-6"]  # nothing unfinished left
-    for i, (image, label) in enumerate(read("gtav", tmp_path, cache=6)):
-        assert image.shape == (6, 10, 3)
-        assert (label[:, :5] == 0).all() and (label[:, 5:] == 13).all()
-        assert (image[:, :4] < 60).all() and (image[:, 6:] > 195).all() and image[0, 9, 0] == 200 + i
-    assert torch.equal(data.images("gtav", tmp_path, cache=6)[1][0], data.scenes("gtav", tmp_path, cache=6)[1][0])
-    write(tmp_path / "gtav/images/00003.png", photo())
-    write(tmp_path / "gtav/labels/00003.png", ids(7), "P")
-    with pytest.raises(data.UserError, match="was made from other files"):
-        data.images("gtav", tmp_path, cache=6)
+    for i in range(2):
+        image, label, _ = open_stored()[i]
+        assert label.tolist() == [[0] * 6 + [13] * 6] * 8 and image[1, 4, [0, 11]].tolist() == [1 + i, 131 + i]
+        assert torch.equal(image, data.images("bdd100k", tmp_path, cache=8)[i][0])
+    for small in (open_stored()[3], open_stored(split="val")[0]):  # never enlarged; evaluation sees what was downloaded
+        assert small[0].shape == (3, 6, 8)
+    for file in ("images/10k/train/1.png", "labels/sem_seg/masks/train/1.png"):
+        before = (folder / file).read_bytes()
+        (folder / file).write_bytes(before + b"!")
+        with pytest.raises(data.UserError, match="bdd100k-8 was made from other files; delete it"):
+            open_stored()
+        (folder / file).write_bytes(before)
+    save_files(tmp_path, "gtav/images/1.png=0 gtav/labels/1.png=!")
+    for name, line in (("gtav", "1.png: cannot be read as a label"), ("toy", "--cache 8: toy is fast without"),
+                       ("potsdam-rgb", "--cache 8: potsdam-rgb is fast without")):
+        with pytest.raises(data.UserError, match=line):
+            data.store(name, tmp_path, 8)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bdd100k", "bdd100k-8", "gtav"]  # nothing unfinished
 
 
-def test_an_interrupted_store_leaves_nothing(tmp_path):
-    gtav_tree(tmp_path)
-    broken(tmp_path / "gtav/labels/00002.png")
-    with pytest.raises(data.UserError, match="00002.png: cannot be read as a label"):
-        data.main(["--data", "gtav", "--root", str(tmp_path), "--cache", "4"])
-    assert [path.name for path in tmp_path.iterdir()] == ["gtav"]
+# --- Datasets: which image when ---------------------------------------------------------------------------------------
+
+def seeded(*numbers):
+    """The generator of a random stream, its seed derived as numpy does."""
+    return torch.Generator().manual_seed(int(np.random.SeedSequence(numbers).generate_state(1)[0]))
+
+
+def test_batches_are_the_same_for_any_workers_processes_and_micro_batches_and_after_resuming(tmp_path):
+    save_gtav(tmp_path, 5)
+    dataset = data.scenes("gtav", tmp_path, transform=data.segment_transform(16))
+    whole = [torch.cat(part) for part in zip(*itertools.islice(data.loader(dataset, 4, seed=5), 3))]
+    for draw in range(12):
+        image, label, _ = dataset[data.Draws(5, 4, seed=5).index(draw), draw]
+        assert torch.equal(whole[0][draw], image) and torch.equal(whole[1][draw], label) and whole[2][draw] == draw
+    for options, count, draws in (
+            (dict(workers=2), 3, slice(0, 12)), (dict(accumulate=2), 6, slice(0, 12)),
+            (dict(start_step=1, workers=1), 2, slice(4, 12)),
+            (dict(start_step=1, rank=1, world=2, accumulate=2), 2, slice(6, 8))):
+        batches = itertools.islice(data.loader(dataset, 4, seed=5, **options), count)
+        for found, expected in zip(zip(*batches), whole):
+            assert torch.equal(torch.cat(found), expected[draws])
+    assert dataset.seed == 5 and data.loader(dataset, 4, repeats=3).batch_sampler.repeats == 3
+    with pytest.raises(data.UserError, match="--batch 4: not a multiple of 3 processes"):
+        data.loader(dataset, 4, world=3)
+
+
+def test_each_epoch_has_a_shuffle_of_its_own_and_repeated_images_follow_one_another():
+    for repeats in (1, 3):
+        draws = data.Draws(10, 6, seed=7, repeats=repeats)
+        for epoch in range(3):
+            order = torch.randperm(10, generator=seeded(7, 1, epoch))
+            found = [draws.index(draw) for draw in range(10 * epoch, 10 * epoch + 10)]
+            assert found == order[torch.arange(10) // repeats].tolist()
+
+
+def test_what_is_random_about_an_item_follows_from_seed_and_draw_alone(tmp_path):
+    save_gtav(tmp_path, 2)
+    dataset = data.images("gtav", tmp_path, lambda image, label: (torch.rand(3), label))
+    dataset.seed = 7
+    before = torch.get_rng_state()
+    for index, draw in ((0, 5), (1, 5), (1, 6)):
+        assert torch.equal(dataset[index, draw][0], torch.rand(3, generator=seeded(7, draw)))
+    assert torch.equal(torch.get_rng_state(), before)  # the rest of the program's numbers are left alone
+    assert len(data.images("gtav+toy-proxy", tmp_path)) == 2002  # without labels any sets join
+
+
+def test_a_label_fraction_is_the_same_subset_in_every_run_and_smaller_ones_lie_in_larger_ones(tmp_path):
+    save_gtav(tmp_path, 32)
+    order = torch.randperm(32, generator=torch.Generator().manual_seed(0)).tolist()
+    for labels, count in (("1", 32), ("1/4", 8), ("1/16", 2), ("1/100", 1)):
+        samples = data.scenes("gtav", tmp_path, labels=labels).samples
+        assert [int(sample.image.stem) for sample in samples] == sorted(order[:count])
+    for labels in ("0", "2", "many", "1/0"):
+        with pytest.raises(data.UserError, match=f"--labels {labels}: a fraction like 1/16 was expected"):
+            data.scenes("gtav", tmp_path, labels=labels)
+
+
+# --- Transforms: each against a slow form that draws the same random numbers, the recipe's constants spelled out ------
+
+def smooth_image(height, width):
+    """A colourful uint8 image (3, H, W) without hard edges, so that resampling kernels agree."""
+    x = torch.arange(width) / 7 + torch.arange(3)[:, None, None]
+    y = torch.arange(height)[:, None] / 5 - torch.arange(3)[:, None, None]
+    return (60 * x.sin() + 60 * y.cos() + 128).round().to(torch.uint8)
+
+
+def drawn(low, high):
+    return low + (high - low) * torch.rand(()).item()
+
+
+def test_distillation_crops_flips_and_augments_as_in_the_recipe(monkeypatch):
+    calls = []
+    def operation(number, image, *levels):
+        calls.append((number, *levels))
+        return image
+    monkeypatch.setattr(data, "RAND_AUGMENT", [partial(operation, number) for number in range(15)])
+    image = torch.randint(80, 180, (3, 60, 80), generator=seeded(0)).to(torch.uint8)  # fine detail, nothing to clip
+    for seed in range(100):
+        torch.manual_seed(seed)
+        found, _ = data.distill_transform(32)(image)
+        torch.manual_seed(seed)
+        top, left, height, width = RandomResizedCrop.get_params(image, (0.08, 1.0), (3 / 4, 4 / 3))
+        expected = to_pil_image(image[:, top:top + height, left:left + width]).resize((32, 32), Image.BICUBIC)
+        if drawn(0, 1) < 0.5:
+            expected = expected.transpose(Image.FLIP_LEFT_RIGHT)
+        assert (found.int() - pil_to_tensor(expected).int()).abs().max() <= 2
+        for _ in range(2):
+            number = torch.randint(15, ()).item()
+            if drawn(0, 1) < 0.5:
+                level = min(9 + 0.5 * torch.randn(()).item(), 10) / 10
+                assert calls.pop(0) == (number, level, level if drawn(0, 1) < 0.5 else -level)
+        assert not calls
+    data.distill_transform(32, randaugment=False)(image)
+    assert not calls
+
+
+@pytest.mark.parametrize("number, name", [*enumerate((
+    "Rotate", "PosterizeIncreasing", "SolarizeIncreasing", "SolarizeAdd", "AutoContrast", "Equalize", "Invert",
+    "ColorIncreasing", "ContrastIncreasing", "BrightnessIncreasing", "SharpnessIncreasing", "ShearX", "ShearY",
+    "TranslateXRel", "TranslateYRel"))])
+def test_each_operation_of_rand_augment_is_timms(number, name, monkeypatch):
+    timm_ops = pytest.importorskip("timm.data.auto_augment")
+    image = smooth_image(200, 200)
+    for level, sign in itertools.product((0.3, 0.5, 0.9), (1, -1)):  # with which translations are whole pixels
+        monkeypatch.setattr(timm_ops.random, "random", lambda: 0.5 - 0.4 * sign)  # timm's coin for the sign
+        to_arguments = timm_ops.LEVEL_TO_ARG[name]
+        arguments = to_arguments(level * 10, {}) if to_arguments else ()
+        operation = partial(timm_ops.NAME_TO_OP[name], fillcolor=data.FILL, resample=Image.BICUBIC)
+        expected = operation(to_pil_image(image), *arguments)
+        found = data.RAND_AUGMENT[number](image, level, level * sign)
+        near = (found.int() - pil_to_tensor(expected).int()).abs() <= 3
+        assert near.double().mean() > (0.97 if name in ("Rotate", "ShearX", "ShearY") else 0.9999)  # at borders
+
+
+def test_segmentation_scales_crops_flips_and_pads_image_and_label_together_as_in_the_recipe(monkeypatch):
+    monkeypatch.setattr(data, "distort", lambda image: 255 - image)
+    mean = torch.tensor(data.FILL)[:, None, None]
+    assert data.FILL == (124, 116, 104)  # ImageNet's mean, which is 0 after normalisation
+    for seed, (h, w) in enumerate(60 * [(40, 60), (12, 70)]):  # the second meets the limit of the long edge
+        image = smooth_image(h, w)
+        label = torch.arange(h * w).view(h, w) // 7 % 3 * (torch.arange(w) > w // 2)
+        label[:, :5] = 255
+        torch.manual_seed(seed)
+        found, classes = data.segment_transform(32)(image, label.to(torch.uint8))
+        torch.manual_seed(seed)
+        short_edge = (16, 19, 22, 25, 28, 32, 35, 38, 41, 44, 48, 51, 54, 57, 60, 64)[torch.randint(16, ()).item()]
+        scale = min(short_edge / h, 128 / w)
+        height = round(h * scale)
+        width = round(w * scale)
+        image = F.interpolate(image[None].float(), (height, width), mode="bilinear")[0].round()
+        rows = ((torch.arange(height) + 0.5) * h / height).long()  # the nearest by the pixels' centres
+        columns = ((torch.arange(width) + 0.5) * w / width).long()
+        for _ in range(10):
+            top = torch.randint(max(height - 32, 0) + 1, ()).item()
+            left = torch.randint(max(width - 32, 0) + 1, ()).item()
+            part = label[rows][:, columns][top:top + 32, left:left + 32]
+            if max((part == c).sum() / (part < 255).sum() for c in range(3)) < 0.75:
+                break
+        image = 255 - image[:, top:top + 32, left:left + 32]
+        if drawn(0, 1) < 0.5:
+            image = image.flip(2)
+            part = part.flip(1)
+        beyond = (0, 32 - part.shape[1], 0, 32 - part.shape[0])
+        assert torch.equal(classes, F.pad(part, beyond, value=255).to(torch.uint8))
+        assert (found - mean - F.pad(image - mean, beyond)).abs().max() <= 1
+
+
+def test_distortion_changes_brightness_contrast_saturation_and_hue_half_the_time_each():
+    def in_hsv(color, factor, turn):
+        h, s, v = colorsys.rgb_to_hsv(*color / 255)
+        return 255 * np.array(colorsys.hsv_to_rgb((h + turn) % 1, min(1, s * factor), v))
+
+    image = torch.randint(0, 256, (3, 4, 4), generator=seeded(0)).to(torch.uint8)
+    for seed in range(120):
+        torch.manual_seed(seed)
+        found = data.distort(image)
+        torch.manual_seed(seed)
+        assert torch.equal(data.distort(image, 32, (0.5, 1.5), (0.5, 1.5), 18), found)  # to the grey level
+        torch.manual_seed(seed)
+        shift = drawn(-32, 32) if drawn(0, 1) < 0.5 else 0
+        contrast = drawn(0, 1) < 0.5
+        first = drawn(0, 1) < 0.5
+        gain = drawn(0.5, 1.5) if contrast and first else 1
+        factor = drawn(0.5, 1.5) if drawn(0, 1) < 0.5 else 1
+        turn = drawn(-0.1, 0.1) if drawn(0, 1) < 0.5 else 0
+        last_gain = drawn(0.5, 1.5) if contrast and not first else 1
+        colors = np.clip(np.clip(image.flatten(1).T.numpy() + shift, 0, 255) * gain, 0, 255)
+        colors = np.array([in_hsv(color, factor, turn) for color in colors])
+        assert np.abs(found.flatten(1).T.numpy() - np.clip(colors * last_gain, 0, 255)).max() < 6
+
+
+def test_boxes_of_noise_in_a_quarter_of_the_images_and_masks_follow_from_seed_and_draw_alone():
+    draws = torch.randperm(1000, generator=seeded(0))[:300]
+    x = torch.full((300, 3, 24, 32), 9.0)
+    found = data.erase(x.clone(), draws, seed=5)
+    for i, draw in enumerate(draws.tolist()):
+        rng = np.random.default_rng((5, 2, draw))
+        for _ in range(10 if rng.random() < 0.25 else 0):
+            pixels = rng.uniform(0.02, 1 / 3) * 24 * 32
+            aspect = math.exp(rng.uniform(math.log(0.3), math.log(3.3)))
+            height = round(math.sqrt(pixels * aspect))
+            width = round(math.sqrt(pixels / aspect))
+            if height < 24 and width < 32:
+                top = rng.integers(24 - height + 1)
+                left = rng.integers(32 - width + 1)
+                x[i, :, top:top + height, left:left + width].normal_(generator=seeded(5, 3, draw))
+                break
+    assert torch.equal(found, x)
+    for row, draw in zip(data.uniform_noise(draws[:9], 16, seed=5), draws.tolist()):  # which patches are hidden
+        assert torch.equal(row, torch.rand(16, generator=seeded(5, 4, draw)))
+
+
+def test_images_are_normalised_for_one_encoder_and_renormalised_for_another():
+    image = torch.tensor([0, 124, 255], dtype=torch.uint8).view(1, 3, 1, 1)
+    model = SimpleNamespace(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
+    other = SimpleNamespace(mean=(0.5, 0.4, 0.6), std=(0.5, 0.25, 0.2))
+    x = data.normalize(image, model.mean, model.std)
+    expected = [(0 - 0.485) / 0.229, (124 / 255 - 0.456) / 0.224, (1 - 0.406) / 0.225]
+    torch.testing.assert_close(x.flatten(), torch.tensor(expected))
+    torch.testing.assert_close(data.renormalize(x, model, other), data.normalize(image, other.mean, other.std))
+    assert data.renormalize(x, model, model) is x
+
+
+@pytest.mark.parametrize("name, size, image_size, label_size", [
+    ("cityscapes", (100, 200), (512, 1024), (100, 200)), ("cityscapes", (100, 400), (256, 1024), (100, 400)),
+    ("bdd100k", (72, 100), (720, 1000), (72, 100)), ("bdd100k", (50, 128), (500, 1280), (50, 128)),
+    ("mapillary", (101, 80), (640, 512), (50, 40)), ("mapillary", (60, 301), (205, 1024), (30, 150)),
+    ("acdc-fog", (54, 90), (540, 900), (54, 90)), ("acdc-fog", (40, 96), (400, 960), (40, 96)),
+    ("camvid", (36, 48), (36, 48), (36, 48))])
+def test_evaluation_sees_images_at_the_official_size(name, size, image_size, label_size):
+    image = torch.randint(80, 180, (3, *size), generator=seeded(0)).to(torch.uint8)
+    found, label = data.eval_transform(name)(image, image[0])
+    if name == "mapillary":  # halved as its own evaluation does
+        image = pil_to_tensor(to_pil_image(image).resize(label_size[::-1], Image.BICUBIC))
+    expected = F.interpolate(image[None].float(), image_size, mode="bilinear")[0]
+    assert label.shape == label_size and (found - expected).abs().max() < 3
 
 
 # --- The toy world ----------------------------------------------------------------------------------------------------
 
 TOY_HASHES = {  # domain, number[, jumbled]: first digits of the SHA-256 of image and label
-    ("game", 0): "3359174cfe6a8e06", ("night", 1): "3f374adb0ce3a274", ("fog", 2): "323c9c8343e1f26c", ("snow", 3): "aab28b346835df1d",
-    ("rain", 4): "3d9be02b7d34281d", ("wide", 5): "27d68a18c6c2d247", ("wide", 5, True): "bceacef2d36181b5"}
+    ("game", 0): "3359174cfe6a8e06", ("night", 1): "3f374adb0ce3a274", ("fog", 2): "323c9c8343e1f26c",
+    ("snow", 3): "aab28b346835df1d", ("rain", 4): "3d9be02b7d34281d", ("wide", 5): "27d68a18c6c2d247",
+    ("wide", 5, True): "bceacef2d36181b5", ("arcade", 6): "d1f95051e8a10770", ("diorama", 7): "a4b0e953f7219732"}
 
 
 @pytest.mark.parametrize("scene", TOY_HASHES)
 def test_a_toy_scene_is_the_same_on_every_machine(scene):
     image, label = data.toy_scene.__wrapped__(*scene)  # drawn now, not remembered
-    assert image.shape == (64, 64, 3) and image.dtype == label.dtype == np.uint8 and image.std() > 10
     assert hashlib.sha256(image.tobytes() + label.tobytes()).hexdigest()[:16] == TOY_HASHES[scene]
 
 
-def test_toy_seeds_and_scene_numbers_give_other_streets_and_domains_other_looks():
-    scenes = [data.toy_scene("game", 0), data.toy_scene("game", 1), data.toy_scene("game", 0, seed=1)]
-    assert all((a[1] != b[1]).mean() > 0.05 for a, b in itertools.combinations(scenes, 2))
-    looks = [np.mean([data.toy_scene(domain, i)[0].mean((0, 1)) for i in range(20)], 0) for domain in ("game", "night", "fog", "snow", "rain")]
-    assert all(np.abs(a - b).max() > 8 for a, b in itertools.combinations(looks, 2))
-
-
-def test_every_toy_class_occurs_in_every_domain_and_sky_lies_above_road():
-    for name in ("toy", "toy-night", "toy-fog", "toy-snow", "toy-rain", "toy-wide"):
-        labels = torch.stack([label for _, label, _ in map(data.scenes(name, "nowhere", "val").__getitem__, range(30))])
-        assert labels.unique().tolist() == list(range(8)) == list(range(len(data.TOY_CLASSES)))
-        height = torch.arange(64).view(1, 64, 1).expand_as(labels)
-        assert height[labels == 0].float().mean() < height[labels == 3].float().mean() - 20
-
-
-def test_toy_labels_are_exact():
+def test_toy_labels_are_exact(monkeypatch):
     """Without texture, light and weather an object has one colour: the label's borders are the image's."""
-    look = dict(palette=np.arange(24).reshape(8, 3) / 24, jitter=0, texture=0, gain=1, tint=np.ones(3), grey=0, fog=0, fog_color=np.ones(3),
-                white=0, dots=0, streaks=0, lamps=0, noise=0)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(data, "toy_look", lambda rng, domain: look)
-        image, label = data.toy_scene.__wrapped__("game", 3)
-    assert (image == (look["palette"] * 255 + 0.5).astype(np.uint8)[label]).all()
+    colors = np.arange(24).reshape(8, 3) / 24
+    plain = dict.fromkeys(data.GAME_LOOK, 0) | dict(palette=colors, gain=1, tint=np.ones(3), fog_color=np.ones(3))
+    monkeypatch.setattr(data, "toy_look", lambda rng, domain: plain)
+    for number in range(20):
+        image, label = data.toy_scene.__wrapped__("game", number)
+        assert (image == (colors * 255 + 0.5).astype(np.uint8)[label]).all()
 
 
-def test_training_never_meets_a_scene_or_a_domain_that_is_evaluated():
-    source, unseen = data.SETTINGS["toy"]
-    for name in (source, *unseen, "toy-wide", "toy-proxy"):
-        splits = data.DATASETS[name].splits
-        assert not set(splits.get("train", ())) & set(splits.get("val", ()))
-    for name in unseen:
-        assert "train" not in data.DATASETS[name].splits and name not in {**distill.PRESETS, **segment.PRESETS}
-        for labelled in (data.images, data.scenes):
-            with pytest.raises(data.UserError, match=f"--data {name}: has no train split"):
-                labelled(name, "nowhere")
-    domains = [data.DATASETS[name].generate.args[0] for name in (source, "toy-arcade", "toy-diorama", *unseen, "toy-wide")]
-    assert len(set(domains)) == len({sum(domain.encode()) for domain in domains}) == 8  # no two draw the same scenes
+@pytest.mark.parametrize("name, domain, train, val", [
+    ("toy", "game", 1000, 100), ("toy-arcade", "arcade", 1000, 100), ("toy-diorama", "diorama", 1000, 100),
+    ("toy-wide", "wide", 4000, 100), ("toy-proxy", "wide", 2000, 0), ("toy-night", "night", 0, 100),
+    ("toy-fog", "fog", 0, 100), ("toy-snow", "snow", 0, 100), ("toy-rain", "rain", 0, 100)])
+def test_toy_training_never_meets_a_scene_or_a_domain_that_is_evaluated(name, domain, train, val):
+    expected = dict(train=range(train), val=range(10 ** 6, 10 ** 6 + val))
+    splits = data.DATASETS[name].splits
+    assert splits == {split: numbers for split, numbers in expected.items() if numbers}
+    for split, numbers in splits.items():
+        image, label, _ = data.scenes(name, "nowhere", split)[7]
+        scene, classes = data.toy_scene(domain, numbers[7], jumble=name == "toy-proxy")
+        assert (image.permute(1, 2, 0).numpy() == scene).all() and (label.numpy() == classes).all()
 
 
-PAPER = dict(width=256, queries=100, layers=9, heads=8, ffn=2048, pixel="deform")
+OFFICIAL = hasattr(segment, "official_segmenter")  # positions and padding are those of mmdet and mmcv
 
 
-def features(batch=2, dim=32, grid=(4, 4), seed=0):
-    g = torch.Generator().manual_seed(seed)
-    return pyramid([torch.randn(batch, grid[0] * grid[1], dim, generator=g) for _ in range(4)], grid)
+def features(grid, batch=2):
+    """What a decoder reads: 4 x (batch, 32, ., .) in float64, finest first."""
+    return pyramid([torch.randn(batch, grid[0] * grid[1], 32).double() for _ in range(4)], grid)
 
 
-def blocks(batch, cells, cell, classes, seed=0):
-    """Labels of square cells of one class each, (batch, cells cell, cells cell)."""
-    g = torch.Generator().manual_seed(seed)
-    low = torch.randint(0, classes, (batch, cells, cells), generator=g)
-    return low.repeat_interleave(cell, 1).repeat_interleave(cell, 2)
+def cells(batch, side):
+    """Labels of 4 x 4 cells of one of three classes each, with void in two images: (batch, 4 side, 4 side)."""
+    label = torch.randint(0, 3, (batch, 4, 4)).repeat_interleave(side, 1).repeat_interleave(side, 2)
+    label[0, :side + 1] = 255
+    label[1, :, :7] = 255
+    label[1][label[1] == 2] = 1  # one class less than in other images
+    return label
 
 
-def parameters(module):
-    return sum(p.numel() for p in module.parameters()) / 1e6
+def shaken(module):
+    """The module in float64, all parameters moved from where they start, so that each norm and bias shows."""
+    for p in module.parameters():
+        p.data += 0.2 * torch.randn_like(p)
+    return module.double()
 
 
-# --- Decoders: matching -----------------------------------------------------------------------------------------------
+# --- Matching and losses ----------------------------------------------------------------------------------------------
 
-def brute_force(cost):
-    n, m = cost.shape
-    if n > m:
-        return brute_force(cost.T)
-    return min(cost[range(n), list(cols)].sum() for cols in itertools.permutations(range(m), n))
-
-
-@pytest.mark.parametrize("kind", ["random", "tied", "constant", "negative"])
-def test_hungarian_equals_brute_force(kind):
+def test_hungarian_finds_the_cheapest_assignment_of_all():
     rng = np.random.default_rng(0)
-    shapes = [(n, m) for n in range(1, 6) for m in range(1, 7)] * 2 + [(6, 6), (7, 5), (7, 7), (5, 9), (7, 9)]
-    for n, m in shapes:
-        cost = {"random": rng.random((n, m)), "tied": rng.integers(0, 3, (n, m)), "constant": np.full((n, m), 0.3),
-                "negative": rng.normal(size=(n, m)) * 10.0 ** rng.integers(-6, 7)}[kind]
-        rows, cols = hungarian(cost)
-        assert len(rows) == len(cols) == min(n, m) == len(set(rows.tolist())) == len(set(cols.tolist()))
-        assert (np.diff(rows) > 0).all()
-        assert cost[rows, cols].sum() == pytest.approx(brute_force(cost), rel=1e-9)
-
-
-def test_hungarian_proves_itself_by_a_transposed_and_a_permuted_run_on_19_by_100():
-    rng = np.random.default_rng(1)
-    cost = rng.random((1, 100)) + 0.1 * rng.random((19, 100))
-    best = cost[hungarian(cost)].sum()
-    assert cost.T[hungarian(cost.T)].sum() == pytest.approx(best)
+    for n, m in itertools.product(range(1, 6), range(1, 7)):
+        negative = rng.normal(size=(n, m)) * 10.0 ** rng.integers(-6, 7)
+        for cost in (rng.random((n, m)), rng.integers(0, 3, (n, m)), np.full((n, m), 0.3), negative):
+            rows, cols = hungarian(cost)
+            assert len(rows) == len(cols) == min(n, m) == len(set(cols)) and (np.diff(rows) > 0).all()
+            wide = cost if n <= m else cost.T
+            choices = itertools.permutations(range(wide.shape[1]), len(wide))
+            best = min(wide[range(len(wide)), choice].sum() for choice in choices)
+            assert cost[rows, cols].sum() == pytest.approx(best, rel=1e-9)
+    cost = rng.random((1, 100)) + 0.1 * rng.random((19, 100))  # all rows want the same columns
     shuffled = cost[rng.permutation(19)][:, rng.permutation(100)]
-    assert shuffled[hungarian(shuffled)].sum() == pytest.approx(best)
-
-
-def test_hungarian_is_fast_when_all_rows_want_the_same_columns():
-    rng = np.random.default_rng(0)
-    seconds = []
-    for _ in range(20):
-        cost = rng.random((1, 100)) + 0.1 * rng.random((19, 100))
-        start = time.perf_counter()
-        hungarian(cost)
-        seconds.append(time.perf_counter() - start)
-    assert np.median(seconds) < 0.020
+    for other in (cost.T, shuffled):
+        assert other[hungarian(other)].sum() == pytest.approx(cost[hungarian(cost)].sum())
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_hungarian_refuses_costs_that_are_not_finite(bad):
-    cost = np.zeros((3, 4))
-    cost[1, 2] = bad
     with pytest.raises(ValueError, match="NaN or inf"):
-        hungarian(cost)
+        hungarian(np.array([[0, 1, 2], [3, bad, 4]]))
 
 
-# --- Decoders: losses against the formulas, one mask, one pixel set at a time -----------------------------------------
+def slow_mask_losses(x, t, w):
+    """BCE and dice of one mask: logits x, target t, and w = 1 where a pixel counts, (h, w) each."""
+    p = x.sigmoid()
+    bce = -(t * p.log() + (w - t) * (1 - p).log()).sum() / w.sum()
+    return bce, 1 - (2 * (p * t).sum() + 1) / ((p * w).sum() + t.sum() + 1)
 
-def slow_loss(decoder, outputs, label):
-    """Every pixel, every layer, image and mask in a loop; matching by brute force over the masks' own pixels."""
-    K, total, L = decoder.num_classes, 0, len(outputs["logits"])
-    masks = torch.einsum("lbqc,bchw->lbqhw", outputs["embed"], outputs["pixels"])
-    present = [[k for k in range(K) if (image == k).any()] for image in label]
-    num_masks = max(1, sum(map(len, present)))
 
-    def weigh(image):
-        return (image != 255).float() if decoder.void == "ignore" else torch.ones_like(image, dtype=torch.float)
+def slow_loss(logits, masks, label, void):
+    """The loss of one read-out of images: logits (B, Q, 4), masks (B, Q, h, w); and its costs [of image, class, query].
 
-    def mask_losses(x, t, w):  # t, w in 0..1, and t <= w
-        p = 1 / (1 + torch.exp(-x))
-        bce = (-t * torch.log(p) - (w - t) * torch.log(1 - p)).sum() / w.sum().clamp(min=1e-6)
-        dice = 1 - (2 * (p * t).sum() + 1) / ((p * w).sum() + t.sum() + 1)
-        return bce, dice
-
-    for l in range(L):
-        ce, ce_weight = 0, 0
-        for b, image in enumerate(label):
-            cost = torch.zeros(len(present[b]), masks.shape[2])
-            for i, k in enumerate(present[b]):
-                t, w = ((y[None, None], masks.shape[-2:]) for y in ((image == k).float(), weigh(image)))
-                t, w = (F.interpolate(*y, mode="bilinear", align_corners=False)[0, 0] for y in (t, w))
-                for q in range(masks.shape[2]):
-                    bce, dice = mask_losses(masks[l, b, q], t, w)
-                    cost[i, q] = -2 * outputs["logits"][l, b, q].softmax(-1)[k] + 5 * bce + 5 * dice
-            choices = itertools.permutations(range(masks.shape[2]), len(present[b]))
-            chosen = min(choices, key=lambda cols: sum(cost[i, q].item() for i, q in enumerate(cols)))
-            says = dict(zip(chosen, present[b]))
-            for q in range(masks.shape[2]):
-                weight = 1.0 if q in says else 0.1
-                ce = ce - weight * outputs["logits"][l, b, q].log_softmax(-1)[says.get(q, K)]
-                ce_weight += weight
-            for q, k in says.items():
-                x = F.interpolate(masks[l, b, q][None, None], size=image.shape, mode="bilinear")[0, 0]
-                bce, dice = mask_losses(x, (image == k).float(), weigh(image))
-                total = total + 5 * bce / num_masks + 5 * dice / num_masks
-        total = total + 2 * ce / ce_weight
-    return total
+    Each mask by itself, on all its pixels; the matching by trying all.
+    """
+    costs = []
+    ce = ce_weight = mask_loss = num_masks = 0
+    for b, image in enumerate(label):
+        counts = (image != 255) if void == "ignore" else torch.ones_like(image)
+        present = [k for k in range(3) if k in image]
+        cost = {}
+        for k, q in itertools.product(present, range(len(masks[b]))):
+            t, w = resize(torch.stack([image == k, counts])[None].double(), masks.shape[2:])[0]
+            bce, dice = slow_mask_losses(masks[b, q], t, w)
+            cost[k, q] = (5 * bce + 5 * dice - 2 * logits[b, q].softmax(-1)[k]).item()
+        choices = itertools.permutations(range(len(masks[b])), len(present))
+        best = min(choices, key=lambda queries: sum(cost[pair] for pair in zip(present, queries)))
+        class_of = dict(zip(best, present))
+        for q in range(len(masks[b])):
+            weight = 1 if q in class_of else 0.1
+            ce_weight += weight
+            ce -= weight * logits[b, q].log_softmax(-1)[class_of.get(q, 3)]
+        for q, k in class_of.items():
+            x = resize(masks[b, q][None, None], image.shape)[0, 0]
+            mask_loss += sum(slow_mask_losses(x, (image == k).double(), counts.double()))
+        num_masks += len(present)
+        costs += cost.values()
+    return 2 * ce / ce_weight + 5 * mask_loss / num_masks, costs
 
 
 @pytest.mark.parametrize("void", ["negative", "ignore"])
-@pytest.mark.parametrize("cell", [4, 8])  # labels as large as the masks (16 x 16), and larger
-def test_loss_and_matching_equal_a_slow_reference(void, cell):
-    torch.manual_seed(0)
-    decoder = MaskDecoder(32, 3, width=32, queries=5, layers=2, ffn=32, void=void)
-    outputs = decoder(features())
-    label = blocks(2, 4, cell, 3)
-    label[0, :5], label[1, :, :7], label[1][label[1] == 2] = 255, 255, 1
-    fast, slow = decoder.loss(outputs, label)["loss"], slow_loss(decoder, outputs, label)
-    torch.testing.assert_close(fast, slow, rtol=1e-5, atol=1e-5)
-    weights = [p for p in decoder.parameters() if p.requires_grad]
-    for a, b in zip(torch.autograd.grad(fast, weights, retain_graph=True), torch.autograd.grad(slow, weights)):
-        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+@pytest.mark.parametrize("side", [4, 8])  # labels as large as the masks (16 x 16), and larger
+def test_costs_matching_and_loss_equal_a_slow_reference_in_value_and_gradient(void, side):
+    decoder = MaskDecoder(32, 3, width=32, void=void)
+    logits, embed, pixels = torch.randn(3, 4, 5, 4), torch.randn(3, 4, 5, 8), torch.randn(4, 8, 16, 16)
+    given = [1.5 * logits.requires_grad_(), 0.5 * embed.requires_grad_(), 0.5 * pixels.requires_grad_()]
+    outputs = dict(zip(["logits", "embed", "pixels"], given))
+    label = cells(4, side)
+    masks = torch.einsum("lbqc,bchw->lbqhw", outputs["embed"], outputs["pixels"])
+    read_outs = [slow_loss(*read_out, label, void) for read_out in zip(outputs["logits"], masks)]
+    wanted = decoder.targets(label)
+    for cost, (_, slow_costs) in zip(decoder.matching_cost(*given, wanted), read_outs):
+        real = wanted.real[:, :, 0]
+        assert cost[real].flatten().tolist() == pytest.approx(slow_costs, abs=1e-5)  # the costs decide the matching
+    fast = decoder.loss(outputs, label)["loss"]
+    slow = sum(loss for loss, _ in read_outs)
+    torch.testing.assert_close(fast, slow, rtol=1e-5, atol=1e-5, check_dtype=False)
+    fast_gradients = torch.autograd.grad(fast, [logits, embed, pixels], retain_graph=True)
+    slow_gradients = torch.autograd.grad(slow, [logits, embed, pixels])
+    torch.testing.assert_close(fast_gradients, slow_gradients, rtol=1e-4, atol=1e-5)
 
 
-def test_sampling_at_all_pixel_centres_is_resizing():
-    x = torch.randn(2, 3, 5, 7)
-    y, x_ = torch.meshgrid((torch.arange(10) + 0.5) / 10, (torch.arange(14) + 0.5) / 14, indexing="ij")
-    points = torch.stack([x_, y], -1).reshape(1, -1, 2).expand(2, -1, -1)
-    torch.testing.assert_close(sample(x, points).view(2, 3, 10, 14), resize(x, (10, 14)))
+@pytest.mark.parametrize("void", ["negative", "ignore"])
+def test_losses_at_points_equal_the_dense_ones_where_each_mask_has_every_pixel_as_a_point(void, monkeypatch):
+    decoder = MaskDecoder(32, 3, width=32, void=void)
+    wanted = decoder.targets(cells(2, 4))
+    embed, pixels = torch.randn(2, 2, wanted.classes.shape[1], 8), torch.randn(2, 8, 16, 16)
+    dense = decoder.mask_losses(embed, pixels, wanted)
+    orders = torch.stack([torch.randperm(256) for _ in range(embed[..., 0].numel())])
+    points = torch.stack([(orders % 16 + 0.5) / 16, (orders // 16 + 0.5) / 16], -1)
+    monkeypatch.setattr(decoder, "uncertain_points", lambda x, generator: points)
+    decoder.points = 255
+    torch.testing.assert_close(decoder.mask_losses(embed, pixels, wanted), dense, rtol=1e-4, atol=1e-5)
 
 
-def test_point_losses_equal_the_dense_ones_when_the_points_are_all_pixels(monkeypatch):
-    torch.manual_seed(0)
-    decoder = MaskDecoder(32, 3, width=32, queries=5, layers=1, ffn=32, points=32 * 32, void="ignore")
-    outputs, label = decoder(features()), blocks(2, 4, 8, 3)
-    label[0, :3] = 255
-    dense = decoder.loss(outputs, label)
-    decoder.points = 32 * 32 - 1  # the sampled branch, given every pixel in another order
-    order = torch.randperm(32 * 32)
-    points = torch.stack([(order % 32 + 0.5) / 32, (order // 32 + 0.5) / 32], -1)
-    monkeypatch.setattr(decoder, "uncertain_points", lambda x, generator: points.repeat(len(x), 1, 1))
-    for name, value in decoder.loss(outputs, label).items():
-        torch.testing.assert_close(value, dense[name], rtol=1e-5, atol=1e-5)
-
-
-def test_points_are_the_most_uncertain_candidates_and_repeat_with_the_generator():
-    decoder = MaskDecoder(32, 3, width=32, queries=3, points=100)
+def test_three_quarters_of_the_points_are_the_most_uncertain_quarter_of_the_candidates():
+    decoder = MaskDecoder(32, 3, width=32, points=2000)
     ramp = torch.linspace(-1, 1, 64).expand(2, 1, 64, 64)  # uncertain at x = 1/2
-    a, b = (decoder.uncertain_points(ramp, torch.Generator().manual_seed(7)) for _ in range(2))
-    assert a.shape == (2, 100, 2) and torch.equal(a, b)
-    off = (a[..., 0] - 0.5).abs()
-    assert off[:, :75].max() < 0.25 and off[:, 75:].max() > 0.25  # 75 of 300 candidates: a quarter of the width, about
-    outputs, label = decoder(features()), blocks(2, 4, 8, 3)
-    losses = [decoder.loss(outputs, label, torch.Generator().manual_seed(s))["loss"] for s in (1, 1, 2)]
-    assert losses[0] == losses[1] != losses[2]
+    points, same, others = [decoder.uncertain_points(ramp, torch.Generator().manual_seed(i)) for i in (1, 1, 2)]
+    assert torch.equal(points, same) and not torch.equal(points, others)
+    off = (points[..., 0] - 0.5).abs()  # 1500 of 6000 candidates lie within 1/8, the 500 others anywhere
+    assert (off < 0.11).float().mean(1).tolist() == pytest.approx([0.75 * 0.88 + 0.25 * 0.22] * 2, abs=0.03)
+    assert (off > 0.14).float().mean(1).tolist() == pytest.approx([0.25 * 0.72] * 2, abs=0.03)
 
 
-def test_void_pixels_count_as_outside_every_mask_or_not_at_all():
-    torch.manual_seed(0)
-    label = blocks(1, 4, 4, 2)
-    label[:, :8] = 255
-    for void in ("negative", "ignore"):
-        decoder = MaskDecoder(32, 2, width=32, queries=2, layers=1, ffn=32, void=void)
-        outputs = decoder(features(1))
-        pixels = outputs["pixels"].detach().requires_grad_()
-        decoder.loss({**outputs, "pixels": pixels}, label)["loss"].backward()
-        assert (pixels.grad[:, :, :8] == 0).all() == (void == "ignore")
+# --- Decoders ---------------------------------------------------------------------------------------------------------
+
+def slow_deformable_attention(attn, query, value, sizes):
+    """Head by head and place by place; query, value (B, N, width)."""
+    d = query.shape[2] // attn.heads
+    parts = attn.value(value).split([h * w for h, w in sizes], 1)
+    maps = [part.mT.unflatten(2, size) for part, size in zip(parts, sizes)]
+    here = torch.tensor([((i + 0.5) / w, (j + 0.5) / h) for h, w in sizes for j in range(h) for i in range(w)])
+    weights = attn.weights(query).unflatten(2, (attn.heads, 12)).softmax(3)
+    offsets = attn.offsets(query).unflatten(2, (attn.heads, 3, 4, 2))
+    out = torch.zeros_like(query)
+    for head, level, point in np.ndindex(attn.heads, 3, 4):
+        h, w = sizes[level]
+        channels = slice(head * d, head * d + d)
+        at = here + offsets[:, :, head, level, point] / torch.tensor([w, h])  # (B, N, 2), in 0..1
+        seen = F.grid_sample(maps[level][:, channels], 2 * at[:, None] - 1, align_corners=False)[:, :, 0]  # (B, d, N)
+        out[..., channels] += weights[:, :, head, level * 4 + point, None] * seen.mT
+    return attn.proj(out)
 
 
-def test_an_image_without_any_class_gives_a_finite_loss_and_gradient():
-    sampled = MaskDecoder(32, 3, width=32, points=50, void="ignore")
-    for decoder in (MaskDecoder(32, 3, width=32), sampled, Linear(32, 3)):
-        loss = decoder.loss(decoder(features()), torch.full((2, 16, 16), 255))["loss"]
-        loss.backward()
-        assert loss.isfinite() and all(p.grad is None or p.grad.isfinite().all() for p in decoder.parameters())
+def slow_attention(attn, query, key, value, may_read):
+    if hasattr(attn, "qkv"):
+        weights = zip((query, key, value), attn.qkv.weight.chunk(3), attn.qkv.bias.chunk(3))
+        q, k, v = [F.linear(*arguments).chunk(attn.heads, -1) for arguments in weights]
+    else:
+        q, k, v = [layer(x).chunk(attn.heads, -1) for layer, x in ((attn.q, query), (attn.k, key), (attn.v, value))]
+    scores = [(q[i] @ k[i].mT / math.sqrt(q[i].shape[-1])).masked_fill(~may_read, -math.inf) for i in range(attn.heads)]
+    return attn.proj(torch.cat([scores[i].softmax(-1) @ v[i] for i in range(attn.heads)], -1))
 
 
-# --- Decoders: attention ----------------------------------------------------------------------------------------------
-
-def test_deformable_attention_equals_a_slow_loop():
-    torch.manual_seed(0)
-    heads, d, sizes = 2, 3, [(2, 3), (4, 5), (3, 1)]
-    attn = DeformableAttention(heads * d, heads).double()
-    torch.nn.init.normal_(attn.offsets.weight)
-    torch.nn.init.normal_(attn.weights.weight)
-    N = sum(h * w for h, w in sizes)
-    query, value = torch.randn(2, 2, N, heads * d).double()
-    v = attn.value(value)
-
-    def read(b, head, level, x, y):  # bilinear at pixel coordinates (x, y), 0 outside the map
-        (h, w), start = sizes[level], sum(h * w for h, w in sizes[:level])
-        total = torch.zeros(d).double()
-        for j in (math.floor(y), math.floor(y) + 1):
-            for i in (math.floor(x), math.floor(x) + 1):
-                if 0 <= j < h and 0 <= i < w:
-                    pixel = v[b, start + j * w + i, head * d : head * d + d]
-                    total = total + (1 - abs(x - i)) * (1 - abs(y - j)) * pixel
-        return total
-
-    places = [((i + 0.5) / w, (j + 0.5) / h) for h, w in sizes for j in range(h) for i in range(w)]
-    out = torch.zeros(2, N, heads * d).double()
-    for b, n, head in itertools.product(range(2), range(N), range(heads)):
-        weight = attn.weights(query[b, n]).view(heads, 12)[head].softmax(0)
-        offset = attn.offsets(query[b, n]).view(heads, 3, 4, 2)[head]
-        for level, point in itertools.product(range(3), range(4)):
-            dx, dy = offset[level, point].tolist()
-            x, y = places[n][0] * sizes[level][1] + dx - 0.5, places[n][1] * sizes[level][0] + dy - 0.5
-            out[b, n, head * d : head * d + d] += weight[level * 4 + point] * read(b, head, level, x, y)
-    torch.testing.assert_close(attn(query, value, sizes), attn.proj(out))
+def slow_mlp(layers, x):
+    *hidden, last = layers[::2]
+    for layer in hidden:
+        x = layer(x).clamp(min=0)
+    return last(x)
 
 
-def test_a_query_reads_inside_its_mask_and_everywhere_if_the_mask_is_empty():
-    masks = torch.tensor([[[2.0, -1.0, 0.5], [-1.0, -2.0, -3.0]]])
-    assert attended(masks).tolist() == [[[True, False, True], [True, True, True]]]
+def slow_mask_layer(layer, x, pos, tokens, tokens_pos, may_read):
+    x = layer.norm1(x + slow_attention(layer.read, x + pos, tokens + tokens_pos, tokens, may_read))
+    x = layer.norm2(x + slow_attention(layer.talk, x + pos, x + pos, x, torch.tensor(True)))
+    return layer.norm3(x + slow_mlp(layer.ffn, x))
 
 
-def test_masks_made_small_equal_masks_of_small_pixels():
-    embed, pixels = torch.randn(1, 5, 8), torch.randn(1, 8, 16, 16)
-    large = resize(torch.einsum("bqc,bchw->bqhw", embed, pixels), (4, 4)).flatten(2)
-    torch.testing.assert_close(embed @ resize(pixels, (4, 4)).flatten(2), large, rtol=1e-4, atol=1e-5)
+def slow_pixel_decoder(decoder, feats):
+    fine, two, one, half = [lateral(x) for lateral, x in zip(decoder.laterals, feats)]  # 4, 2, 1, 0.5 times the grid
+    maps = [half, one, two]
+    if decoder.deform:
+        [level_embed] = decoder.parameters(recurse=False)
+        sizes = [x.shape[2:] for x in maps]
+        pos = torch.cat([sine_position(size, 32, "cpu") + level for size, level in zip(sizes, level_embed)])
+        x = torch.cat([x.flatten(2) for x in maps], 2).mT  # (B, N, width)
+        for layer in decoder.layers:
+            x = layer.norm1(x + slow_deformable_attention(layer.attn, x + pos, x, sizes))
+            x = layer.norm2(x + slow_mlp(layer.ffn, x))
+        maps = [part.mT.unflatten(2, size) for part, size in zip(x.split([h * w for h, w in sizes], 1), sizes)]
+    else:
+        maps[1] = one + resize(half, one.shape[2:])
+        maps[2] = two + resize(maps[1], two.shape[2:])
+    conv, norm, _, last = decoder.embed
+    return maps, last(norm(conv(fine + resize(maps[2], fine.shape[2:]))).clamp(min=0))
 
 
-# --- Decoders: outputs and sizes --------------------------------------------------------------------------------------
+def slow_mask_decoder(decoder, maps, pixels):
+    """Layer by layer, with full masks made small -> logits, embed, and the share of tokens that the masks hide."""
+    x = decoder.query.expand(len(pixels), -1, -1)
+    states = [decoder.norm(x)]
+    hidden = []
+    for i, layer in enumerate(decoder.layers):
+        level = i % 3
+        size = maps[level].shape[2:]
+        masks = torch.einsum("bqc,bchw->bqhw", slow_mlp(decoder.mask_embed, states[-1]), pixels)
+        inside = resize(masks, size).flatten(2).sigmoid() >= 0.5
+        inside[~inside.any(2)] = True  # an empty mask hides nothing
+        tokens = maps[level].flatten(2).mT + decoder.level_embed[level]
+        x = slow_mask_layer(layer, x, decoder.query_pos, tokens, sine_position(size, 32, "cpu"), inside)
+        states.append(decoder.norm(x))
+        hidden.append((~inside).double().mean())
+    states = torch.stack(states)  # (R, B, Q, width)
+    return decoder.classify(states), slow_mlp(decoder.mask_embed, states), hidden
 
-def test_feature_layers_follow_the_depth():
-    assert [feature_layers(d) for d in (12, 24, 4, 6)] == [[3, 5, 7, 11], [7, 11, 15, 23], [0, 1, 2, 3], [1, 2, 3, 5]]
+
+def test_maps_are_read_between_their_pixels():
+    x = torch.tensor([[1.0, 2], [3, 4]]).view(1, 1, 2, 2)
+    points = torch.tensor([[[0.25, 0.25], [0.75, 0.25], [0.25, 0.75], [0.5, 0.25], [0.5, 0.5], [0, 0], [1, 0.75]]])
+    at_border = [0.25, 2] if OFFICIAL else [1, 4]  # mixed with zeros, or the border's pixel
+    assert sample(x, points).flatten().tolist() == [1, 2, 3, 1.5, 2.5, *at_border]
 
 
-def test_pyramid_keeps_rows_and_columns_apart():
-    outs = [torch.arange(6.0).view(1, 6, 1)] * 4
-    feats = pyramid(outs, (2, 3))
-    assert [tuple(x.shape[-2:]) for x in feats] == [(8, 12), (4, 6), (2, 3), (1, 1)]
-    assert feats[2][0, 0].tolist() == [[0, 1, 2], [3, 4, 5]]
+def test_positions_are_sines_and_cosines_of_x_and_y_at_geometric_frequencies():
+    found = sine_position((3, 5), 16, "cpu").view(3, 5, 16)
+    start = 1 if OFFICIAL else 0.5  # the last pixel is at 1, or the pixels' centres count
+    for i, j, k in np.ndindex(3, 5, 4):
+        frequency = 2 * math.pi * 10000 ** (-k / 4)
+        x = (j + start) / 5 * frequency
+        y = (i + start) / 3 * frequency
+        channels = [8 + 2 * k, 9 + 2 * k, 2 * k, 2 * k + 1] if OFFICIAL else [k, 4 + k, 8 + k, 12 + k]
+        expected = [math.sin(x), math.cos(x), math.sin(y), math.cos(y)]
+        assert found[i, j, channels].tolist() == pytest.approx(expected, abs=1e-5)
+
+
+def test_in_a_mask_layer_queries_read_under_their_masks_then_each_other_then_think():
+    layer = shaken(segment.MaskLayer(8, heads=2, ffn=16))
+    x, pos, tokens, tokens_pos = torch.randn(2, 5, 8), torch.randn(5, 8), torch.randn(2, 7, 8), torch.randn(7, 8)
+    given = [part.double() for part in (x, pos, tokens, tokens_pos)]
+    mask = torch.arange(7) % 5 <= torch.arange(5)[:, None]  # (5, 7)
+    torch.testing.assert_close(layer(*given, mask), slow_mask_layer(layer, *given, mask))
+
+
+@pytest.mark.parametrize("pixel, layers", [("fpn", 4), ("deform", 2)])
+def test_the_mask_decoder_equals_a_slow_reference_at_every_read_out(pixel, layers):
+    decoder = shaken(MaskDecoder(32, 3, width=32, queries=6, layers=layers, ffn=16, pixel=pixel, pixel_layers=1))
+    feats = features((3, 4))
+    maps, pixels = slow_pixel_decoder(decoder.pixel_decoder, feats)
+    torch.testing.assert_close(decoder.pixel_decoder(feats), (maps, pixels), rtol=1e-5, atol=1e-5)
+    logits, embed, hidden = slow_mask_decoder(decoder, maps, pixels)
+    assert min(hidden) > 0.03  # at every layer the masks matter
+    outputs = decoder(feats)
+    torch.testing.assert_close(outputs, dict(logits=logits, embed=embed, pixels=pixels), rtol=1e-5, atol=1e-5)
+    masks = resize(torch.einsum("bqc,bchw->bqhw", embed[-1], pixels), (9, 7)).sigmoid()
+    votes = logits[-1].softmax(-1)[:, :, :3]  # without "no object"
+    scores = (votes[..., None, None] * masks[:, :, None]).sum(1).float()
+    torch.testing.assert_close(decoder.scores(outputs, (9, 7)), scores, rtol=1e-4, atol=1e-5)
+
+
+def test_the_other_decoders_equal_their_slow_references():
+    feats = features((3, 5))
+    sizes = [x.shape[2:] for x in feats]
+    fpn = shaken(SemFPN(32, 3, width=32, channels=64))
+    assert [len(tower) for tower in fpn.towers] == [1, 1, 2, 3]
+    merged = torch.zeros(2, 32, 1, 1).double()
+    total = 0
+    for i in (3, 2, 1, 0):  # from the coarsest map down
+        merged = fpn.laterals[i](feats[i]) + resize(merged, sizes[i])
+        x = fpn.outputs[i](merged)
+        for j, (conv, norm, _) in enumerate(fpn.towers[i]):
+            x = resize(norm(conv(x)).clamp(min=0), sizes[max(0, i - 1 - j)])
+        total = total + x
+    torch.testing.assert_close(fpn(feats), fpn.classify(total))
+    linear = shaken(Linear(32, 3))
+    logits = [head(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2) for head, x in zip(linear.heads, feats)]
+    torch.testing.assert_close(linear(feats), sum(resize(x, sizes[0]) for x in logits))
+
+
+DECODERS = [partial(MaskDecoder, width=32), partial(MaskDecoder, width=32, pixel="deform", pixel_layers=1, points=50),
+            partial(SemFPN, width=32, channels=32), Linear]
+
+
+@pytest.mark.parametrize("build", DECODERS)
+def test_every_decoder_trains_all_its_parameters_and_computes_losses_and_scores_in_fp32(build):
+    decoder = build(32, 3)
+    label = cells(2, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        outputs = decoder([x.float() for x in features((5, 3))])
+        loss = decoder.loss(outputs, label, torch.Generator().manual_seed(0))["loss"]
+        scores = decoder.scores(outputs)
+    assert loss.dtype == scores.dtype == torch.float32 and scores.shape == (2, 3, 20, 12)
+    assert torch.equal(loss, decoder.loss(outputs, label, torch.Generator().manual_seed(0))["loss"])
+    assert torch.equal(scores, decoder.scores(outputs))
+    without_classes = decoder.loss(outputs, torch.full((2, 16, 16), 255))["loss"]
+    (loss + without_classes).backward()
+    assert without_classes.isfinite() and all(p.grad.isfinite().all() for p in decoder.parameters())
 
 
 def test_parameters_are_those_of_the_paper():
-    assert parameters(MaskDecoder(384, 19, **PAPER)) == pytest.approx(19.9, abs=0.05)  # 41.9 M with ViT-S, 22.0 M
-    assert parameters(MaskDecoder(768, 19, **PAPER)) == pytest.approx(20.4, abs=0.15)  # 106.8 M with ViT-B, 86.4 M
-    assert parameters(SemFPN(384, 19)) == pytest.approx(11.2, abs=0.05)  # 33.2 M with the ViT-S
+    mask = partial(segment.build_decoder, num_classes=19, cfg=segment.Config())
+    with torch.device("meta"):
+        decoders = [mask(384), mask(768), SemFPN(384, 19)]
+    millions = [sum(p.numel() for p in decoder.parameters()) / 1e6 for decoder in decoders]
+    assert millions == pytest.approx([19.9, 20.4, 11.2], abs=0.15)  # 41.9, 106.8, 33.2 M with ViT-S, -B, -S
 
 
-def test_multiply_adds_cover_convolution_einsum_and_attention():
-    class Everything(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.conv = torch.nn.Conv2d(3, 5, 3, padding=1)
+# --- The segmenter ----------------------------------------------------------------------------------------------------
 
-        def forward(self, x):  # (2, 3, 4, 4)
-            x = self.conv(x).flatten(2)  # 2 * 16 * 5 * 27
-            x = torch.einsum("bcn,bdn->bcd", x, x)[:, None]  # 2 * 5 * 5 * 16
-            return F.scaled_dot_product_attention(x, x, x)  # 2 * 2 * 5 * 5 * 5
-
-    multiply_adds = 2 * 16 * 5 * 27 + 2 * 5 * 5 * 16 + 2 * 2 * 5 * 5 * 5
-    everything, x = Everything(), torch.randn(2, 3, 4, 4)
-    assert data.count_flops(lambda: everything(x)) == 2 * multiply_adds
+def test_a_decoder_reads_blocks_in_proportion_to_the_depth_the_earliest_as_the_finest_map():
+    for depth, layers in {12: [3, 5, 7, 11], 24: [7, 11, 15, 23], 4: [0, 1, 2, 3], 6: [1, 2, 3, 5]}.items():
+        assert segment.feature_layers(depth) == layers
+    outs = torch.arange(24.0).view(4, 1, 6, 1)  # of four blocks
+    sizes = [(8, 12), (4, 6), (2, 3), (1, 1)]
+    for found, block, size in zip(pyramid(outs, (2, 3)), outs, sizes, strict=True):
+        torch.testing.assert_close(found, resize(block.view(1, 1, 2, 3), size))
 
 
-def test_every_decoder_has_the_same_interface():
-    label = blocks(2, 4, 8, 3)
-    for decoder in (MaskDecoder(32, 3, width=32), MaskDecoder(32, 3, width=32, pixel="deform", pixel_layers=1),
-                    SemFPN(32, 3, width=32, channels=32), Linear(32, 3)):
-        outputs = decoder(features())
-        losses = decoder.loss(outputs, label, generator=torch.Generator().manual_seed(0))
-        losses["loss"].backward()
-        assert all(p.grad is not None and p.grad.isfinite().all() for p in decoder.parameters())
-        scores = decoder.scores(outputs)
-        assert scores.shape == (2, 3, 16, 16) and scores.min() >= 0
+@pytest.mark.parametrize("frozen, blocks, layers", [(True, "four", [1, 2, 3, 5]), (False, "last", [5, 5, 5, 5])])
+def test_a_segmenter_gives_its_decoder_the_pyramid_of_its_blocks_without_a_graph_if_frozen(frozen, blocks, layers):
+    encoder = qsd.ViT("mini", embed_dim=32, depth=6, num_heads=2, patch_size=4, img_size=(8, 16))
+    segmenter = segment.Segmenter(encoder, Linear(32, 3), frozen, blocks)
+    assert {p.requires_grad for p in encoder.parameters()} == {not frozen}
+    encoder.requires_grad_(True)
+    x = torch.randn(2, 3, 8, 16)
+    feats = segmenter.features(x)
+    torch.testing.assert_close(feats, pyramid(encoder.run(x, layers=layers)[2], (2, 4)))
+    assert {feat.requires_grad for feat in feats} == {not frozen} and segmenter(x).requires_grad
 
 
-def test_losses_and_scores_are_fp32_under_autocast():
-    label = blocks(2, 4, 8, 3)
-    for decoder in (MaskDecoder(32, 3, width=32), SemFPN(32, 3, width=32, channels=32), Linear(32, 3)):
-        with torch.autocast("cpu", torch.bfloat16):
-            outputs = decoder(features())
-            assert decoder.loss(outputs, label)["loss"].dtype == decoder.scores(outputs).dtype == torch.float32
+def test_the_one_stage_loss_is_the_task_loss_plus_the_weighted_objectives():
+    encoder, teacher = [qsd.ViT("mini", embed_dim=width, depth=4, num_heads=2, patch_size=4, img_size=(8, 16))
+                        for width in (16, 32)]
+    cfg = segment.Config(kd=0.5, kd_logits=2.0, loss="cwd")
+    segmenter = segment.Segmenter(encoder, Linear(16, 3), frozen=False)
+    learner = segment.Learner(segmenter, qsd.build_objective(encoder, teacher, cfg), cfg)
+    objective = learner.objective
+    x, label, noise = torch.randn(2, 3, 8, 16), torch.randint(0, 3, (2, 8, 16)), torch.rand(2, 8)
+    label[0, :3] = 255
+    t = teacher.run(x, layers=objective.layers_t)
+    p_t = torch.randn(2, 3, 8, 16).softmax(1)
+
+    outputs = segmenter(x)
+    task = F.cross_entropy(resize(outputs, (8, 16)), label, ignore_index=255)
+    s = encoder.run(x, layers=objective.layers_s)
+    kd = 0.5 * 50 * objective(encoder, x, s, t, noise)["loss"]  # 50: CWD's published weight
+    p_s = resize(outputs, (8, 16)).softmax(1)
+    kl = 2 * (p_t * (p_t / p_s).log()).sum() / (2 * 8 * 16)  # mean over pixels
+    assert min(task, kd, kl) > 0
+    torch.testing.assert_close(learner(x, label, None, None, t, noise, p_t)["loss"], task + kd + kl)
+    torch.testing.assert_close(segment.Learner(segmenter, None, cfg)(x, label, None, None)["loss"], task)
 
 
-def test_odd_grids_work():
-    for decoder in (MaskDecoder(32, 3, width=32, queries=4), SemFPN(32, 3, width=32, channels=32), Linear(32, 3)):
-        assert decoder.scores(decoder(features(grid=(5, 3)))).shape == (2, 3, 20, 12)
+HERE = Path(__file__).parent
+SCRIPTS = {"distill": distill, "segment": segment}
+RESULT = {"distill": "student.pt", "segment": "segmenter.pt"}
+QUICK = "--batch 4 --budget 2 --workers 0 --log_every 1"
 
 
-def test_scores_leave_no_object_out():
-    decoder = MaskDecoder(32, 2, width=32, queries=2)
-    outputs = {"logits": torch.tensor([[[[9.0, 0, 0], [0, 0, 9.0]]]]), "embed": torch.tensor([[[[1.0], [1.0]]]]),
-               "pixels": torch.tensor([[[[8.0, -8.0]]]])}
-    scores = decoder.scores(outputs)
-    assert scores[0, 0, 0, 0] > 0.99 and scores[0, 0, 0, 1] < 0.01 and scores[0, 1].max() < 0.01
+@pytest.fixture(autouse=True)
+def undisturbed(monkeypatch):
+    """No waiting for the disk, no bars, no process group, and Ctrl-C ends the tests even after a run has caught it."""
+    monkeypatch.setattr(os, "fsync", lambda file: None)
+    monkeypatch.setattr(dist, "init_process_group", None)           # a lone process needs none, and so no network
+    monkeypatch.setattr(data, "tqdm", lambda *args, **more: tqdm(*args, **more | dict(disable=True)))
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
-
-def test_order_of_queries_and_of_images_does_not_matter():
-    torch.manual_seed(0)
-    decoder, label = MaskDecoder(32, 3, width=32, queries=6), blocks(3, 4, 8, 3)
-    feats = features(3)
-    outputs = decoder(feats)
-    loss = decoder.loss(outputs, label)["loss"]
-    order = torch.tensor([2, 0, 1])
-    turned = decoder([x[order] for x in feats])
-    torch.testing.assert_close(decoder.loss(turned, label[order])["loss"], loss)
-    queries = torch.randperm(6)
-    mixed = {**outputs, "logits": outputs["logits"][:, :, queries], "embed": outputs["embed"][:, :, queries]}
-    torch.testing.assert_close(decoder.loss(mixed, label)["loss"], loss)
-    torch.testing.assert_close(decoder.scores(mixed), decoder.scores(outputs))
-
-
-def test_bad_arguments_are_refused_in_words():
-    for arguments, words in ((dict(queries=2), "2 queries for 3 classes"), (dict(void="drop"), "void 'drop'"),
-                             (dict(pixel="unet"), "pixel decoder 'unet'")):
-        with pytest.raises(ValueError, match=words):
-            MaskDecoder(32, 3, **arguments)
-
-
-def overfit(decoder, feats, label, steps, lr, batch=8):
-    """Train a decoder on eight images, `batch` at a time; the share of their labelled pixels that it then gets right."""
-    optimizer = torch.optim.AdamW(decoder.parameters())
-    for step in range(steps):
-        optimizer.param_groups[0]["lr"] = lr * (1 - step / steps) ** 0.9
-        part = (step * batch + torch.arange(batch)) % 8
-        loss = decoder.loss(decoder([x[part] for x in feats]), label[part])["loss"]
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    with torch.no_grad():
-        right = decoder.scores(decoder(feats), label.shape[1:]).argmax(1) == label
-    return right[label != data.IGNORE].float().mean().item()
-
-
-@pytest.mark.parametrize("pixel", ["fpn", "deform"])
-def test_mask_decoder_overfits_eight_images(pixel):
-    decoder = MaskDecoder(32, 5, width=32, queries=8, ffn=64, pixel=pixel, pixel_layers=1, pixel_ffn=64)
-    label = blocks(8, 4, 8, 5)
-    label[:, 12:20, 12:20] = (label[:, 12:20, 12:20] + 1) % 5
-    assert overfit(decoder, features(8, 32), label, 120, 6e-3) > 0.95
-
-
-@pytest.mark.skipif(not (AUGREG_TINY.exists() and (SHARED / "data/camvid").exists()), reason="needs the shared images and weights")
-def test_mask_decoder_overfits_eight_camvid_images_on_the_features_of_a_frozen_vit():
-    def small(image, label):
-        return data.resize(image, (256, 192)), data.resize_label(label, (256, 192))
-    dataset, encoder = data.scenes("camvid", SHARED / "data", transform=small), qsd.load_vit(AUGREG_TINY)
-    images, label = (torch.stack([dataset[i][part] for i in range(8)]) for part in (0, 1))
-    segmenter = segment.Segmenter(encoder, MaskDecoder(192, dataset.num_classes, layers=1, points=512, void="ignore"))
-    feats = segmenter.features(data.normalize(images, encoder.mean, encoder.std))  # computed once: only the decoder is trained
-    right = overfit(segmenter.decoder, feats, label, 400, 3e-3, batch=2)
-    assert right > 0.95, right  # masks of a quarter of the size, as these are, cannot say more than 97 %
-
-
-# --- mIoU -------------------------------------------------------------------------------------------------------------
-
-def test_miou_equals_a_case_worked_by_hand():
-    label = torch.tensor([[0, 0, 0, 255], [1, 1, 255, 1]])
-    pred = torch.tensor([[0, 0, 1, 2], [1, 0, 3, 2]])  # class 2 is only predicted; 3 only where nothing counts
-    conf = evaluation.confusion(pred, label, 4)
-    assert conf.tolist() == [[2, 1, 0, 0], [1, 1, 1, 0], [0, 0, 0, 0], [0, 0, 0, 0]]
-    iou = evaluation.iou(conf)
-    assert iou[:3].tolist() == pytest.approx([2 / 4, 1 / 4, 0]) and iou[3].isnan()
-    assert iou.nanmean().item() == pytest.approx(0.25)
-
-
-def test_miou_equals_slow_counting_over_several_images():
-    rng = np.random.default_rng(0)
-    for K in (2, 5, 19):
-        label, pred = rng.integers(0, K, (3, 9, 7)), rng.integers(0, max(1, K - 1), (3, 9, 7))
-        label[rng.random(label.shape) < 0.2] = 255
-        conf = sum(evaluation.confusion(torch.from_numpy(p), torch.from_numpy(y), K) for p, y in zip(pred, label))
-        for k, iou in enumerate(evaluation.iou(conf).tolist()):
-            union = (((pred == k) | (label == k)) & (label != 255)).sum()
-            want = ((pred == k) & (label == k)).sum() / union if union else math.nan
-            assert iou == pytest.approx(want, nan_ok=True)
-
-
-class Lens(torch.nn.Module):
-    """A model whose scores in a window depend on the place within it, so that every overlap shows."""
-    def __init__(self, window, constant=None):
-        super().__init__()
-        self.weight, self.constant, self.decoder = torch.rand(window, window), constant, self
-        self.encoder = argparse.Namespace(patch_size=4)
-
-    def forward(self, x):
-        return x
-
-    def scores(self, x, size):
-        assert tuple(x.shape[2:]) == tuple(size)
-        if self.constant is not None:
-            return torch.full_like(x[:, :2], self.constant)
-        return x[:, :2] * self.weight[:size[0], :size[1]]
-
-
-@pytest.mark.parametrize("height, width, window, stride", [(16, 16, 16, 11), (20, 37, 16, 11), (33, 16, 16, 5), (50, 41, 16, 16)])
-def test_the_sliding_window_equals_a_slow_loop_that_counts_overlaps(height, width, window, stride):
-    x, model = torch.randn(2, 3, height, width), Lens(window)
-    total, count = torch.zeros(2, 2, height, width), torch.zeros(height, width)
-    for i in range(math.ceil((height - window) / stride) + 1):
-        for j in range(math.ceil((width - window) / stride) + 1):
-            top, left = min(i * stride, height - window), min(j * stride, width - window)  # flush with the border
-            for a, b in np.ndindex(window, window):
-                total[:, :, top + a, left + b] += x[:, :2, top + a, left + b] * model.weight[a, b]
-                count[top + a, left + b] += 1
-    assert count.min() >= 1
-    torch.testing.assert_close(evaluation.slide(model, x, window, stride), total / count)
-
-
-def test_a_constant_model_gives_a_constant_map_without_seams():
-    for constant in (0.5, 0.3):
-        scores = evaluation.slide(Lens(16, constant), torch.randn(1, 3, 45, 61), 16, 11)
-        torch.testing.assert_close(scores, torch.full((1, 2, 45, 61), constant), rtol=3e-7, atol=0)
-
-
-def test_an_image_smaller_than_the_window_is_padded_on_the_right_and_below():
-    model = Lens(16)
-    for height, width in ((10, 7), (10, 40)):
-        x = torch.randn(1, 3, height, width)
-        padded = F.pad(x, (0, max(0, 16 - width), 0, 6))
-        want = evaluation.slide(model, padded, 16, 11)[:, :, :height, :width]
-        assert torch.equal(evaluation.slide(model, x, 16, 11), want) and want.shape[2:] == (height, width)
-
-
-def test_whole_images_are_padded_to_whole_patches_and_flips_are_averaged():
-    model, x = Lens(64), torch.randn(1, 3, 10, 15)
-    whole = evaluation.predict(model, x, 64, whole=True)
-    torch.testing.assert_close(whole, x[:, :2] * model.weight[:10, :15])
-    both = evaluation.predict(model, x, 64, whole=True, flip=True)
-    mean = (whole + (x.flip(3)[:, :2] * model.weight[:10, :15]).flip(3)) / 2
-    torch.testing.assert_close(both / both.sum(), mean / mean.sum())  # their sum is as good
-    x = torch.randn(1, 3, 700, 512)
-    model = Lens(512)
-    assert torch.equal(evaluation.predict(model, x, 512), evaluation.slide(model, x, 512, 341))  # the official stride
-
-
-# --- Runs: flags ------------------------------------------------------------------------------------------------------
-
-SCRIPTS = {"distill.py": distill, "segment.py": segment, "eval.py": evaluation, "data.py": data}
-
-
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_every_constant_is_a_flag_with_a_help_text_that_tells_its_default(script, monkeypatch, capsys):
-    monkeypatch.setenv("COLUMNS", "2000")  # one flag per line
-    with pytest.raises(SystemExit) as stop:
-        data.configure(SCRIPTS[script].Config, {}, ["--help"])
-    shown = capsys.readouterr().out
-    assert stop.value.code == 0
-    for field in dataclasses.fields(SCRIPTS[script].Config):
-        text = re.search(rf"^ +--{field.name} \[?X\]? +(\S.*) \(default {re.escape(str(field.default))}\)$", shown, re.M)
-        assert text and len(text[1]) >= 4, field.name
-
-
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_every_constant_is_read_by_the_code(script):
-    read = "".join((HERE / name).read_text() for name in {script, "data.py", *(["qsd.py"] if script in ("distill.py", "segment.py") else [])})
-    for field in dataclasses.fields(SCRIPTS[script].Config):
-        assert re.search(rf"\b(cfg|c|config)\.{field.name}\b", read), field.name
-
-
-def test_the_command_line_goes_before_the_preset_and_the_preset_before_the_default():
-    def configure(*argv):
-        return data.configure(distill.Config, distill.PRESETS, list(argv))
-    assert distill.Config.lr not in (distill.PRESETS["toy-proxy"]["lr"], 7.0)
-    assert configure("--data", "gtav").lr == distill.Config.lr
-    assert configure("--data", "toy-proxy").lr == distill.PRESETS["toy-proxy"]["lr"]
-    assert configure("--data", "toy-proxy", "--lr", "7").lr == 7.0
-    assert configure("--data", "toy-proxy+gtav").lr == distill.PRESETS["toy-proxy"]["lr"]
-    cfg = configure("--pretrained", "no", "--keep_heads", "--student_depth", "3", "--scale", "cosine", "--budget", "2h")
-    assert (cfg.pretrained, cfg.keep_heads, cfg.student_depth, cfg.scale, cfg.budget) == (False, True, 3, "cosine", "2h")
-    assert configure("--student_depth", "none").student_depth is None
-
-
-@pytest.mark.parametrize("argv, says", [
-    (["--pretrained", "maybe"], "--pretrained: 'maybe' is none of yes, no"), (["--scale", "two"], "--scale: 'two' is none of one, sqrt, cosine"),
-    (["--batch", "x"], "--batch: 'x' is no int"), (["--lr", ""], "--lr: '' is no float"), (["--lrr", "1"], "arguments: --lrr"),
-    (["--see", "1"], "arguments: --see")])
-def test_a_wrong_flag_or_value_is_refused_in_words(argv, says):
-    with pytest.raises(data.UserError) as error:
-        data.configure(distill.Config, {}, argv)
-    assert says in str(error.value) and "\n" not in str(error.value) and "functools" not in str(error.value)
-
-
-def test_budgets_are_steps_epochs_time_or_flops():
-    budgets = {"600": ("steps", 600), "3ep": ("steps", 30), "0.5ep": ("steps", 5), "2h": ("seconds", 7200), "1.5m": ("seconds", 90),
-               "45s": ("seconds", 45), "3e18flop": ("flops", 3e18)}
-    assert {text: data.parse_budget(text, 10) for text in budgets} == budgets
-    for text in ("0", "-3", "many", "3 h", "", "5d"):
-        with pytest.raises(data.UserError, match="--budget"):
-            data.parse_budget(text, 10)
-
-
-def test_the_learning_rate_follows_the_fraction_of_the_budget():
-    cfg = distill.Config(lr=5e-4, lr_min=1e-5, batch=128, warmup=0.1)
-    found = [distill.learning_rate(cfg, fraction) for fraction in (0, 0.05, 0.1, 0.55, 1)]
-    peak = 5e-4 * 128 / 512
-    assert found == pytest.approx([0, peak / 2, peak, (peak + 1e-5) / 2, 1e-5])
-    assert distill.learning_rate(dataclasses.replace(cfg, lr_rule="constant"), 0.1) == pytest.approx(5e-4)
-
-
-def test_weights_decay_as_in_the_official_recipes():
-    learner = distill.Learner(qsd.load_vit("toy_small"), torch.nn.Linear(4, 4))
-    decayed, still = distill.weight_decay_groups(learner, 0.05)
-    assert decayed["weight_decay"] == 0.05 and still["weight_decay"] == 0 and all(p.ndim == 1 for p in still["params"])
-    assert len(decayed["params"]) + len(still["params"]) == len(list(learner.parameters()))
-    assert any(p is learner.student.pos_embed for p in decayed["params"])
-    cfg = segment.Config(lr=1.0, lr_backbone=0.1, freeze=False)
-    learner = segment.Learner(segment.Segmenter(qsd.load_vit("toy_small"), MaskDecoder(64, 3), frozen=False), None, cfg)
-    group_of = {id(p): group for group in segment.parameter_groups(learner, cfg) for p in group["params"]}
-    for name, lr, decay in (("segmenter.encoder.blocks.0.mlp.fc1.bias", 0.1, 0.05), ("segmenter.encoder.norm.weight", 0.1, 0),
-                            ("segmenter.encoder.pos_embed", 0.1, 0.05), ("segmenter.decoder.query", 1, 0),
-                            ("segmenter.decoder.pixel_decoder.laterals.0.1.weight", 1, 0), ("segmenter.decoder.mask_embed.0.weight", 1, 0.05),
-                            ("segmenter.decoder.pixel_decoder.embed.0.weight", 1, 0.05),
-                            ("segmenter.decoder.classify.bias", 1, 0.05), ("segmenter.decoder.level_embed", 1, 0)):
-        group = group_of[id(learner.get_parameter(name))]
-        assert (group["lr"], group["weight_decay"]) == (lr, decay), name
-
-
-# --- Runs: whole ones in the toy world, in this process ---------------------------------------------------------------
 
 @pytest.fixture(scope="session")
 def teacher(tmp_path_factory):
-    """A segmenter of two training steps: its encoder is the teacher of all runs below."""
+    """A segmenter.pt of two training steps: its encoder is the teacher of all runs below."""
     out = tmp_path_factory.mktemp("runs") / "teacher"
-    segment.main(f"--data toy-wide --encoder toy_base --freeze no --decoder linear --batch 4 --budget 2 --workers 0 --out {out}".split())
+    segment.main(f"--data toy-wide --encoder toy_base --freeze no --decoder linear {QUICK} --out {out}".split())
     return out / "segmenter.pt"
 
 
@@ -2027,1028 +1938,1213 @@ def teacher(tmp_path_factory):
 def student(teacher):
     """A student.pt of three distillation steps in the toy world."""
     out = teacher.parent.parent / "student"
-    distill.main(f"--data toy-proxy --teacher {teacher} --batch 4 --budget 3 --workers 0 --log_every 1 --out {out}".split())
+    distill.main(f"--data toy-proxy --teacher {teacher} {QUICK} --budget 3 --out {out}".split())
     return out / "student.pt"
 
 
-EACH = "--save_minutes 0"  # a checkpoint after each step
-FEW = data.toy("game", train=1000, val=3)
+def flags_of(teacher, student, script, out, more=""):
+    own = {"distill": "--teacher {teacher}", "segment": "--encoder {student} --decoder linear"}[script]
+    return f"--data toy {own} {QUICK} --out {out} {more}".format(teacher=teacher, student=student).split()
 
 
-def distilling(teacher, out, budget=6, more=""):
-    return f"--data toy --teacher {teacher} --batch 4 --budget {budget} --workers 0 --log_every 1 --out {out} {more}".split()
+@pytest.fixture(scope="session")
+def flags(teacher, student):
+    return partial(flags_of, teacher, student)
 
 
-def segmenting(encoder, out, budget=6, more=""):
-    return f"--data toy --encoder {encoder} --batch 4 --budget {budget} --workers 0 --log_every 1 --out {out} {more}".split()
-
-
-def weights(path):
-    return {key: p for key, p in torch.load(path, weights_only=True)["model"].items()}
-
-
-def same(a, b):
-    """Whether two checkpoints hold the same weights, bit for bit."""
-    a, b = weights(a), weights(b)
-    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
-
-
-def records(out):
-    """The lines of a run's log after its header."""
-    return [json.loads(line) for line in (Path(out) / "log.jsonl").read_text().splitlines()[1:]]
-
-
-def losses_of(out):
-    """The lines of a run's log without the times in them."""
-    drop = ("seconds", "images_per_s", "data_wait", "peak_gb", "eta_s")
-    return [{k: v for k, v in line.items() if k not in drop} for line in records(out)]
-
-
-def contents(folder):
-    return {str(path): path.read_bytes() for path in sorted(Path(folder).rglob("*")) if path.is_file()}
-
-
-def steps_of(main, argv, terminate=0):
-    """Run main; how many optimiser steps it took. In step number `terminate` it gets a SIGTERM."""
-    step, taken = data.step, []
-
-    def counted(*args):
-        taken.append(1)
-        if len(taken) == terminate:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return step(*args)
+def train(script, argv, before_step=lambda run: None):
+    """A script's main, without the count of operations, half of the time. Returns how many optimiser steps it took."""
+    step = data.Run.step
+    taken = []
+    def counted_step(run):
+        before_step(run)
+        taken.append(step(run))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(data, "step", counted)
-        main(argv)
+        patch.setattr(data.Run, "step", counted_step)
+        patch.setattr(data, "count_flops", lambda work: (work(), 1)[1])
+        SCRIPTS[script].main(argv)
     return len(taken)
 
 
-def interrupted(main, argv, steps):
-    """Run main, which a SIGTERM ends after so many steps."""
-    with pytest.raises(SystemExit) as stop:
-        steps_of(main, argv, steps)
-    assert stop.value.code == 128 + signal.SIGTERM
+def interrupt(script, argv):
+    """Train until a signal comes in the first step."""
+    with pytest.raises(SystemExit, match=str(128 + signal.SIGTERM)):
+        train(script, argv, lambda run: signal.raise_signal(signal.SIGTERM))
 
 
-def test_a_run_leaves_its_log_its_result_and_nothing_else(teacher, student):
-    assert sorted(path.name for path in student.parent.iterdir()) == ["log.jsonl", "loss.png", "student.pt"]
-    assert sorted(path.name for path in teacher.parent.iterdir()) == ["log.jsonl", "loss.png", "segmenter.pt"]
-    header = json.loads((student.parent / "log.jsonl").read_text().splitlines()[0])
-    assert header["config"]["lr"] == distill.PRESETS["toy-proxy"]["lr"] and header["torch"] == torch.__version__
-    lines = records(student.parent)
-    assert [line["step"] for line in lines] == [1, 2, 3] and {"loss", "L_feat", "L_mask", "L_cls", "lr", "images_per_s"} <= set(lines[0])
-    assert all(line["loss"] == pytest.approx(line["L_feat"] + line["L_mask"] + line["L_cls"], abs=1e-5) for line in lines)
-    assert lines[0]["lr"] == distill.PRESETS["toy-proxy"]["lr"] > lines[1]["lr"] > lines[2]["lr"]
+def weights(path):
+    """All that a checkpoint's run has trained, bit for bit."""
+    saved = torch.load(path, weights_only=True)
+    tensors = saved["model"] | {"mask_token": saved.get("mask_token", torch.zeros(1))} | saved.get("objective", {})
+    return {name: tensor.numpy().tobytes() for name, tensor in tensors.items()}
 
 
-def test_student_pt_has_exactly_timms_keys_and_loads_bit_for_bit(student):
-    saved = torch.load(student, weights_only=True)
-    loaded = qsd.load_vit(student)
-    assert loaded.config == saved["encoder"] and torch.equal(loaded.mask_token, saved["mask_token"])
-    state = loaded.state_dict()
-    del state["mask_token"]
-    assert state.keys() == saved["model"].keys() and all(torch.equal(state[key], p) for key, p in saved["model"].items())
-    timm = pytest.importorskip("timm")
-    model = timm.create_model("vit_tiny_patch16_224", img_size=64, patch_size=8, embed_dim=64, depth=4, num_heads=2, num_classes=0).eval()
-    assert model.state_dict().keys() == saved["model"].keys()
-    model.load_state_dict(saved["model"])
-    x = torch.randn(2, 3, 64, 64)
-    with torch.no_grad():
-        torch.testing.assert_close(model(x), loaded.eval()(x)[0], rtol=1e-5, atol=1e-5)
+def records(out):
+    """The lines of a run's log after its header, without what is measured in seconds and GB."""
+    measured = {"seconds", "images_per_s", "data_wait", "peak_gb", "eta_s"}
+    lines = [json.loads(line).items() for line in (out / "log.jsonl").read_text().splitlines()[1:]]
+    return [{name: value for name, value in line if name not in measured} for line in lines]
 
 
-def test_a_second_stage_starts_from_the_firsts_student_and_inherits_its_ledger(teacher, student, tmp_path):
-    first = torch.load(student, weights_only=True)
-    distill.main(distilling(teacher, tmp_path / "b", 1, f"--student {student} --keep_heads --lr 0 --lr_min 0"))
-    second = torch.load(tmp_path / "b/student.pt", weights_only=True)
-    assert same(student, tmp_path / "b/student.pt")
-    assert all(torch.equal(p, second["objective"][key]) for key, p in first["objective"].items())
-    distill.main(distilling(teacher, tmp_path / "c", 1, f"--student {student} --lr 0 --lr_min 0"))
-    fresh = torch.load(tmp_path / "c/student.pt", weights_only=True)["objective"]
-    assert not torch.equal(fresh["feat.phi.1.weight"], first["objective"]["feat.phi.1.weight"])  # official: fresh heads
-    segment.main(segmenting(tmp_path / "b/student.pt", tmp_path / "d", 1))
-    ledger = torch.load(tmp_path / "d/segmenter.pt", weights_only=True)["ledger"]
-    assert [(stage["script"], stage["data"], stage["steps"], stage["images"]) for stage in ledger] == [
-        ("distill", "toy-proxy", 3, 12), ("distill", "toy", 1, 4), ("segment", "toy", 1, 4)]
-    assert all(stage["flops"] > 0 and stage["seconds"] > 0 for stage in ledger)
+def contents(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_no_gradient_reaches_the_teacher_and_it_sees_what_the_student_sees(teacher, tmp_path, monkeypatch):
-    seen = []
-
-    class Spy(qsd.GKD):
-        def forward(self, student, x, s, t, noise):
-            seen.append((x, t))
-            return super().forward(student, x, s, t, noise)
-    monkeypatch.setitem(qsd.LOSSES, "qsd", Spy)
-    distill.main(distilling(teacher, tmp_path / "a", 1))
-    x, t = seen[-1]
-    assert not t[0].requires_grad and not t[1].requires_grad
-    alone = qsd.load_vit(teacher).eval()
-    with torch.no_grad():
-        torch.testing.assert_close(alone(x)[1], t[1])
+def restore(folder, files):
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
 
 
-@pytest.mark.parametrize("loss", qsd.LOSSES)
-def test_every_objective_resumes_to_the_bits_of_an_uninterrupted_run(loss, teacher, tmp_path):
-    whole, parts = (distilling(teacher, tmp_path / name, 4, f"--loss {loss}") for name in ("whole", "parts"))
-    distill.main(whole)
-    interrupted(distill.main, parts, 2)
-    assert steps_of(distill.main, parts) == 2
-    assert same(tmp_path / "whole/student.pt", tmp_path / "parts/student.pt")
-    assert losses_of(tmp_path / "whole") == losses_of(tmp_path / "parts") and len(records(tmp_path / "parts")) == 4
+def same_runs(a, b):
+    """Whether two folders hold a log and a result alone, in both the same losses and weights, bit for bit."""
+    result, = [path.name for path in a.glob("*.pt")]
+    only = contents(a).keys() == contents(b).keys() == {"log.jsonl", result}
+    return only and records(a) == records(b) and weights(a / result) == weights(b / result)
 
 
-@pytest.mark.parametrize("more", ["", "--freeze no", "--freeze no --kd 1 --teacher {teacher} --loss vitkd",
-                                  "--freeze no --kd_logits 1 --teacher {teacher} --decoder linear", "--points 100", "--val_every 1",
-                                  "--data toy+toy-arcade --labels 1/4"])
-def test_stage_2_and_its_baselines_resume_to_the_bits_of_an_uninterrupted_run(more, teacher, student, tmp_path, monkeypatch):
-    monkeypatch.setitem(data.DATASETS, "toy", FEW)
-    whole, parts = (segmenting(student, tmp_path / name, 3, more.format(teacher=teacher)) for name in ("whole", "parts"))
-    segment.main(whole)
-    interrupted(segment.main, parts, 1)
-    assert steps_of(segment.main, parts) == 2
-    assert {path.name for path in (tmp_path / "whole").glob("*.pt")} == {"segmenter.pt", *(["best.pt"] if "val" in more else [])}
-    assert all(same(path, tmp_path / "parts" / path.name) for path in (tmp_path / "whole").glob("*.pt"))
-    assert losses_of(tmp_path / "whole") == losses_of(tmp_path / "parts")
+# --- Runs: every setting reaches the weights --------------------------------------------------------------------------
+
+# another value of each constant, which a new one needs, too, and the flags without which it would not matter
+LOSS = {"loss": "cwd", "alpha": "0.5", "beta": "0.5", "gamma": "0.5", "distance": "l1", "feat_with_cls": "no",
+        "mask_ratio": "0.25", "mask_all": "yes", "mask_loss": "masked_tokens", "attention": "identity", "scale": "sqrt",
+        "temperature": "0.5", "layers": "four", "target_norm": "layernorm", "dcd_pool": "2"}
+STAGE_1 = LOSS | {
+    "data": "toy-arcade", "teacher": "toy_base", "student": "{student}", "student_depth": "2", "keep_heads": "yes",
+    "size": "32", "patch": "16", "hub_offset": "0.1", "randaugment": "no", "erase": "1", "repeats": "2", "batch": "8",
+    "budget": "3", "lr": "0.01", "lr_rule": "batch/512", "lr_min": "0.0005", "warmup": "0.5", "weight_decay": "0.1",
+    "seed": "1", "precision": "fp16"}
+STAGE_2 = LOSS | {
+    "data": "toy-arcade", "split": "val", "labels": "1/16", "encoder": "toy_small", "depth": "2", "freeze": "no",
+    "decoder": "mask", "blocks": "four", "width": "32", "queries": "16", "decoder_layers": "2", "ffn": "128",
+    "pixel": "deform", "heads": "2", "points": "50", "void": "ignore", "kd": "1", "kd_logits": "1",
+    "teacher": "toy_base", "size": "32", "patch": "16", "cat_max_ratio": "0.3", "batch": "8", "budget": "3",
+    "lr": "0.01", "lr_backbone": "0.01", "power": "2", "weight_decay": "0.1", "seed": "1", "precision": "bf16"}
+NEEDS = {"temperature": "--scale cosine", "dcd_pool": "--loss afdcd", "keep_heads": "--student {student}",
+         "hub_offset": "--size 48 --teacher {teacher.parent.parent}/dinov2.pt"}
+ONE_STAGE = "--freeze no --teacher {teacher}"
+OF_MASKS = ("width", "queries", "decoder_layers", "ffn", "pixel", "heads", "points", "void")
+NEEDS_IN_STAGE_2 = dict.fromkeys(OF_MASKS, "--decoder mask") | dict.fromkeys((*LOSS, "teacher"), f"{ONE_STAGE} --kd 1")
+NEEDS_IN_STAGE_2 |= dict.fromkeys(("lr_backbone", "kd", "kd_logits"), ONE_STAGE)
+OTHERS = {"out", "workers", "micro", "log_every", "save_minutes", "max_skips", "compile", "stage"}  # not mathematical
+OTHERS |= {"root", "cache", "pretrained", "classes"}    # refused below: the toy world's data have no use for them
+CONSTANTS = [(script, field.name) for script in SCRIPTS for field in dataclasses.fields(SCRIPTS[script].Config)
+             if field.name not in OTHERS]
 
 
-def test_validation_while_training_is_logged_and_keeps_the_best(teacher, tmp_path, monkeypatch):
-    monkeypatch.setitem(data.DATASETS, "toy", data.toy("game", train=100, val=5))
-    segment.main(segmenting(teacher, tmp_path / "a", 2, "--val_every 2"))
-    logged = [line["val_miou"] for line in records(tmp_path / "a") if "val_miou" in line]
-    saved = segment.load_segmenter(tmp_path / "a/segmenter.pt")
-    measured = evaluation.measure("a", *saved, evaluation.Config(data="toy"), torch.device("cpu"))
-    assert logged == [pytest.approx(measured["toy"], abs=0.01)]
-    scores = iter([0.3, 0.5, 0.4])
-    monkeypatch.setattr(segment, "iou", lambda conf: torch.tensor([next(scores)]))
-    segment.main(segmenting(teacher, tmp_path / "b", 6, "--val_every 2"))
-    assert [(line["step"], line["val_miou"]) for line in records(tmp_path / "b") if "val_miou" in line] == [(2, 30), (4, 50), (6, 40)]
-    assert [torch.load(tmp_path / "b" / name, weights_only=True)["ledger"][-1]["steps"] for name in ("best.pt", "segmenter.pt")] == [4, 6]
+@pytest.fixture(scope="session")
+def after_two_steps(flags, teacher, tmp_path_factory):
+    dinov2 = qsd.ViT(**qsd.load_vit("toy_base").config | dict(layerscale=True))
+    torch.save(qsd.student_checkpoint(dinov2), teacher.parent.parent / "dinov2.pt")
+
+    @cache
+    def trained(script, more):
+        out = tmp_path_factory.mktemp("settings") / "a"
+        train(script, flags(script, out, more))
+        return weights(out / RESULT[script])
+    return trained
 
 
-@pytest.mark.parametrize("main, command, result", [(distill.main, distilling, "student.pt"), (segment.main, segmenting, "segmenter.pt")])
-def test_a_truncated_last_checkpoint_falls_back_to_the_one_before(main, command, result, teacher, tmp_path, capsys):
-    whole, parts = (command(teacher, tmp_path / name, 5, EACH) for name in ("whole", "parts"))
-    main(whole)
-    interrupted(main, parts, 3)
-    last = tmp_path / "parts/last.pt"
-    last.write_bytes(last.read_bytes()[:len(last.read_bytes()) // 2])
-    assert steps_of(main, parts) == 3  # prev.pt was after step 2
-    assert "last.pt is damaged" in capsys.readouterr().err
-    assert same(tmp_path / "whole" / result, tmp_path / "parts" / result)
-    assert [line["step"] for line in records(tmp_path / "parts")] == [1, 2, 3, 4, 5]
+@pytest.mark.parametrize("script, name", CONSTANTS)
+def test_another_value_of_each_constant_gives_other_weights(script, name, after_two_steps):
+    needs = NEEDS.get(name, "")
+    if script == "segment":
+        needs = f"{NEEDS_IN_STAGE_2.get(name, '')} {needs}"
+    value = {"distill": STAGE_1, "segment": STAGE_2}[script][name]
+    assert after_two_steps(script, needs) != after_two_steps(script, f"{needs} --{name} {value}")
 
 
-def test_a_full_disk_is_one_line_and_keeps_the_checkpoint_before(tmp_path, monkeypatch):
-    path = tmp_path / "last.pt"
-    data.save(path, dict(step=1))
-    data.save(path, dict(step=2), keep=True)
-
-    def full(*_):
-        raise OSError(28, "No space left on device")
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(data.UserError, match="last.pt could not be written .*No space left"):
-        data.save(path, dict(step=3), keep=True)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["last.pt", "prev.pt"]
-    assert [torch.load(tmp_path / name)["step"] for name in ("last.pt", "prev.pt")] == [2, 1]
+STUDENTS = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]]).view(2, 3, 1, 1)   # mean and std of images
+TEACHERS = torch.tensor([[0.5, 0.4, 0.3], [0.2, 0.3, 0.1]]).view(2, 3, 1, 1)
 
 
-def spoil(monkeypatch, bad):
-    """Make the pixels of the steps in `bad` NaN (1 is the first; the cost is measured before)."""
-    calls, normalize = itertools.count(), data.normalize
-    monkeypatch.setattr(data, "normalize", lambda *args: normalize(*args) * (math.nan if next(calls) in bad else 1))
+@pytest.mark.parametrize("script, more", [("distill", "--erase 0"), ("segment", "--freeze no --kd 1 --kd_logits 1")])
+def test_student_and_teachers_see_the_same_pixels_each_normalised_as_it_was_trained(
+        script, more, teacher, flags, tmp_path):
+    saved = torch.load(teacher, weights_only=True)
+    saved["encoder"] |= dict(zip(("mean", "std"), TEACHERS.flatten(1).tolist()))
+    torch.save(saved, tmp_path / "other.pt")
+    calls = []
+    def record(run):
+        run.learner.register_forward_pre_hook(lambda learner, inputs: calls.append(inputs))
+    more += f" --teacher {tmp_path}/other.pt --target_norm layernorm"
+    train(script, flags(script, tmp_path / "a", more), record)
+    x, *inputs = calls[-1]
+    t = inputs[0] if script == "distill" else inputs[3]
+    pixels = x * STUDENTS[1] + STUDENTS[0]
+    x_t = (pixels - TEACHERS[0]) / TEACHERS[1]
+    judge, _ = segment.load_segmenter(tmp_path / "other.pt")
+    cls, patches, _ = judge.encoder.run(x_t)
+    close = partial(torch.testing.assert_close, rtol=1e-3, atol=1e-3)
+    close(255 * pixels, (255 * pixels).round())
+    close(t[0], torch.nn.functional.layer_norm(cls, (128,)))
+    close(t[1], torch.nn.functional.layer_norm(patches, (128,)))
+    if script == "segment":
+        close(inputs[-1], judge.decoder.scores(judge(x_t), (64, 64)))
+        assert inputs[1].initial_seed() == data.mix(0, 5, 4)        # of the points of the batch that begins with draw 4
 
 
-@pytest.mark.parametrize("main, command, result", [(distill.main, distilling, "student.pt"), (segment.main, segmenting, "segmenter.pt")])
-def test_a_step_that_is_not_finite_is_skipped_and_counted(main, command, result, teacher, tmp_path, monkeypatch):
-    spoil(monkeypatch, {2, 4})
-    main(command(teacher, tmp_path / "a", 5, "--max_skips 2"))
-    assert [line["skipped"] for line in records(tmp_path / "a")] == [0, 1, 1, 2, 2]
-    saved = torch.load(tmp_path / "a" / result, weights_only=True)
-    assert all(p.isfinite().all() for p in saved["model"].values()) and saved["ledger"][-1]["skipped"] == 2
+STILL = {"distill": r"bias$|norm|^objective\.\w+\.\w+\.0\.",        # the parameters that do not decay, officially
+         "segment": r"norm|query|level_embed|laterals\.\d\.1\.|\.embed\.1\."}
+POLYNOMIAL = "--decoder mask --pixel deform --lr 0.004 --lr_backbone 0.001 --power 2 --budget 8flop"     # 2 a step
 
 
-@pytest.mark.parametrize("main, command", [(distill.main, distilling), (segment.main, segmenting)])
-def test_several_bad_steps_in_a_row_stop_the_run_with_the_last_good_checkpoint(main, command, teacher, tmp_path, monkeypatch, capsys):
-    spoil(monkeypatch, {3, 4, 5})  # of batches 1 to 5 the last three
-    monkeypatch.setattr(sys, "argv", ["a.py"])
-    with pytest.raises(SystemExit) as stop:
-        data.cli(lambda: main(command(teacher, tmp_path / "a", 9, "--max_skips 3 " + EACH)))
-    error, batches = capsys.readouterr().err, iter(data.Draws(1000, 4, seed=0))
-    images = [[index for index, _ in next(batches)] for _ in range(5)][-1]
-    assert stop.value.code == 2 and "a.py: 3 steps in a row had non-finite" in error and f"({', '.join(map(str, images))})" in error
-    last = torch.load(tmp_path / "a/last.pt", weights_only=True)
-    assert last["spent"]["skipped"] == 3 and all(p.isfinite().all() for p in last["learner"].values())
+@pytest.mark.parametrize("script, more, rates", [
+    ("distill", "--lr 0.512 --lr_rule batch/512 --lr_min 0.001 --warmup 0.5", [0, 0.002, 0.004, 0.0025]),
+    ("distill", "--lr 0.004 --lr_rule constant --lr_min 0 --budget 0.016ep", [0.004, 0.00341421, 0.002, 0.00058579]),
+    ("segment", f"{POLYNOMIAL} --freeze no", [0.004, 0.00225, 0.001, 0.00025]),
+    ("segment", f"{POLYNOMIAL} --freeze yes --pixel fpn", [0.004, 0.00225, 0.001, 0.00025])])
+def test_adamw_has_the_published_betas_decays_and_rates_over_the_budget(script, more, rates, flags, tmp_path):
+    def check(run):
+        names = {parameter: name for name, parameter in run.learner.named_parameters() if parameter.requires_grad}
+        encoder = [name for name in names.values() if name.startswith(("student.", "segmenter.encoder."))]
+        assert bool(encoder) == ("--freeze yes" not in more) and type(run.optimizer) is torch.optim.AdamW
+        for group in run.optimizer.param_groups:
+            assert (group["betas"], group["eps"], group["amsgrad"]) == ((0.9, 0.999), 1e-8, False)
+            for name in [names.pop(parameter) for parameter in group["params"]]:
+                slower = 4 if name in encoder and script == "segment" else 1
+                assert group["lr"] == pytest.approx(rates[run.ledger["steps"]] / slower, rel=1e-5), name
+                assert group["weight_decay"] == (0 if re.search(STILL[script], name) else 0.3), name
+        assert not names
+    argv = flags(script, tmp_path / "a", f"--budget 4 --log_every 3 --weight_decay 0.3 {more}")
+    assert train(script, argv, check) == 4
+    assert [line["step"] for line in records(tmp_path / "a")] == [3, 4]
 
 
-def test_the_one_stage_loss_is_the_task_loss_plus_the_weighted_objectives():
-    encoder, teacher, cfg = vit(16), vit(32), segment.Config(kd=0.5, kd_logits=2.0, loss="cwd")
-    segmenter = segment.Segmenter(encoder, Linear(16, 3), frozen=False)
-    learner = segment.Learner(segmenter, qsd.LOSSES["cwd"](encoder, teacher, cfg), cfg)
-    x, label, noise = torch.randn(2, 3, 16, 16), torch.randint(0, 3, (2, 16, 16)), torch.rand(2, 16)
-    t, theirs = teacher.run(x), torch.randn(2, 3, 16, 16).softmax(1)
-    losses = learner(x, label, None, None, t, noise, theirs)
-    outputs = segmenter(x)
-    task, ours = segmenter.decoder.loss(outputs, label)["loss"], outputs.softmax(1)
-    kd = 0.5 * 50 * learner.objective(encoder, x, encoder.run(x), t, noise)["loss"]  # 50: CWD's published weight
-    kl = 2 * sum((theirs[b, :, y, x] * (theirs[b, :, y, x] / ours[b, :, y, x]).log()).sum() for b, y, x in np.ndindex(2, 16, 16)) / 512
-    assert task > 0 and kd > 0 and kl > 0
-    torch.testing.assert_close(losses["loss"], task + kd + kl)
-    alone = segment.Learner(segmenter, None, cfg)(x, label, None, None)
-    torch.testing.assert_close(alone["loss"], task)
+def test_a_flag_beats_the_preset_of_data_and_stage_which_beats_the_default(flags, tmp_path, capsys):
+    def found(script, text=""):
+        cfg = data.configure(script.Config, script.preset, text.split())
+        return cfg.size, cfg.batch, cfg.lr, cfg.budget
+    proxy = (224, 512, 5e-4, "100ep")
+    source = (512, 128, 5e-4, "300ep")
+    assert found(distill, "--data imagenet") == found(distill, "--data gtav --stage proxy") == proxy
+    assert found(distill, "--data gtav") == found(distill, "--data imagenet --stage source") == source
+    assert found(distill, "--data toy-proxy") == found(distill, "--stage proxy") == (64, 16, 2e-3, "500")
+    assert found(distill, "--data toy+toy-arcade") == found(distill) == (64, 16, 1e-3, "500")
+    assert found(distill, "--data imagenet --size 96 --lr 7") == (96, 512, 7, "100ep")
+    assert found(segment) == (512, 4, 1e-4, "40000") and found(segment, "--data camvid") == (224, 8, 1e-3, "250")
+    train("distill", flags("distill", tmp_path / "a", "--lr 0.25 --erase 0.25"))
+    first = capsys.readouterr().out.splitlines()[0]                 # names what preset and flags set
+    assert "lr 0.25," in first and "size 64," in first and "erase" not in first
 
 
-def test_one_stage_rows_run_with_every_objective_and_the_teacher_changes_the_encoder(teacher, student, tmp_path):
-    segment.main(segmenting(student, tmp_path / "alone", 2, "--freeze no"))
-    task, alone = records(tmp_path / "alone"), weights(tmp_path / "alone/segmenter.pt")
-    for loss in qsd.LOSSES:
-        segment.main(segmenting(student, tmp_path / loss, 2, f"--freeze no --kd 1 --loss {loss} --teacher {teacher}"))
-        lines, encoder = records(tmp_path / loss), weights(tmp_path / loss / "segmenter.pt")
-        assert all(0 < line["kd"] < line["loss"] < math.inf for line in lines), loss
-        assert lines[0]["loss"] - lines[0]["kd"] == pytest.approx(task[0]["loss"], rel=1e-5), loss  # Eq. 3
-        changed = [not torch.equal(encoder[key], alone[key]) for key in encoder if key.startswith("encoder.blocks")]
-        assert sum(changed) > len(changed) / 2, loss
+# --- Runs: resumed ----------------------------------------------------------------------------------------------------
+
+RUNS = {name: ("distill", f"--loss {name}") for name in qsd.LOSSES} | {
+    "joined": ("segment", "--data toy+toy-arcade --labels 1/4 --workers 1"), "masks": ("segment", "--decoder mask"),
+    "one-stage": ("segment", f"{ONE_STAGE} --kd 1 --kd_logits 1 --loss vitkd")}
 
 
-def test_joined_sources_and_a_fraction_of_the_labels_train_on_the_images_they_name(teacher, student, tmp_path, monkeypatch):
-    seen, loader = [], data.loader
-    monkeypatch.setattr(data, "loader", lambda dataset, *args, **more: seen.append(dataset.samples) or loader(dataset, *args, **more))
-    for name, sources, fraction, count in (("a", "toy+toy-arcade", "1", 2000), ("b", "toy", "1/16", 62), ("c", "toy+toy-arcade", "1/16", 125)):
-        if fraction == "1":
-            distill.main(distilling(teacher, tmp_path / f"{name}-distil", 2, f"--data {sources}"))
-        segment.main(segmenting(student, tmp_path / name, 2, f"--data {sources} --labels {fraction}"))
-        assert {len(samples) for samples in seen} == {count}
-        assert all(len({sample.entry.generate for sample in samples}) == len(sources.split("+")) for samples in seen)
-        seen.clear()
-    assert all(math.isfinite(line["loss"]) for out in tmp_path.iterdir() for line in records(out)) and len(list(tmp_path.iterdir())) == 4
+@pytest.mark.parametrize("script, more", RUNS.values(), ids=RUNS)
+def test_every_objective_and_stage_resumes_to_the_bits_of_an_uninterrupted_run(script, more, flags, tmp_path):
+    train(script, flags(script, tmp_path / "whole", f"--budget 3 {more}"))
+    parts = flags(script, tmp_path / "parts", f"--budget 3 {more}")
+    interrupt(script, parts)
+    assert train(script, parts) == 2 and same_runs(tmp_path / "whole", tmp_path / "parts")
 
 
-def test_frozen_means_frozen_and_trained_means_trained(student, tmp_path):
-    before = qsd.load_vit(student).eval()
-    for freeze in ("yes", "no"):
-        segment.main(segmenting(student, tmp_path / freeze, 3, f"--freeze {freeze}"))
-        after, x = segment.load_segmenter(tmp_path / freeze / "segmenter.pt")[0].encoder, torch.randn(2, 3, 64, 64)
-        kept = [torch.equal(a, b) for a, b in zip(before.state_dict().values(), after.state_dict().values(), strict=True)]
-        with torch.no_grad():
-            outs = [torch.equal(a, b) for a, b in zip(before.blocks_out(x, [0, 3]), after.blocks_out(x, [0, 3]))]
-        assert all(kept) and all(outs) if freeze == "yes" else not any(outs)
+WATCHED = []    # while a test waits for changes: a folder, and what to call just before each change of it
 
 
-def test_a_frozen_encoder_builds_no_graph():
-    for frozen in (True, False):
-        segmenter, kept = segment.Segmenter(qsd.load_vit("toy_small"), Linear(64, 3), frozen), []
-        segmenter.encoder.blocks[0].register_forward_hook(lambda module, inputs, out: kept.append(out.requires_grad))
-        assert segmenter(torch.randn(1, 3, 64, 64)).requires_grad and kept == [not frozen]
-        assert {p.requires_grad for p in segmenter.encoder.parameters()} == {not frozen}
+def watch(event, args):
+    """Python tells of all that it opens, renames or removes, just before it does so."""
+    if WATCHED and event in ("open", "os.mkdir", "os.rename", "os.remove") and str(args[0]).startswith(WATCHED[0]):
+        mode = str(args[1]) if event == "open" else ""
+        if not mode.startswith("r"):
+            WATCHED[1](Path(args[0]).name, mode)
 
 
-def test_the_miou_that_eval_prints_is_that_of_a_slow_count(teacher, monkeypatch, capsys):
-    monkeypatch.setitem(data.DATASETS, "toy-fog", data.toy("fog", val=7))
-    evaluation.main(f"--checkpoint {teacher} --data toy-fog --batch 3".split())
-    printed = json.loads(capsys.readouterr().out.splitlines()[-1])["miou"]
-    model, _ = segment.load_segmenter(teacher)
-    inter, union = np.zeros(8), np.zeros(8)
-    for i in range(7):
-        image, label = (torch.from_numpy(array) for array in data.toy_scene("fog", 10 ** 6 + i))
-        with torch.no_grad():
-            x = data.normalize(image.permute(2, 0, 1)[None], model.encoder.mean, model.encoder.std)
-            pred = model.decoder.scores(model(x), (64, 64))[0].argmax(0)
-        for k in range(8):
-            inter[k] += ((pred == k) & (label == k)).sum()
-            union[k] += ((pred == k) | (label == k)).sum()
-    want = 100 * np.mean(inter[union > 0] / union[union > 0])
-    assert printed["toy-fog"] == pytest.approx(want) == pytest.approx(printed["mean"])
+sys.addaudithook(watch)
 
 
-# --- Runs: as a user types them ---------------------------------------------------------------------------------------
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_run_killed_before_any_change_of_its_folder_is_completed_by_the_same_command(script, flags, tmp_path):
+    out = tmp_path / "parts"
+    argv = flags(script, out, "--loss mse --size 32 --save_minutes 0")
+    train(script, flags(script, tmp_path / "whole", "--loss mse --size 32"))
+    interrupt(script, argv)
+    left = []                                                       # what SIGKILL would leave on the disk
 
-def typed(monkeypatch, capfd, command):
-    """`python <command>` in this process, which has torch loaded: (exit status, stdout, stderr)."""
-    script, *argv = command.split()
-    monkeypatch.setattr(sys, "argv", [str(HERE / script), *argv])
-    status = 0
-    try:
-        runpy.run_path(str(HERE / script), run_name="__main__")
-    except SystemExit as stop:
-        status = stop.code or 0
-    return status, *capfd.readouterr()
+    def note(name, mode):
+        left.append(contents(out))
+        if mode.startswith("w"):
+            left.append(contents(out) | {name: b""})                # just after this change
+    for begun in ({}, contents(out)):                               # a new run, and one that resumes after a step
+        restore(out, begun)
+        WATCHED[:] = [str(out), note]
+        train(script, argv)
+        WATCHED.clear()
+    for files in left:
+        restore(out, files)
+        train(script, argv)
+        assert same_runs(tmp_path / "whole", out) and len(left) > 25
+    for moment in range(10):
+        restore(out, {})
+        changes = itertools.count(-3)                               # the new log comes before signals are caught
+        WATCHED[:] = [str(out), lambda *_: next(changes) == moment and signal.raise_signal(signal.SIGTERM)]
+        with contextlib.suppress(SystemExit):
+            train(script, argv)
+        WATCHED.clear()
+        train(script, argv)
+        assert same_runs(tmp_path / "whole", out)
 
 
-@pytest.mark.parametrize("command, says", [
-    ("distill.py --dat toy", "unrecognized arguments: --dat toy"),
-    ("segment.py --nonsense", "unrecognized arguments: --nonsense"),
-    ("eval.py --batch many", "--batch: 'many' is no int"),
-    ("distill.py --data toyy --teacher {teacher}", "--data toyy: not one of"),
-    ("segment.py --data gtvv", "--data gtvv: not one of"),
-    ("distill.py --data gtav --root {tmp}/nowhere", "nowhere: no such folder"),
-    ("segment.py --data gtav --root {tmp}", "holds no files like images/*"),
-    ("data.py --data gtav --root {tmp}/nowhere", "nowhere: no such folder"),
-    ("data.py --data gtva --root {tmp}", "--data gtva: not one of"),
-    ("data.py --data bdd100k --root {tmp}/nolabels", "holds no files like labels/sem_seg"),
-    ("distill.py --teacher {tmp}/none.pt --data toy --out {tmp}/a", "none.pt: neither a file nor a known encoder"),
-    ("segment.py --data toy --encoder {tmp}/none.pt", "none.pt: neither a file nor a known encoder"),
-    ("distill.py --data toy --teacher {tmp}/junk.pt", "junk.pt is truncated, damaged or no checkpoint"),
-    ("distill.py --data toy --teacher {teacher} --student {tmp}/junk.pt", "junk.pt is truncated, damaged or no checkpoint"),
-    ("eval.py --checkpoint {tmp}/none.pt --data toy", "none.pt: no such file"),
-    ("eval.py --checkpoint {tmp}/junk.pt --data toy", "junk.pt is no segmenter.pt"),
-    ("eval.py --checkpoint {student} --data toy", "student.pt is no segmenter.pt"),
-    ("eval.py --checkpoint {teacher} --data camvid", "camvid has the classes"),
-    ("eval.py", "give --checkpoint"),
-    ("distill.py --data toy --teacher {teacher} --budget soon --out {tmp}/a", "--budget soon is not one of"),
-    ("distill.py --data toy --teacher {teacher} --batch 3 --out {tmp}/a", "--batch 3 does not divide"),
-    ("distill.py --data toy --teacher {teacher} --size 60 --out {tmp}/a", "60x60 pixels does not divide into patches of 8"),
-    ("segment.py --data toy --kd 1 --teacher {teacher} --out {tmp}/a", "add --freeze no"),
-    ("segment.py --data toy --kd 1 --freeze no --out {tmp}/a", "need a --teacher"),
-    ("segment.py --data toy --labels 3 --out {tmp}/a", "--labels 3"),
-    ("segment.py --data toy --queries 3 --out {tmp}/a", "3 queries for 8 classes"),
-    ("segment.py --data toy-night --out {tmp}/a", "toy-night: has no train split"),
-    ("distill.py --data toy --teacher {teacher} --student dinov2_vits15", "dinov2_vits15: neither a file nor a known encoder"),
-    ("distill.py --data toy --teacher {teacher} --out {tmp}/junk.pt", "junk.pt is a file, not a folder"),
-    ("distill.py --data toy --teacher {teacher} --seed -1", "--seed -1: at least 0 was expected"),
-    ("segment.py --data toy --log_every 0", "--log_every 0: at least 1 was expected"),
-    ("distill.py --data toy --teacher {teacher} --budget 1.2.3 --out {tmp}/a", "--budget 1.2.3 is not one of"),
-    ("eval.py --table 5 --data toy --jobs 0", "--jobs 0: at least 1 was expected"),
-    ("eval.py --table 5 --data toy --seeds -1", "--seeds -1: at least 0 was expected"),
-    ("eval.py --table 5 --data toy --setting gtav", "--setting gtav: belongs to the paper's scale"),
-    ("eval.py --table 5 --data toy --out {tmp}/junk.pt", "junk.pt is a file, not a folder"),
-    ("eval.py --demo --table 5", "--demo is --table main"),
-])
-def test_a_users_mistake_is_one_line_and_exit_status_2(command, says, teacher, student, tmp_path, monkeypatch, capfd):
-    (tmp_path / "junk.pt").write_bytes(b"junk" * 100)
-    write(tmp_path / "nolabels/images/10k/train/a.jpg", photo())
-    monkeypatch.chdir(tmp_path)
+def test_signals_to_all_processes_of_a_typed_command_leave_time_to_finish_and_save_the_step(flags, tmp_path):
+    log = tmp_path / "a/log.jsonl"
+    command = ["distill.py", *flags("distill", tmp_path / "a", "--budget 9999 --workers 1")]
+    process = subprocess.Popen([sys.executable, *command], cwd=HERE, start_new_session=True, stderr=subprocess.PIPE)
+    while not log.exists() or '"step": 2,' not in log.read_text():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
+    for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM):
+        os.killpg(process.pid, number)
+    _, error = process.communicate()
+    assert process.returncode in (129, 130, 143) and b"the same command goes on" in error and b"Traceback" not in error
+    assert torch.load(tmp_path / "a/last.pt")["spent"]["steps"] == records(tmp_path / "a")[-1]["step"]
+
+
+def test_a_crash_leaves_no_loading_process_that_python_would_wait_for(flags, tmp_path):
+    argv = flags("distill", tmp_path / "a", "--workers 1")
+    with pytest.raises(SystemExit, match="1"):
+        data.cli(lambda: train("distill", argv, before_step=Mock(side_effect=RuntimeError)))
+    assert not multiprocessing.active_children()
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_full_disk_is_told_in_one_line_and_keeps_the_checkpoint_before(script, flags, tmp_path, monkeypatch):
+    argv = flags(script, tmp_path / "parts", "--save_minutes 0")
+    second_fails = itertools.chain([None, OSError(28, "No space left on device")], itertools.repeat(None))
+    monkeypatch.setattr(os, "fsync", Mock(side_effect=second_fails))
+    with pytest.raises(qsd.UserError, match=r"\A.*last.pt could not be written .*No space left on device.*\Z"):
+        train(script, argv)
+    assert contents(tmp_path / "parts").keys() == {"log.jsonl", "last.pt"}
+    train(script, flags(script, tmp_path / "whole"))
+    assert train(script, argv) == 1 and same_runs(tmp_path / "whole", tmp_path / "parts")
+
+
+@pytest.mark.parametrize("script, more, scale", [
+    ("distill", "--precision fp16 --loss mse --student {student}", 2 ** (16 - 6)), ("segment", "", 1)])
+def test_steps_that_are_not_finite_are_skipped_and_counted_and_too_many_in_a_row_end_the_run(
+        script, more, scale, flags, tmp_path, monkeypatch):
+    argv = flags(script, tmp_path / "a", f"--budget 10 --max_skips 3 {more}")
+    *_, last = itertools.islice(data.Draws(1000, 4, seed=0), 9)
+    images = ", ".join(str(index) for index, draw in last)
+    calls = itertools.count()
+    bad = {2, 4, 5, 7, 8, 9}                                        # steps with NaN pixels; 0 counts the operations
+    normalize = data.normalize
+    with monkeypatch.context() as patch, pytest.raises(qsd.UserError, match=rf"3 steps in a row had .*\({images}\)"):
+        patch.setattr(data, "normalize", lambda *args: normalize(*args) * (math.nan if next(calls) in bad else 1))
+        train(script, argv)
+    assert [line["skipped"] for line in records(tmp_path / "a")] == [0, 1, 1, 2, 3, 3, 4, 5, 6]
+    scales = []
+    assert train(script, argv, lambda run: scales.append(run.scaler.get_scale())) == 1
+    assert scales == [scale]                                        # of fp16 losses: each bad step has halved it
+    ledger = torch.load(tmp_path / "a" / RESULT[script], weights_only=True)["ledger"]
+    spent = [(stage["script"], stage["steps"], stage["images"], stage["tokens"], stage["skipped"]) for stage in ledger]
+    assert spent == [("distill", 3, 12, 768, 0), (script, 10, 40, 2560, 6)]
+
+
+# what commit cc375fe wrote for the flags above
+OLD = dict(
+    loss="qsd", alpha=1.0, beta=1.0, gamma=1.0, feat_with_cls=True, mask_ratio=0.5, mask_every=2, mask_loss="all",
+    scale="one", temperature=0.07, attention="learned", layers="last", target_norm="none", dcd_pool=1, data="toy",
+    root="data", pretrained=True, size=64, patch=8, cache=0, workers=0, batch=4, budget="2", weight_decay=0.05, seed=0,
+    out="elsewhere", log_every=1, save_minutes=0.0, max_skips=10)
+OLD_STAGE_1 = OLD | dict(
+    student="toy_small", student_depth=None, keep_heads=False, randaugment=True, erase=0.25,
+    repeats=1, micro=64, lr=0.001, lr_rule="constant", lr_min=1e-05, warmup=0.0, precision="auto", compile="auto")
+OLD_STAGE_2 = OLD | dict(
+    split="train", labels="1", classes=0, depth=None, freeze=True, decoder="linear", blocks="last", width=64, ffn=256,
+    queries=32, decoder_layers=3, pixel="fpn", heads=4, points=12544, void="negative", kd=0.0, kd_logits=0.0, power=0.9,
+    teacher="none", cat_max_ratio=1.0, micro=8, lr=0.002, lr_backbone=0.001, precision="fp32", val_every=0)
+
+
+@pytest.mark.parametrize("script, old", [("distill", OLD_STAGE_1), ("segment", OLD_STAGE_2)])
+def test_a_run_of_another_version_or_spelling_goes_on_and_its_result_is_read_unless_its_mathematics_was_another(
+        script, old, teacher, student, flags, tmp_path, monkeypatch, capfd):
+    @dataclasses.dataclass
+    class Newer(SCRIPTS[script].Config):
+        smoothing: float = 0.5  # a constant of tomorrow
+    parts = tmp_path / "parts"
+    argv = flags(script, parts)
+    train(script, flags(script, tmp_path / "whole"))
+    interrupt(script, argv)
+    monkeypatch.setattr(SCRIPTS[script], "Config", Newer)
+    monkeypatch.setitem(data.DATASETS, "toy-fog", data.toy("fog", val=3))
+    begun = contents(parts)
+    first, *lines = begun["log.jsonl"].decode().splitlines(keepends=True)
+    stored = json.loads(first)["config"]
+    fewer = {name: stored[name] for name in stored if name != "distance"}
+    begun_from = {"distill": ("teacher", teacher), "segment": ("encoder", student)}[script]
+    old = old | {begun_from[0]: os.path.relpath(begun_from[1])}
+
+    def read(path):
+        if script == "distill":
+            return qsd.load_vit(path).pos_embed.tolist()
+        evaluation.main(f"--checkpoint {path} --data toy-fog".split())
+        return json.loads(capfd.readouterr().out.splitlines()[-1])["miou"]
+    for config, more, refused in ((old, "", ""), (fewer, "--max_skips 3 --root elsewhere --workers 1", ""),
+                                  (stored | {"gone": 3}, "--save_minutes 5", ""),
+                                  (old | {"mask_every": 1}, "", "mask_every 1 -> 2"),
+                                  (stored, "--smoothing 0.7 --alpha 2", "alpha 1.0 -> 2.0, smoothing 0.5 -> 0.7")):
+        header = json.dumps(json.loads(first) | dict(config=config)) + "\n"
+        restore(parts, begun | {"log.jsonl": "".join([header, *lines]).encode()})
+        before = contents(parts)
+        if refused:
+            with pytest.raises(qsd.UserError, match=re.escape(f"holds a run with other constants ({refused}); choose")):
+                train(script, [*argv, *more.split()])
+            assert contents(parts) == before
+        else:
+            assert train(script, [*argv, *more.split()]) == 1 and same_runs(tmp_path / "whole", parts)
+            result = parts / RESULT[script]
+            torch.save(torch.load(result, weights_only=True) | dict(config=config), result)
+            assert read(result) == read(tmp_path / "whole" / RESULT[script])
+            assert train(script, [*argv, "--out", f"{os.path.relpath(parts)}/", "--micro=2", "--log_every=2"]) == 0
+            assert "is finished; nothing to do" in capfd.readouterr().out
+
+
+REFUSALS = {
+    "segment.py --freeze maybe": "--freeze: 'maybe' is none of yes, no",
+    "distill.py {t} --seed -1": "--seed -1: at least 0 was expected",
+    "distill.py {t} --repeats 0": "--repeats 0: at least 1 was expected",
+    "distill.py {t} --data toyy": "--data toyy: not one of",
+    "distill.py {t} --data gtav --root {tmp}/nowhere": "nowhere: no such folder",
+    "segment.py --data gtav --root {tmp}/a": "holds no files like images/*",
+    "segment.py --data toy --classes 3": "--classes 3: is for --data folder",
+    "segment.py --data gtav --root {tmp}/gtav --cache 48": "gtav-48 is not there; run python data.py --data gtav",
+    "distill.py {t} --data gtav --root {tmp}/gtav --cache 48": "gtav-48 is not there; run python data.py --data gtav",
+    "distill.py {t} --student {student} --pretrained no": "only a named encoder can start at random",
+    "segment.py --data toy --encoder {student} --pretrained no": "only a named encoder can start at random",
+    "distill.py {t} --keep_heads": "--keep_heads: toy_small holds no heads",
+    "distill.py {t} --budget 1.2.3": "--budget 1.2.3 is not one of",
+    "distill.py {t} --batch 3": "--batch 3 does not divide into pairs of images over 1 processes",
+    "segment.py {t} --kd 1": "add --freeze no",
+    "segment.py --data toy --kd_logits 1 --freeze no --teacher {student}": "student.pt is no segmenter.pt",
+    "distill.py {t} --out {tmp}": "is not empty and holds no log.jsonl",
+    "segment.py --data toy --out {tmp}/a": "a holds a run with other constants (",
+    f"distill.py {{t}} {QUICK} --data toy-proxy --budget 3 --out {{tmp}}/a": "a/last.pt cannot be read (",
+    "eval.py --checkpoint {tmp}/a/last.pt --data toy": "last.pt is no segmenter.pt",
+    "data.py --data gtva": "--data gtva: not one of",
+}
+
+
+@pytest.mark.parametrize("command", REFUSALS)
+def test_a_users_mistake_is_one_line_and_exit_status_2_and_nothing_is_begun(
+        command, teacher, student, tmp_path, monkeypatch, capfd):
+    for name in ("gtav/images/1.png", "gtav/labels/1.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"junk" * 100)
+    shutil.copytree(student.parent, tmp_path / "a")
+    (tmp_path / "a/student.pt").rename(tmp_path / "a/last.pt")
+    os.truncate(tmp_path / "a/last.pt", 5000)
     before = contents(tmp_path)
-    status, _, error = typed(monkeypatch, capfd, command.format(tmp=tmp_path, teacher=teacher, student=student))
-    assert status == 2 and says in error and error.count("\n") == 1 and error.startswith(command.split()[0] + ": ")
-    assert contents(tmp_path) == before  # nothing was begun
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(data.Run, "steps", None)
+    script, *argv = command.format(tmp=tmp_path, student=student, t=f"--data toy --teacher {teacher}").split()
+    monkeypatch.setattr(sys, "argv", [script, *argv])
+    with pytest.raises(SystemExit, match="2"):
+        runpy.run_path(str(HERE / script), run_name="__main__")
+    error = capfd.readouterr().err
+    assert error.startswith(f"{script}: ") and REFUSALS[command] in error and error.count("\n") == 1
+    assert contents(tmp_path) == before
 
 
-@pytest.mark.parametrize("script, result", [("distill.py", "student.pt"), ("segment.py", "segmenter.pt")])
-def test_a_folder_with_another_run_or_foreign_files_is_refused_and_left_alone(script, result, teacher, student, tmp_path, monkeypatch, capfd):
-    command = f"{script} --data toy --batch 2 --budget 1 " + (f"--teacher {teacher}" if script == "distill.py" else "")
-    own = (student if script == "distill.py" else teacher).parent
-    before = contents(own)
-    status, _, error = typed(monkeypatch, capfd, f"{command} --out {own}")
-    assert status == 2 and "holds a run with other constants (" in error and "data toy-" in error and error.count("\n") == 1
-    assert contents(own) == before
-    (tmp_path / "thesis.txt").write_text("mine")
-    status, _, error = typed(monkeypatch, capfd, f"{command} --out {tmp_path}")
-    assert status == 2 and "is not empty" in error and error.count("\n") == 1
-    assert contents(tmp_path) == {str(tmp_path / "thesis.txt"): b"mine"}
-
-
-def test_the_other_scripts_run_in_the_folder_is_refused(teacher, student, monkeypatch, capfd):
-    for command in (f"segment.py --data toy --out {student.parent}", f"distill.py --data toy --teacher {teacher} --out {teacher.parent}"):
-        before = contents(command.split()[-1])
-        status, _, error = typed(monkeypatch, capfd, command)
-        assert status == 2 and error.count("\n") == 1
-        assert contents(command.split()[-1]) == before
-
-
-def test_a_finished_run_says_so_and_stops(teacher, student, monkeypatch, capfd):
-    before = contents(student.parent)
-    command = f"distill.py --data toy-proxy --teacher {teacher} --batch 4 --budget 3 --log_every 1 --out {student.parent}"
-    status, out, error = typed(monkeypatch, capfd, command)
-    assert status == 0 and "student.pt is finished; nothing to do" in out and not error
-    assert contents(student.parent) == before
-
-
-def test_resuming_refuses_other_mathematics_by_name_and_allows_other_logging(teacher, tmp_path):
-    argv = distilling(teacher, tmp_path / "a", 3)
-    interrupted(distill.main, argv, 1)
-    before = contents(tmp_path / "a")
-    with pytest.raises(data.UserError, match=r"other constants \(alpha 1.0 -> 0.5, lr 0.001 -> 0.5\)"):
-        distill.main([*argv, "--lr", "0.5", "--alpha", "0.5"])
-    assert contents(tmp_path / "a") == before
-    distill.main([*argv, "--micro", "2", "--save_minutes", "5"])
-    assert (tmp_path / "a/student.pt").exists()
-
-
-# --- Runs: other processes --------------------------------------------------------------------------------------------
-
-ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}
-
-
-def start(*command):
-    return subprocess.Popen([sys.executable, *map(str, command)], cwd=HERE, env=ONE_THREAD, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                            text=True)
-
-
-def test_a_typed_command_with_a_wrong_flag_exits_with_2():
-    process = start("distill.py", "--nonsense", "1")
-    out, error = process.communicate(timeout=60)
-    assert process.returncode == 2 and not out and error.startswith("distill.py: unrecognized arguments: --nonsense") and error.count("\n") == 1
-
-
-# A process that has torch and this file loaded, nothing else done, and copies itself in milliseconds
-FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload([__name__])
-
-
-def run_until(moment, number, main, argv, shown):
-    """Run main; just before change number `moment` of its folder this process gets a signal. Optimiser steps and half-written
-    checkpoints count as changes: what a kill leaves behind follows from the changes before it, so no other moment differs from these."""
-    out, changes, step, save = argv[argv.index("--out") + 1], itertools.count(1), data.step, torch.save
-
-    def change(event, args):
-        if event in ("open", "os.mkdir", "os.rename", "os.remove", "step") and str(args[0]).startswith(out) and next(changes) == moment:
-            os.kill(os.getpid(), number)
-
-    def torn_save(state, file):
-        save(state, whole := io.BytesIO())
-        file.write(whole.getvalue()[:len(whole.getvalue()) // 2])
-        file.flush()
-        change("step", [out])
-        file.write(whole.getvalue()[len(whole.getvalue()) // 2:])
-    sys.stdout = sys.stderr = open(shown, "a", buffering=1)
-    data.step = lambda *args: change("step", [out]) or step(*args)
-    torch.save, os.fsync, data.DATASETS["toy"] = torn_save, lambda file: None, FEW
-    sys.addaudithook(change)
-    main(argv)
-
-
-def killed(main, argv, moment, number, shown):
-    """Start main in a process of its own that gets a signal at this moment: its exit status."""
-    process = FORKS.Process(target=run_until, args=(moment, number, main, argv, shown))
-    process.start()
-    process.join(120)
-    return process.exitcode
-
-
-KILLED = [(distill.main, partial(distilling, more=f"--loss mse {EACH}")), (segment.main, partial(segmenting, more=f"--decoder linear --val_every 1 {EACH}"))]
-
-
-def same_runs(whole, parts):
-    """Whether two folders hold the same files, in them the same weights and the same losses."""
-    names = [sorted(path.name for path in out.iterdir()) for out in (whole, parts)]
-    return names[0] == names[1] and all(same(path, parts / path.name) for path in whole.glob("*.pt")) and losses_of(whole) == losses_of(parts)
-
-
-@pytest.mark.parametrize("main, command", KILLED)
-def test_a_run_killed_at_ten_random_moments_ends_with_the_weights_of_the_uninterrupted_run(main, command, teacher, tmp_path, monkeypatch):
-    monkeypatch.setitem(data.DATASETS, "toy", FEW)
-    whole, parts = (command(teacher, tmp_path / name, 24) for name in ("whole", "parts"))
-    main(whole)
-    chance, history, reached = random.Random(0), [], [0]
-    for i in range(10):
-        number, moment = (signal.SIGKILL, signal.SIGTERM)[i % 2], chance.randint(1, 30)
-        status = killed(main, parts, moment, number, tmp_path / "shown")
-        kept = next((path for name in ("last.pt", "prev.pt") if (path := tmp_path / "parts" / name).exists()), None)
-        reached.append(torch.load(kept, weights_only=True)["spent"]["steps"] if kept else 0)
-        history.append(f"{number.name} before change {moment}: exit status {status}, step {reached[-1]} kept")
-        assert status in (-number, 128 + number), (history, (tmp_path / "shown").read_text())  # -SIGTERM: it came before the first step
-        assert reached[-1] >= reached[-2], history
-    assert steps_of(main, parts) > 0 and same_runs(tmp_path / "whole", tmp_path / "parts"), history
-    shown = (tmp_path / "shown").read_text()
-    assert "stopped by signal 15 after step" in shown and "Traceback" not in shown
-
-
-@pytest.mark.parametrize("main, command", KILLED)
-def test_a_run_killed_before_one_change_of_its_folder_after_the_other_is_completed_by_the_same_command(main, command, teacher, tmp_path, monkeypatch):
-    monkeypatch.setitem(data.DATASETS, "toy", FEW)
-    whole, parts = (command(teacher, tmp_path / name, 1) for name in ("whole", "parts"))
-    main(whole)
-    statuses = [-signal.SIGKILL]
-    while statuses[-1] == -signal.SIGKILL:  # the first start is killed before change 1, the second before its change 2, ...
-        statuses.append(killed(main, parts, len(statuses), signal.SIGKILL, tmp_path / "shown"))
-    assert statuses[-1] == 0 and len(statuses) > 9, (statuses, (tmp_path / "shown").read_text())
-    assert same_runs(tmp_path / "whole", tmp_path / "parts"), statuses
-
-
-def test_a_damaged_checkpoint_never_takes_the_place_of_the_good_one_before_it(teacher, tmp_path, monkeypatch):
-    argv, replace = distilling(teacher, tmp_path / "a", 4, f"--loss mse {EACH}"), os.replace
-    interrupted(distill.main, argv, 3)
-    (tmp_path / "a/last.pt").write_bytes(b"damaged")
-
-    def killed(source, target):
-        if Path(target).name == "last.pt":
-            raise KeyboardInterrupt
-        replace(source, target)
-    monkeypatch.setattr(os, "replace", killed)
-    with pytest.raises(KeyboardInterrupt):  # between the two renames of the next save
-        distill.main(argv)
-    assert torch.load(tmp_path / "a/prev.pt", weights_only=True)["spent"]["steps"] == 2
-    monkeypatch.setattr(os, "replace", replace)
-    assert steps_of(distill.main, argv) == 2
-    assert sorted(path.name for path in (tmp_path / "a").iterdir()) == ["log.jsonl", "loss.png", "student.pt"]
-
-
-def signal_all(number, argv, shown):
-    """Distil, with a process that loads the images; as the training process waits for its third batch both get a signal."""
-    os.setsid()
-    sys.stdout = sys.stderr = open(shown, "a", buffering=1)
-    log, getitem = Path(argv[argv.index("--out") + 1], "log.jsonl"), data.Scenes.__getitem__
-
-    def item(self, key):
-        if key[1] == 8:
-            while not (log.exists() and '"step": 2,' in log.read_text()):
-                time.sleep(0.01)
-            os.killpg(0, number)
-        return getitem(self, key)
-    data.Scenes.__getitem__ = item
-    try:
-        distill.main(argv)
-    except SystemExit as stop:
-        os._exit(stop.code)  # multiprocessing would first end the loading process and wait for it
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_to_all_processes_at_once_leaves_time_to_finish_and_save_the_step(number, teacher, tmp_path):
-    process = FORKS.Process(target=signal_all, args=(number, distilling(teacher, tmp_path / "a", 9, "--loss mse --workers 1"), tmp_path / "shown"))
-    process.start()
-    process.join(120)
-    assert process.exitcode == 128 + number, (tmp_path / "shown").read_text()
-    assert torch.load(tmp_path / "a/last.pt", weights_only=True)["spent"]["steps"] == 3
-
-
-def crash(shown):
-    """A script that crashes while a process loads its images."""
-    sys.stderr = open(shown, "w", buffering=1)
-
-    def main():
-        batches = iter(data.loader(data.images("toy", "", data.distill_transform(16)), 2, workers=1))
-        raise RuntimeError(f"crashed after {len(next(batches))}")
-    data.cli(main)
-
-
-def test_a_crash_ends_at_once_though_loading_processes_outlast_signals(tmp_path):
-    process = FORKS.Process(target=crash, args=(tmp_path / "shown",))
-    process.start()
-    process.join(20)  # they would live for 30 s
-    assert process.exitcode == 1
-    assert "Traceback" in (tmp_path / "shown").read_text() and "crashed after 2" in (tmp_path / "shown").read_text()
-
-
-def run_rows(rows, shown):
-    sys.stdout = sys.stderr = open(shown, "w", buffering=1)
-    evaluation.run(rows, evaluation.Config(data="toy"))
-
-
-def test_a_killed_table_ends_its_runs_with_their_step_saved(tmp_path):
-    text = f"segment.py --data toy --encoder toy_small --decoder linear --budget 5000 --log_every 1 --out {tmp_path}/a"
-    process = FORKS.Process(target=run_rows, args=([evaluation.Row("a", [text])], tmp_path / "shown"))
-    process.start()
-    log, until = tmp_path / "a/log.jsonl", time.time() + 120
-    while not (log.exists() and '"step": 2,' in log.read_text()):
-        assert process.is_alive() and time.time() < until, (tmp_path / "shown").read_text()
-        time.sleep(0.05)
-    os.kill(process.pid, signal.SIGTERM)
-    process.join(20)
-    assert process.exitcode == 128 + signal.SIGTERM and "stopped by signal 15; the same command" in (tmp_path / "shown").read_text()
-    kept = torch.load(tmp_path / "a/last.pt", weights_only=True)["spent"]["steps"]
-    time.sleep(1)
-    assert kept == records(tmp_path / "a")[-1]["step"] >= 2  # and nothing goes on there
-
-
-ONE_STAGE = "--freeze no --kd 1 --kd_logits 1 --teacher {teacher}"
-
+# --- Runs: several processes ------------------------------------------------------------------------------------------
 
 def alike(teacher, student, out):
-    """What one process and two must do alike, each run in a folder of its own below out."""
-    for loss in qsd.LOSSES:
-        distill.main(distilling(teacher, out / loss, 3, f"--batch 8 --loss {loss}"))
-    for name, more in (("segment", ""), ("one-stage", ONE_STAGE.format(teacher=teacher))):
-        segment.main(segmenting(student, out / name, 3, f"--batch 8 {more}"))
-    resumed = distilling(teacher, out / "resumed", 3, "--batch 8")
-    last = dist.get_rank() == dist.get_world_size() - 1  # the signal reaches one process; all must end after the same step
+    """What one process and several must do alike, in folders below out: one in a pass a step, several in two each."""
+    norms = {}
+    last = data.rank() == data.world_size() - 1
+    micro = 8 if data.world_size() == 1 else 2
+    def note(run):
+        gradients = [p.grad for p in run.learner.parameters() if p.grad is not None]
+        norms.setdefault(run.out.name, []).append(torch.nn.utils.get_total_norm(gradients).item())
+        assert run.passes == data.world_size()
+        if run.out.name == "resumed" and last:                      # a signal reaches one process, and all must end
+            signal.raise_signal(signal.SIGTERM)
+    for name, (script, more) in RUNS.items():
+        train(script, flags_of(teacher, student, script, out / name, f"--batch 8 --micro {micro} {more}"), note)
+    argv = flags_of(teacher, student, "distill", out / "resumed", f"--batch 8 --micro {micro}")
     with pytest.raises(SystemExit):
-        steps_of(distill.main, resumed, terminate=1 if last else 0)
-    dist.barrier()  # in a real restart no process looks for last.pt before the first has written it
-    assert steps_of(distill.main, resumed) == 2
-    odd = data.Scenes(data.scenes("toy", "").samples[:7], None, labelled=True, training=False)
-    confusion = segment.evaluate(segment.load_segmenter(teacher)[0], odd, 64, torch.device("cpu"))
-    (out / f"confusion-{dist.get_rank()}.json").write_text(json.dumps(confusion.tolist()))
+        train("distill", argv, note)
+    data.largest(0)                                                 # waits until the first has written last.pt
+    assert train("distill", argv) == 1
+    if data.world_size() > 1:
+        with pytest.raises(qsd.UserError, match="some processes find a run there and others do not"):
+            train("distill", argv if last else [*argv, "--out", f"{out}/elsewhere"])
+    curves = {name: norms[name] + [line["loss"] for line in records(out / name)] for name in RUNS}
+    (out / f"curves-{data.rank()}.json").write_text(json.dumps(curves))
+    assert same_runs(out / "qsd", out / "resumed")
 
 
 @pytest.fixture(scope="session")
-def one(teacher, student, tmp_path_factory):
-    out = tmp_path_factory.mktemp("one")
-    alike(teacher, student, out)
-    return out
+def curves(teacher, student, tmp_path_factory):
+    """{run: gradients and losses} of this process, and of two that torchrun starts with the last lines of this file."""
+    one, two = [tmp_path_factory.mktemp("world") for _ in range(2)]
+    alike(teacher, student, one)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    subprocess.run([*torchrun, __file__, teacher, student, two], check=True, cwd=HERE)
+    return [json.loads(path.read_text()) for path in [*one.glob("curves-*"), *two.glob("curves-*")]]
 
 
-@pytest.fixture(scope="session")
-def two(teacher, student, tmp_path_factory):
-    """The same by two processes of torchrun, which starts this file: its last lines."""
-    out = tmp_path_factory.mktemp("two")
-    process = start("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", __file__, teacher, student, out)
-    _, error = process.communicate(timeout=600)
-    assert process.returncode == 0, error
-    return out
+@pytest.mark.parametrize("name", RUNS)
+def test_two_processes_in_two_passes_each_have_the_losses_and_gradients_of_one_with_the_whole_batch(name, curves):
+    one, *two = [world[name] for world in curves]
+    assert len(one) == 4 and all(other == pytest.approx(one, rel=1e-4) for other in two)
 
 
-@pytest.mark.parametrize("run", [*qsd.LOSSES, "segment", "one-stage"])
-def test_each_objective_and_stage_2_give_under_torchrun_with_two_processes_the_loss_curve_of_one(run, one, two):
-    worlds = [json.loads((out / run / "log.jsonl").read_text().splitlines()[0])["world"] for out in (one, two)]
-    alone, together = ([line["loss"] for line in records(out / run)] for out in (one, two))
-    assert worlds == [1, 2] and len(alone) == 3 and alone[2] != alone[0]
-    assert together == pytest.approx(alone, rel=1e-5)
+if __name__ == "__main__":  # as torchrun starts it
+    data.launch()
+    alike(*map(Path, sys.argv[1:]))
+    dist.destroy_process_group()
 
 
-def test_two_processes_resume_to_the_bits_of_an_uninterrupted_run(one, two):
-    for out in (one, two):
-        assert same(out / "qsd/student.pt", out / "resumed/student.pt") and losses_of(out / "qsd") == losses_of(out / "resumed")
+CPU = torch.device("cpu")
+LOOK = {"toy": "game", "toy-night": "night", "toy-fog": "fog", "toy-snow": "snow", "toy-rain": "rain"}
 
 
-def test_two_processes_count_the_pixels_of_an_odd_number_of_images_as_one_does(one, two):
-    counts = [json.loads(path.read_text()) for path in (one / "confusion-0.json", two / "confusion-0.json", two / "confusion-1.json")]
-    assert counts[0] == counts[1] == counts[2] and np.sum(counts[0]) == 7 * 64 * 64
+# --- Evaluation: helpers ----------------------------------------------------------------------------------------------
+
+def slow_ious(pairs, K):
+    """IoU in percent of each class, NaN if it never occurs, counted class by class over (prediction, label) pairs."""
+    both = np.zeros(K)
+    either = np.zeros(K)
+    for pred, label in pairs:
+        pred = np.asarray(pred)[label != 255]
+        label = np.asarray(label)[label != 255]
+        for k in range(K):
+            both[k] += ((pred == k) & (label == k)).sum()
+            either[k] += ((pred == k) | (label == k)).sum()
+    return [100 * both[k] / either[k] if either[k] else math.nan for k in range(K)]
 
 
-@pytest.mark.parametrize("run, command, main", [("qsd", distilling, distill.main), ("segment", segmenting, segment.main)])
-def test_accumulation_gives_the_loss_curve_of_whole_batches(run, command, main, teacher, student, one, tmp_path):
-    main(command(teacher if run == "qsd" else student, tmp_path / "a", 3, "--batch 8 --micro 2"))
-    assert [line["loss"] for line in records(tmp_path / "a")] == pytest.approx([line["loss"] for line in records(one / run)], rel=1e-5)
+def scenes(name, count=3):
+    """Pairs (image uint8 (3, 64, 64), label (64, 64)) of the first scenes that a toy domain is evaluated on."""
+    pairs = [data.toy_scene(LOOK[name], 10 ** 6 + i) for i in range(count)]
+    return [(torch.from_numpy(image).permute(2, 0, 1), label) for image, label in pairs]
 
 
-# --- Tables: lists of runs --------------------------------------------------------------------------------------------
+@pytest.fixture
+def few(monkeypatch):
+    """Toy domains of three scenes to evaluate on; six of the source to learn from."""
+    for name, look in LOOK.items():
+        monkeypatch.setitem(data.DATASETS, name, data.toy(look, train=6 if name == "toy" else 0, val=3))
 
-def runs_in(table, world):
-    return (table, world) != ("fig6", "camvid") and (world != "paper" or evaluation.TABLES[table].settings)
+
+def save_segmenter(path, only=None, seed=0, decoder="linear", **ledger):
+    """Write a segmenter with random weights; one that sees the class `only` wherever it looks, if that is given."""
+    torch.manual_seed(seed)
+    cfg = segment.Config(decoder=decoder, size=64, width=32, queries=8, decoder_layers=1, ffn=32, heads=2, pixel="fpn")
+    model = segment.Segmenter(qsd.load_vit("toy_small", depth=1), segment.build_decoder(64, 8, cfg))
+    for head in model.decoder.heads if decoder == "linear" else []:
+        torch.nn.init.normal_(head[1].weight)
+        if only is not None:
+            torch.nn.init.constant_(head[1].weight, 0)
+            head[1].bias.data = 5 * F.one_hot(torch.tensor(only), 8).float()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    stage = dict(seconds=60, flops=1e12) | ledger
+    torch.save(dict(model=model.state_dict(), encoder=model.encoder.config, config=data.as_plain(cfg), ledger=[stage],
+                    classes=list(data.TOY_CLASSES), colors=[list(color) for color in data.TOY_COLORS]), path)
+    return path
+
+
+def pretend(row, only=0, **ledger):
+    """Leave the folders of a row's runs as if they had ended, the last with a segmenter that sees one class."""
+    for text in row.runs:
+        _, cfg, result = evaluation.parsed(text)
+        save_segmenter(result, only, **ledger)
+        data.write(result.with_name("log.jsonl"), json.dumps(dict(config=data.as_plain(cfg))) + "\n")
+
+
+def constant_miou(name, only):
+    """The mIoU in percent on a toy domain of what sees one class everywhere."""
+    pairs = [(np.full((64, 64), only), label) for _, label in scenes(name)]
+    return np.nanmean(slow_ious(pairs, 8))
+
+
+def cell(path, row, column, columns):
+    """The pixels (136, 136, 3) of one square cell of a sheet whose columns have the usual width."""
+    picture = np.asarray(Image.open(path).convert("RGB"))
+    left = picture.shape[1] - 140 * (columns - column)
+    return picture[28 + 140 * row:164 + 140 * row, left:left + 136]
+
+
+def enlarged(pixels):
+    """Pixels (h, w, 3) as a sheet shows them."""
+    return np.asarray(Image.fromarray(pixels).resize((136, 136), Image.Resampling.NEAREST))
+
+
+def ink(pixels):
+    """How wide the writing on a white ground is."""
+    columns = np.flatnonzero((np.asarray(pixels) < 128).any((0, 2)))
+    return columns[-1] - columns[0] + 1
+
+
+def printed_table(text):
+    """The cells of a printed table below its header."""
+    lines = [line for line in text.splitlines() if line.startswith("|")]
+    return [[part.strip() for part in line.split("|")[1:-1]] for line in lines[:1] + lines[2:]]
+
+
+# --- Evaluation: mIoU and windows -------------------------------------------------------------------------------------
+
+def test_miou_equals_a_slow_count_in_which_unlabelled_pixels_and_absent_classes_play_no_part():
+    rng = np.random.default_rng(0)
+    for K in (2, 5, 19):
+        label = rng.integers(0, K, (3, 9, 7))
+        pred = rng.integers(0, max(1, K - 1), (3, 9, 7))
+        label[rng.random(label.shape) < 0.2] = 255
+        label[label == 1] = 0               # so that a class is only predicted, and for K = 2 absent
+        conf = 0
+        for p, y in zip(pred, label):
+            conf = conf + evaluation.confusion(torch.from_numpy(p), torch.from_numpy(y), K)
+        found = 100 * evaluation.iou(conf)
+        assert found.tolist() == pytest.approx(slow_ious(zip(pred, label), K), nan_ok=True)
+    conf = evaluation.confusion(torch.tensor([[0, 2, 1]]), torch.tensor([[0, 1, 255]]), 3)
+    assert conf.tolist() == [[1, 0, 0], [0, 0, 1], [0, 0, 0]]       # (label, prediction)
+
+
+class Lens(torch.nn.Module):
+    """A model whose scores in a window depend on the place within it, so that every overlap shows."""
+    def __init__(self, side):
+        super().__init__()
+        self.weight = torch.rand(side, side)
+        self.decoder = self
+        self.encoder = SimpleNamespace(patch_size=4)
+
+    def forward(self, x):
+        return x
+
+    def scores(self, x, size):
+        assert tuple(x.shape[2:]) == tuple(size)
+        return x[:, :2] * self.weight[:size[0], :size[1]]
+
+
+def slow_slide(model, x, window, stride):
+    """The mean over all windows that see a pixel; short sides are padded on the right and below."""
+    H, W = x.shape[2:]
+    x = F.pad(x, (0, max(0, window - W), 0, max(0, window - H)))
+    height, width = x.shape[2:]
+    total = torch.zeros(len(x), 2, height, width)
+    count = torch.zeros(height, width)
+    for i in range(math.ceil((height - window) / stride) + 1):
+        for j in range(math.ceil((width - window) / stride) + 1):
+            top = min(i * stride, height - window)                  # the last one ends flush with the border
+            left = min(j * stride, width - window)
+            here = np.s_[..., top:top + window, left:left + window]
+            total[here] += x[here][:, :2] * model.weight
+            count[here] += 1
+    return (total / count)[:, :, :H, :W]
+
+
+@pytest.mark.parametrize("height, width, stride", [
+    (16, 16, 11), (20, 37, 11), (33, 16, 5), (50, 41, 16), (45, 61, 7), (10, 7, 11), (10, 40, 11), (40, 10, 3)])
+def test_the_sliding_window_equals_a_slow_mean_over_the_windows(height, width, stride):
+    x = torch.randn(2, 3, height, width)
+    model = Lens(16)
+    torch.testing.assert_close(evaluation.slide(model, x, 16, stride), slow_slide(model, x, 16, stride))
+
+
+def test_predictions_may_be_of_whole_images_flipped_and_at_several_scales():
+    model = Lens(64)
+    x = torch.randn(2, 3, 10, 15)
+    whole = evaluation.predict(model, x, 64, whole=True)            # padded to whole patches of 4 pixels, and cut
+    torch.testing.assert_close(whole, x[:, :2] * model.weight[:10, :15])
+    both = evaluation.predict(model, x, 64, whole=True, flip=True)
+    torch.testing.assert_close(both, whole + x[:, :2] * model.weight[:10, :15].flip(1))
+    model = Lens(16)
+    x = torch.randn(2, 3, 20, 37)
+    plain = slow_slide(model, x, 16, 11)                            # two thirds of the window, the default
+    torch.testing.assert_close(evaluation.predict(model, x, 16), plain)
+    torch.testing.assert_close(evaluation.predict(model, x, 16, scales=(1.0,)), plain)
+    torch.testing.assert_close(evaluation.predict(model, x, 16, stride=1 / 4), slow_slide(model, x, 16, 4))
+    expected = 0
+    for size in ((10, 18), (25, 46)):                               # 37 / 2 is rounded to an even number
+        small = segment.resize(x, size)
+        scores = slow_slide(model, small, 16, 11) + slow_slide(model, small.flip(3), 16, 11).flip(3)
+        expected = expected + segment.resize(scores, (20, 37)) / 2
+    found = evaluation.predict(model, x, 16, flip=True, scales=(0.5, 1.25))
+    torch.testing.assert_close(found, expected)
+    assert round(evaluation.Config.stride * 512) == 341             # the official one
+
+
+def test_the_miou_that_eval_prints_is_that_of_a_slow_count_and_needs_no_process_group(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(data.DATASETS, "toy-fog", data.toy("fog", val=7))
+    monkeypatch.setitem(data.DATASETS, "toy-night", data.toy("night", val=3))
+    path = save_segmenter(tmp_path / "segmenter.pt")
+    argv = f"--checkpoint {path} --data toy-fog+toy-night --batch 3".split()
+    evaluation.main(argv)
+    *table, last = capsys.readouterr().out.splitlines()
+    model, _ = segment.load_segmenter(path)
+    expected = {}
+    for name, count in {"toy-fog": 7, "toy-night": 3}.items():
+        pairs = []
+        for image, label in scenes(name, count):
+            x = data.normalize(image[None], model.encoder.mean, model.encoder.std)
+            pairs.append((model.decoder.scores(model(x), (64, 64))[0].argmax(0), label))
+        expected[name] = np.nanmean(slow_ious(pairs, 8))
+    assert len(pairs[0][0].unique()) > 3
+    expected["mean"] = (expected["toy-fog"] + expected["toy-night"]) / 2
+    assert json.loads(last) == {"checkpoint": str(path), "miou": pytest.approx(expected)}
+    assert printed_table("\n".join(table)) == [["", *expected], [str(path), *(f"{v:.1f}" for v in expected.values())]]
+    assert not dist.is_initialized()
+    evaluation.main([*argv, "--scales", "0.5,1.5", "--flip"])
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["miou"]["mean"] != pytest.approx(expected["mean"])
+
+
+def test_processes_share_an_odd_number_of_images_and_none_is_counted_twice(tmp_path, monkeypatch):
+    model, _ = segment.load_segmenter(save_segmenter(tmp_path / "segmenter.pt"))
+    monkeypatch.setitem(data.DATASETS, "toy-fog", data.toy("fog", val=7))
+    dataset = data.scenes("toy-fog", "", "val")
+    alone = evaluation.evaluate(model, dataset, 64, CPU)
+    monkeypatch.setattr(data, "world_size", lambda: 2)
+    shares = []
+    for rank in (0, 1):
+        monkeypatch.setattr(data, "rank", lambda: rank)
+        shares.append(evaluation.evaluate(model, dataset, 64, CPU))
+    assert torch.equal(shares[0] + shares[1], alone)
+    assert [share.sum() for share in shares] == [4 * 64 * 64, 3 * 64 * 64]
+
+
+# --- Evaluation: tables are lists of runs -----------------------------------------------------------------------------
+
+WORLDS = ("toy", "camvid", "paper")
+NOT_THERE = [("fig6", "camvid"), ("main", "paper"), ("clock", "paper")]
 
 
 def rows_of(table, world):
     """All rows of a table in a world, as (block, row)."""
+    if (table, world) in NOT_THERE:
+        return []
     cfg = evaluation.Config(data=world, out="runs/x", root="/data", seed=3, seeds=1)
     return [(block, row) for block in evaluation.blocks(table, cfg) for row in block.seeds[0]]
 
 
-@pytest.mark.parametrize("world", ["toy", "camvid", "paper"])
-@pytest.mark.parametrize("table", list(evaluation.TABLES))
-def test_every_command_of_a_table_is_accepted_by_its_script_and_begins_where_one_before_it_ended(table, world):
-    if not runs_in(table, world):
-        with pytest.raises(data.UserError, match=f"--table {table} --data {world}.* use --data toy"):
-            rows_of(table, world)
-        return
-    for block, row in rows_of(table, world):
-        made = set()
-        for text in row.runs:
-            _, cfg, result = evaluation.parsed(text)
-            assert cfg.root == "/data" and cfg.out.startswith("runs/x/") and (world == "paper" or cfg.seed == 3)
-            starts = (cfg.student, cfg.teacher) if text.startswith("distill") else (cfg.encoder, cfg.teacher)
-            for start in starts:
-                assert start in qsd.ENCODERS or start == "none" or start in made, f"{start} comes from nowhere"
-            made.add(str(result))
-        assert text.startswith("segment.py")
-        assert not block.paper or row.name in block.paper or world != "paper"
+@pytest.mark.parametrize("world", WORLDS)
+def test_every_command_of_every_table_is_accepted_by_its_script_and_begins_where_one_before_it_ended(world):
+    command_of = {}                         # of each folder: the same in all tables
+    for table in evaluation.TABLES:
+        for block, row in rows_of(table, world):
+            made = set()
+            for text in row.runs:
+                _, cfg, result = evaluation.parsed(text)
+                assert command_of.setdefault(cfg.out, text) == text
+                assert cfg.root == "/data" and cfg.out.startswith("runs/x/") and (cfg.seed == 3 or world == "paper")
+                for begin in (cfg.student if text.startswith("distill") else cfg.encoder, cfg.teacher):
+                    assert begin in qsd.ENCODERS or begin == "none" or begin in made, f"{begin} comes from nowhere"
+                made.add(str(result))
+            assert text.startswith("segment.py")
+    for table in [table for table, other in NOT_THERE if other == world]:
+        with pytest.raises(qsd.UserError, match=f"--table {table} --data {world}.* use --data toy"):
+            evaluation.blocks(table, evaluation.Config(data=world))
 
 
-def test_runs_of_one_folder_are_the_same_command_in_all_tables():
-    for world in ("toy", "camvid", "paper"):
-        commands = {}
-        for table in evaluation.TABLES:
-            for _, row in rows_of(table, world) if runs_in(table, world) else []:
-                for text in row.runs:
-                    assert commands.setdefault(text.split(" --out ")[1], text) == text
-
-
-def test_the_papers_numbers_fit_their_rows_and_their_means():
-    for name, table in evaluation.TABLES.items():
-        for title, text in table.paper.items():
-            lines = [[float(x) for x in line.split()] for line in text.strip().splitlines()]
-            assert not lines or len(lines) == len(table.rows(evaluation.paper_pair(title, "gtav", "runs", "/data")))
-            for line in lines:
-                assert len(line) == sum(table.settings.values())
-                start = 0
-                for setting, count in table.settings.items():
-                    *domains, mean = line[start:start + count]
-                    start += count
-                    assert not domains or len(domains) == len(data.SETTINGS[setting][1]) and mean == pytest.approx(np.mean(domains), abs=0.1)
+def test_the_papers_numbers_fit_their_rows_domains_and_means():
+    for table in evaluation.PAPER:
+        for block, row in rows_of(table, "paper"):
+            assert not block.paper or block.paper.keys() == {row.name for row in block.seeds[0]}
+            *domains, mean = block.paper.get(row.name, [0])
+            assert len(domains) in (0, len(block.unseen))
+            assert not domains or mean == pytest.approx(np.mean(domains), abs=0.1)
+    numbers = evaluation.paper_numbers("1")["DINOv2-L -> DeiT-B"]
+    assert numbers["potsdam-rgb"]["+ G2SD"] == [72.4, 46.7, 59.5] and numbers["gtav"]["+ GKD"][-1] == 57.9
 
 
 def test_table_5_adds_one_component_a_row():
-    rows = [row for _, row in rows_of("5", "paper")]
-    stages = [[evaluation.parsed(text)[1] for text in row.runs] for row in rows]
-    assert [[cfg.data for cfg in runs] for runs in stages] == [["gtav"], ["gtav", "gtav"]] + [["imagenet", "gtav", "gtav"]] * 4
-    assert [[cfg.loss for cfg in runs[:-1]] for runs in stages[1:]] == [["mse"], ["mse"] * 2, ["qsd"] * 2, ["qsd"] * 2, ["qsd"] * 2]
-    assert [runs[0].beta for runs in stages[3:]] == [0, 1, 1] and [runs[-1].freeze for runs in stages] == [False] * 5 + [True]
-    assert stages[0][0].kd == 1 and all(runs[-1].kd == 0 for runs in stages[1:])
+    runs = [[evaluation.parsed(text)[1] for text in row.runs] for _, row in rows_of("5", "paper")]
+    found = []
+    for *stages, last in runs:
+        found.append(([(cfg.data, cfg.loss, cfg.beta) for cfg in stages], last.kd, last.freeze))
+    mse = [("imagenet", "mse", 1), ("gtav", "mse", 1)]
+    unmasked = [("imagenet", "qsd", 0), ("gtav", "qsd", 0)]
+    masked = [("imagenet", "qsd", 1), ("gtav", "qsd", 1)]
+    assert found == [([], 1, False), (mse[1:], 0, False), (mse, 0, False), (unmasked, 0, False), (masked, 0, False),
+                     (masked, 0, True)]
 
 
-def test_a_table_at_the_papers_scale_says_what_it_needs_and_runs_nothing_without_it(tmp_path, capsys, monkeypatch):
+def test_a_table_at_the_papers_scale_says_what_it_needs_and_runs_nothing(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     evaluation.main(["--table", "1", "--setting", "potsdam-rgb", "--root", "/nowhere"])
     out = capsys.readouterr().out
-    assert "nproc_per_node=8 distill.py --data imagenet --loss qsd --teacher dinov2_vitb14" in out and "# needs /nowhere/potsdam and a GPU" in out
-    assert "| + GKD " in out and "- [61.3]" in out and "cityscapes" not in out and not (tmp_path / "runs").exists()
+    assert "nproc_per_node=8 distill.py --data imagenet --loss qsd --teacher dinov2_vitb14" in out
+    assert "\npython segment.py --data potsdam-rgb" in out and "# needs /nowhere/potsdam and a GPU" in out
+    assert "cityscapes" not in out and not list(tmp_path.iterdir())
+    assert printed_table(out)[10] == ["+ GKD", "- [74.5]", "- [55.6]", "- [65.1]"]
+    evaluation.main(["--table", "5"])       # where the paper gives the mean alone
+    assert printed_table(capsys.readouterr().out)[1] == ["one-stage MSE", "-", "-", "-", "- [46.4]"]
+    block, = evaluation.blocks("4", evaluation.Config())
+    cells = evaluation.paper_cells("QSD", [evaluation.Result([1, 2, 6, 3], 0, 0)], block)
+    assert cells == ["1.0 [54.9]", "2.0 [49.8]", "6.0 [57.8]", "3.0 [54.1]"]
 
 
-def test_rows_share_a_run_and_a_failed_run_is_reported(tmp_path, capsys):
-    shared = f"segment.py --data toy --encoder toy_small --decoder linear --workers 0 --budget 2 --out {tmp_path}/shared"
-    rows, cfg = [evaluation.Row("one", [shared]), evaluation.Row("other", [shared])], evaluation.Config(data="toy")
-    evaluation.run(rows, cfg)
-    assert (tmp_path / "shared/segmenter.pt").exists() and capsys.readouterr().out.count("python segment.py") == 1
-    evaluation.run(rows, cfg)
-    assert "python segment.py" not in capsys.readouterr().out
-    with pytest.raises(data.UserError, match="ended with status 2: .*a fraction like 1/16"):
-        evaluation.run([evaluation.Row("bad", [shared.replace("/shared", "/bad") + " --labels 7"])], cfg)
+# --- Evaluation: tables run what is missing ---------------------------------------------------------------------------
 
+def test_rows_share_a_run_which_starts_after_those_it_needs_and_only_so_many_work_at_once(tmp_path, monkeypatch):
+    p, q, r, s, t = [evaluation.command("segment.py", data="toy", out=tmp_path / name) for name in "pqrst"]
+    rows = [evaluation.Row("", runs) for runs in ([p, q], [p, r], [s], [t], [p])]
+    started = []
+    working = []
+    most = []
 
-def test_a_table_shows_mean_and_spread_over_seeds_and_the_papers_number(tmp_path, capsys, monkeypatch):
-    values = {0: 10.0, 1: 14.0}
+    def begin(text, cfg):
+        assert text in (p, s, t) or evaluation.finished(p)
+        started.append(text)
+        working.append(text)
+        most.append(len(working))
+        looks = iter([False, True])
 
-    def measured(row, block, cfg, device):
-        value = values[int(evaluation.parsed(row.runs[-1])[2].parts[-3])]
-        return evaluation.Result([value] * 6, 60.0, 2e12)
+        def poll():
+            if not next(looks):
+                return None
+            working.remove(text)
+            pretend(evaluation.Row("", [text]))
+            return 0
+        return SimpleNamespace(poll=poll, returncode=0)
+    monkeypatch.setattr(evaluation, "begin", begin)
+    for jobs in (2, 2, 1):
+        evaluation.run_rows(rows, evaluation.Config(data="toy", jobs=jobs))
+    assert started[:2] == [p, s] and sorted(started) == sorted([p, q, r, s, t])    # the most wanted first; none again
+    assert max(most) == 2 and not working
 
-    monkeypatch.setattr(evaluation, "run", lambda rows, cfg: None)
-    monkeypatch.setattr(evaluation, "measured", measured)
-    evaluation.main(["--table", "4", "--data", "toy", "--out", str(tmp_path / "with space"), "--seeds", "2"])
-    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("| QSD "))
-    assert [cell.strip() for cell in line.split("|")[2:-1]] == ["12.0 ± 2.8"] * 6 + ["60", "2.0", "54.1"]
-
-
-
-# --- Figures, prediction, export, probe -------------------------------------------------------------------------------
 
 @pytest.fixture
-def few(monkeypatch):
-    """Toy domains of a few scenes."""
-    for look, name, train in (("game", "toy", 6), ("night", "toy-night", 0), ("fog", "toy-fog", 0)):
-        monkeypatch.setitem(data.DATASETS, name, data.toy(look, train=train, val=3))
+def begun(monkeypatch):
+    """The processes of the runs that a table begins."""
+    processes = []
+    begin = evaluation.begin
+
+    def noted(text, cfg):
+        processes.append(begin(text, cfg))
+        return processes[-1]
+    monkeypatch.setattr(evaluation, "begin", noted)
+    return processes
 
 
-def test_a_measurement_is_kept_until_its_segmenter_is_trained_again(teacher, few, tmp_path):
-    out, cfg = tmp_path / "a", evaluation.Config(data="toy", workers=0)
-    row = evaluation.Row("row", [f"segment.py --data toy --encoder toy_small --decoder linear --workers 0 --budget 1 --out {out}"])
-    segment.main(row.runs[0].split()[1:])
+def quick(out, more=""):
+    """A short run's command."""
+    few = "--decoder linear --batch 1 --workers 0 --log_every 1 --budget 2000"
+    return f"segment.py --data toy --encoder toy_small {few} --out {out} {more}".strip()
+
+
+def test_a_failed_run_is_told_in_one_line_and_ends_the_others(tmp_path, begun, monkeypatch):
+    bad, long, never = [evaluation.Row("", [quick(tmp_path / name)]) for name in ("bad", "long", "never")]
+    script = "import sys, time\nif 'bad' in sys.argv[-1]: sys.exit('first line\\nthe reason')\ntime.sleep(20)\n"
+    (tmp_path / "segment.py").write_text(f"{script}open('{tmp_path}/ended', 'w')")
+    monkeypatch.setattr(evaluation, "__file__", str(tmp_path / "eval.py"))
+    with pytest.raises(qsd.UserError) as error:
+        evaluation.run_rows([bad, long, never], evaluation.Config(data="toy", jobs=2))
+    says = f"python {bad.runs[0]} ended with status 1: the reason (see {tmp_path}/bad.txt)"
+    assert str(error.value) == says and len(begun) == 2
+    assert begun[1].returncode == -signal.SIGTERM and not (tmp_path / "ended").exists()    # and has been waited for
+
+
+def test_a_killed_table_ends_its_runs_with_their_step_saved(tmp_path, begun, monkeypatch, capsys):
+    log = tmp_path / "a/log.jsonl"
+
+    def wait(seconds):
+        time.sleep(0.02)
+        if log.exists() and '"step": 2,' in log.read_text():
+            signal.raise_signal(signal.SIGTERM)
+    monkeypatch.setattr(evaluation, "time", SimpleNamespace(sleep=wait, time=time.time))
+    with pytest.raises(SystemExit) as stop:
+        evaluation.run_rows([evaluation.Row("", [quick(tmp_path / "a")])], evaluation.Config(data="toy"))
+    assert stop.value.code == 128 + signal.SIGTERM == begun[0].returncode
+    assert "stopped by signal 15; the same command" in capsys.readouterr().err
+    saved = torch.load(tmp_path / "a/last.pt", weights_only=True)["spent"]["steps"]
+    assert json.loads(log.read_text().splitlines()[-1])["step"] == saved >= 2
+
+
+def test_a_row_shows_mean_and_deviation_of_its_seeds_and_the_papers_number(few, tmp_path, capsys):
+    out = str(tmp_path / "with space")
+    block, = evaluation.blocks("4", evaluation.Config(data="toy", out=out, seeds=2))
+    for seed, rows in enumerate(block.seeds):
+        for i, row in enumerate(rows):
+            pretend(row, only=(i + 3 * seed) % 8, seconds=60 + 20 * seed, flops=(i + seed) * 1e12)
+    evaluation.main(["--table", "4", "--data", "toy", "--out", out, "--seeds", "2"])
+    text = capsys.readouterr().out
+    header, *table = printed_table(text)
+    record = json.loads(text.splitlines()[-1])
+    assert header == ["", *LOOK, "unseen mean", "seconds", "TFLOP", "paper"] and record["domains"] == [*LOOK, "mean"]
+    papers = ("46.4", "48.8", "53.1", "51.9", "52.3", "54.1")
+    for i, (row, paper) in enumerate(zip(block.seeds[0], papers, strict=True)):
+        mious = [[constant_miou(name, (i + 3 * seed) % 8) for name in LOOK] for seed in (0, 1)]
+        for values in mious:
+            values.append(statistics.mean(values[1:]))              # of the unseen domains alone
+        cells = [f"{statistics.mean(v):.1f} ± {statistics.stdev(v):.1f}" for v in zip(*mious)]
+        assert table[i] == [row.name, *cells, "70", str(i + 0.5), paper]
+        assert record["rows"][row.name]["miou"] == [pytest.approx(values, abs=0.006) for values in mious]
+
+
+def test_a_measurement_is_kept_until_its_protocol_changes_or_its_segmenter_is_trained_again(few, tmp_path):
+    row = evaluation.Row("row", [quick(tmp_path / "a")])
     block = evaluation.Block("table", [[row]], ["toy"], ["toy-night", "toy-fog"], {})
-    first = evaluation.measured(row, block, cfg, torch.device("cpu"))
-    assert first.miou[3] == pytest.approx((first.miou[1] + first.miou[2]) / 2)
-    kept = json.loads((out / "eval.json").read_text())
-    (out / "eval.json").write_text(json.dumps(kept | {"miou": {"toy": 1, "toy-night": 2, "toy-fog": 4}}))
-    assert evaluation.measured(row, block, cfg, torch.device("cpu")).miou == [1, 2, 4, 3]
-    assert evaluation.measured(row, block, dataclasses.replace(cfg, flip=True), torch.device("cpu")).miou != [1, 2, 4, 3]
-    (out / "eval.json").write_text(json.dumps(kept | {"miou": {"toy": 1, "toy-night": 2, "toy-fog": 4}}))
-    saved = torch.load(out / "segmenter.pt", weights_only=True)
-    saved["ledger"][-1]["seconds"] += 1
-    torch.save(saved, out / "segmenter.pt")
-    assert evaluation.measured(row, block, cfg, torch.device("cpu")).miou == first.miou
+    cfg = evaluation.Config(data="toy", workers=0)
+
+    def measured(**protocol):
+        return evaluation.measured(row, block, dataclasses.replace(cfg, **protocol), CPU)
+    assert measured() is None
+    pretend(row, only=3)
+    first = measured()
+    expected = [constant_miou(name, 3) for name in ("toy", "toy-night", "toy-fog")]
+    assert first.miou == pytest.approx([*expected, (expected[1] + expected[2]) / 2])
+    kept = tmp_path / "a/eval.json"
+    other = json.dumps(json.loads(kept.read_text()) | {"miou": {"toy": 1, "toy-night": 2, "toy-fog": 4}})
+    for protocol in (dict(flip=True), dict(window=32), dict(stride=0.5), dict(mode="whole"), dict(scales="1,1.5"),
+                     dict(precision="bf16")):
+        kept.write_text(other)
+        assert measured().miou == [1, 2, 4, 3] != measured(**protocol).miou
+    kept.write_text(other)
+    pretend(row, only=3, seconds=61)
+    assert measured() == first._replace(seconds=61)
 
 
-@pytest.mark.parametrize("value", [0, 1e-9, 7, 2000, 40000])
-def test_a_chart_of_a_single_value_is_drawn(value, tmp_path):
-    assert np.diff(data.ticks(value, value)).min() > 0
-    data.chart({"a": [(value, value)]}, tmp_path / "a.png", "x", "y")
+def test_folders_of_older_runs_with_constants_that_no_longer_exist_are_finished_and_keep_their_measurement(
+        few, tmp_path, begun):
+    row = evaluation.Row("row", [quick(tmp_path / "a")])
+    block = evaluation.Block("table", [[row]], ["toy"], ["toy-night"], {})
+    pretend(row)
+    path = tmp_path / "a/segmenter.pt"
+    saved = torch.load(path, weights_only=True)
+    log = tmp_path / "a/log.jsonl"
+    for config in (saved["config"], header := json.loads(log.read_text())["config"]):
+        config.update(mask_every=2, val_every=0)
+        config.pop("mask_all")
+        config.pop("distance")
+    torch.save(saved, path)
+    log.write_text(json.dumps(dict(config=header)) + "\n")
+    protocol = ["slide", 0, 0.6666666666666666, False, "1", "fp32", saved["ledger"]]
+    (tmp_path / "a/eval.json").write_text(json.dumps(dict(protocol=protocol, miou={"toy": 69.25, "toy-night": 27.5})))
+    assert evaluation.finished(row.runs[0])
+    evaluation.run_rows([row], evaluation.Config(data="toy"))
+    assert not begun and evaluation.measured(row, block, evaluation.Config(data="toy"), CPU).miou == [69.25, 27.5, 27.5]
+    segment.load_segmenter(path)
+    log.write_text(json.dumps(dict(config=header | dict(mask_every=1))) + "\n")
+    with pytest.raises(qsd.UserError, match="holds a run with other constants .mask_every 1 -> 2"):
+        evaluation.finished(row.runs[0])
 
 
-def test_a_run_needs_no_git(teacher, tmp_path, monkeypatch):
-    monkeypatch.setenv("PATH", str(tmp_path))
-    segment.main(segmenting(teacher, tmp_path / "a", budget=1))
-    assert json.loads((tmp_path / "a/log.jsonl").read_text().splitlines()[0])["git"] is None
+# --- Evaluation: figures ----------------------------------------------------------------------------------------------
+
+@pytest.fixture
+def charted(monkeypatch):
+    """The lines that a figure gives to `chart`."""
+    drawn = {}
+    monkeypatch.setattr(evaluation, "chart", lambda series, *more, **options: drawn.update(series))
+    return drawn
 
 
-@pytest.mark.parametrize("name, legend", [
-    ("3b", data.LINE_COLORS[:2]), ("5", ()), ("7a", data.LINE_COLORS[:1]), ("7b", evaluation.HEAT.tolist()), ("8", data.TOY_COLORS),
-    ("9", data.LINE_COLORS[:2]), ("compute", data.LINE_COLORS[:2])])
-def test_each_figure_is_drawn_with_its_legend_and_nothing_is_cut_off(name, legend, teacher, student, few, tmp_path, capsys):
-    models = f"first={teacher.parent},second={student.parent if name in ('3b', '5', '7a', '7b') else teacher}"
-    evaluation.main(["--figure", name, "--models", models, "--data", "toy-night+toy-fog", "--out", str(tmp_path), "--tokens", "200"])
-    assert f"picture: {tmp_path}/figure-{name}.png" in capsys.readouterr().out
-    picture = np.asarray(Image.open(tmp_path / f"figure-{name}.png").convert("RGB"))
-    colors = np.unique(picture.reshape(-1, 3), axis=0).astype(int)
-    assert min(picture.shape[:2]) > 150 and len(colors) > 20
-    assert all(np.abs(colors - color).sum(1).min() <= 9 for color in legend)  # charts are drawn larger and reduced
-    inside = picture[2:-2, 2:-2].size
-    assert picture.astype(int).sum() - picture[2:-2, 2:-2].astype(int).sum() == 255 * (picture.size - inside)  # a white margin all around
+def test_a_chart_draws_each_line_at_its_height_in_the_colour_of_its_name_in_the_legend(tmp_path):
+    evaluation.chart({"i": [(0, 1), (9, 1)], "mmmmmm": [(0, 4), (9, 4)]}, tmp_path / "a.png", "x", "y")
+    picture = np.asarray(Image.open(tmp_path / "a.png")).astype(int)
+    heights = []
+    names = []
+    for color in evaluation.LINE_COLORS[:2]:
+        y, x = np.nonzero(np.abs(picture - color).sum(2) < 40)
+        heights.append(np.median(y[x < 400]))
+        row = int(np.median(y[x == x.max()]))                       # of the line in the legend
+        names.append(ink(picture[row - 8:row + 8, x.max() + 4:]))
+    assert heights[1] < heights[0] - 200 and names[0] < 8 < 40 < names[1]
+    for value in (0, 1e-9, 7, 2000, 40000):                         # a single value
+        assert np.diff(evaluation.ticks([value])).min() > 0
+        evaluation.chart({"a": [(value, value)]}, tmp_path / "a.png", "x", "y", log=True)
 
 
-def test_token_distances_are_those_after_the_affine_map_that_fits_other_tokens_best():
-    v_t, fit_t, mix = torch.randn(40, 6), torch.randn(60, 6), torch.randn(6, 6)
-    assert evaluation.distances(v_t @ mix + 3, v_t, fit_t @ mix + 3, fit_t).max() < 1e-3  # the teacher itself, in other coordinates
-    v_s, fit_s = torch.randn(40, 4), torch.randn(60, 4)
-    design = np.concatenate([fit_s, np.ones((60, 1))], 1).astype(float)
-    phi = np.linalg.inv(design.T @ design) @ design.T @ fit_t.double().numpy()
-    want = [math.dist((np.append(s, 1) @ phi).tolist(), t.tolist()) for s, t in zip(v_s.double().numpy(), v_t)]
-    assert evaluation.distances(v_s, v_t, fit_s, fit_t).tolist() == pytest.approx(want, rel=1e-5)
-    normed, fit = F.layer_norm(v_s, (4,)), F.layer_norm(fit_s, (4,))  # in a plane: the map is not unique, its result is
-    assert evaluation.distances(normed, v_t, fit, fit_t).max() < 10
+def test_figure_8_and_the_demo_show_each_segmenter_in_the_column_of_its_name(few, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    row = evaluation.Row("", [quick(tmp_path / "run")])
+    pretend(row, only=1)
+    save_segmenter(tmp_path / "three.pt", only=3)
+    evaluation.main("--figure 8 --models i=run,mmmmmm=three.pt --data toy-night+toy-fog --out a.png".split())
+    pairs = [scenes(name)[i] for name in ("toy-night", "toy-fog") for i in (0, 2)]    # two of three, evenly spread
+    for i, (image, label) in enumerate(pairs):
+        assert np.array_equal(cell("a.png", i, 0, 4), enlarged(image.permute(1, 2, 0).numpy()))
+        assert np.array_equal(cell("a.png", i, 1, 4), enlarged(data.palette(data.TOY_COLORS)[label]))
+        assert (cell("a.png", i, 2, 4) == data.TOY_COLORS[1]).all()
+        assert (cell("a.png", i, 3, 4) == data.TOY_COLORS[3]).all()
+    titles = np.asarray(Image.open("a.png"))[:26, -280:]
+    assert ink(titles[:, :140]) < 8 < 40 < ink(titles[:, 140:])
+    block, = evaluation.blocks("main", evaluation.Config(data="toy", seeds=1))
+    for i, row in enumerate(block.seeds[0]):
+        pretend(row, only=i)
+    evaluation.main(["--demo"])
+    evaluation.main("--figure 8 --data toy".split())                # without --models: those of the demo
+    for j, k in enumerate([0, 2, 3]):
+        assert (cell("runs/toy/0/demo.png", 0, 2 + j, 9) == data.TOY_COLORS[k]).all()
+    for j, k in enumerate(range(5)):
+        assert (cell("runs/toy/figure-8.png", 0, 2 + j, 7) == data.TOY_COLORS[k]).all()
+    made = {cfg.out for row in block.seeds[0] for _, cfg, _ in map(evaluation.parsed, row.runs)}
+    for runs in evaluation.DRAWN.values():
+        assert {f"runs/toy/0/{run}" for run in runs.values()} <= made
+
+
+def tokens_of(path, *images):
+    """Patch tokens (images x 64, C) of the encoder in a checkpoint."""
+    vit = qsd.load_vit(path).eval()
+    x = data.normalize(torch.stack(images), vit.mean, vit.std)
+    return vit(x)[1].detach().flatten(0, 1)
+
+
+def test_figure_5_shows_the_features_of_each_encoder_in_its_column_on_the_axes_of_the_first(few, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = ("i", "abc", "mmmmmm")
+    for seed, name in enumerate(names):
+        save_segmenter(tmp_path / name / "segmenter.pt", seed=seed)
+    evaluation.main("--figure 5 --models i,abc,mmmmmm --data toy-fog --out a.png".split())
+    images = [image for image, _ in scenes("toy-fog")[::2]]
+    colors = evaluation.principal_colors({name: tokens_of(f"{name}/segmenter.pt", *images) for name in names})
+    titles = np.asarray(Image.open("a.png"))[:26, -420:]
+    assert ink(titles[:, :140]) < ink(titles[:, 140:280]) - 9 < ink(titles[:, 280:]) - 30
+    for j, name in enumerate(names):
+        for i, pixels in enumerate((255 * colors[name]).byte().view(2, 8, 8, 3).numpy()):
+            assert np.abs(cell("a.png", i, 1 + j, 4).astype(int) - enlarged(pixels)).max() <= 1
 
 
 def test_the_features_of_one_model_turn_onto_those_of_another_as_no_other_rotation_does():
-    teacher = torch.rand(500, 8) * torch.tensor([9.0, 6, 4, 1, 0.5, 0.3, 0.2, 0.1])  # evenly spread: no colour is cut
-    turned = torch.linalg.qr(torch.randn(8, 8))[0]
-    found = evaluation.principal_colors({"teacher": teacher, "same": 3 * teacher @ turned - 7, "other": teacher + torch.rand(500, 8)})
-    torch.testing.assert_close(found["same"], found["teacher"], atol=1e-3, rtol=0)
-    first, other = (5 * (found[name] - 0.5) for name in ("teacher", "other"))
-    centred = (teacher - teacher.mean(0)).double()
-    axes = torch.linalg.eigh(centred.T @ centred).eigenvectors.flip(1)[:, :3]  # by another road: the covariance
-    assert torch.corrcoef(torch.cat([centred @ axes, first.double()], 1).T)[:3, 3:].abs().diag().min() > 0.999
-    assert all((other @ torch.linalg.qr(torch.randn(3, 3))[0] - first).norm() >= (other - first).norm() for _ in range(300))
+    torch.manual_seed(0)
+    first = torch.rand(500, 8) * torch.tensor([9, 6, 4, 1, 0.5, 0.3, 0.2, 0.1])    # evenly spread: no colour is cut
+    turn, _ = torch.linalg.qr(torch.randn(8, 8))
+    reordered = first * torch.tensor([0.5, 1, 1, 1, 1, 1, 1, 1]) + torch.rand(500, 8)    # another one is the largest
+    models = {"first": first, "same": 3 * first @ turn - 7, "other": reordered}
+    found = evaluation.principal_colors(models)
+    torch.testing.assert_close(found["same"], found["first"], atol=1e-3, rtol=0)
+    shown = 5 * (found["first"] - 0.5)
+    other = 5 * (found["other"] - 0.5)
+    centred = first - first.mean(0)
+    axes = torch.linalg.eigh(centred.T @ centred).eigenvectors.flip(1)[:, :3]    # by another road: the covariance
+    alike = torch.corrcoef(torch.cat([centred @ axes, shown], 1).T)[:3, 3:].diag()
+    assert alike.abs().min() > 0.999
+    for _ in range(300):
+        way = torch.randn(3, 3)
+        little = torch.matrix_exp(0.02 * (way - way.T))
+        for rotation in (little, torch.linalg.qr(way)[0]):
+            assert (other @ rotation - shown).norm() >= (other - shown).norm()
 
 
-def test_class_ious_are_those_of_a_slow_count_and_bars_are_as_long(teacher, few, tmp_path, monkeypatch):
-    cfg = evaluation.Config(data="toy+toy-fog", workers=0)
-    model, saved = segment.load_segmenter(teacher)
-    found = evaluation.class_ious("teacher", model, saved, cfg, torch.device("cpu"))
-    for look, name in (("game", "toy"), ("fog", "toy-fog")):
-        both, either = np.zeros(8), np.zeros(8)
-        for i in range(3):
-            image, label = data.toy_scene(look, 10 ** 6 + i)
-            pred = evaluation.classify(model, saved, torch.from_numpy(image).permute(2, 0, 1), cfg, torch.device("cpu")).numpy()
-            for k in range(8):
-                both[k] += ((pred == k) & (label == k)).sum()
-                either[k] += ((pred == k) | (label == k)).sum()
-        want = [100 * a / b if b else math.nan for a, b in zip(both, either)]
-        assert found[name].tolist() == pytest.approx(want, nan_ok=True)
-    ious = torch.tensor([0, 10, 50, 100, math.nan, 1, 2, 3.0])
-    monkeypatch.setattr(evaluation, "class_ious", lambda title, model, saved, cfg, device: {"toy": ious})
-    evaluation.class_bars({"teacher": teacher}, evaluation.Config(data="toy"), tmp_path / "bars.png", torch.device("cpu"))
-    blue = (np.asarray(Image.open(tmp_path / "bars.png")) == data.LINE_COLORS[0]).all(2).sum(1)
-    runs = [int(np.median(list(group))) for on, group in itertools.groupby(blue, bool) if on]  # the bars, then the legend's box
-    want = [1, 27, 131, 261, 4, 6, 9, 63]  # 2.6 pixels for 1 %, both ends included; nothing for NaN
-    assert runs[:-1] == pytest.approx([*want[:7], 2.6 * ious.nanmean().item() + 1], abs=1)
+def test_figure_3b_draws_each_runs_loss_under_its_name_and_all_parts_of_a_single_run(tmp_path, charted):
+    logs = {"a": [dict(step=5, L_feat=1, L_cls=2, loss=3, lr=1), dict(step=9, L_feat=4, L_cls=5, loss=9, lr=1)],
+            "b": [dict(step=7, loss=8, ce=1, kd=6, lr=1)]}
+    for name, lines in logs.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "log.jsonl").write_text("\n".join(map(json.dumps, [{"config": {}}, *lines])))
+    evaluation.main(f"--figure 3b --models x={tmp_path}/a,y={tmp_path}/b --out {tmp_path}".split())
+    assert charted == {"x": [(5, 3), (9, 9)], "y": [(7, 6)]}        # of a one-stage run the distillation alone
+    charted.clear()
+    evaluation.main(f"--figure 3b --models {tmp_path}/a --out {tmp_path}".split())
+    assert charted == {"L_feat": [(5, 1), (9, 4)], "L_cls": [(5, 2), (9, 5)], "loss": [(5, 3), (9, 9)]}
 
 
-def test_compute_is_the_sum_over_all_stages_of_the_ledger(teacher, student, few, tmp_path, monkeypatch):
-    out, drawn = tmp_path / "run", {}
-    segment.main(segmenting(student, out, budget=1))
-    monkeypatch.setattr(data, "chart", lambda series, *args, **kwargs: drawn.update(series))
-    evaluation.main(f"--figure compute --models {out},t={teacher} --data toy-fog --out {tmp_path}".split())
-    flops = [json.loads((folder / "log.jsonl").read_text().splitlines()[-1])["flops"] for folder in (student.parent, out, teacher.parent)]
-    cfg = evaluation.Config(data="toy-fog", workers=0)
-    mious = [evaluation.measure("", *segment.load_segmenter(folder / "segmenter.pt"), cfg, torch.device("cpu"))["toy-fog"]
-             for folder in (out, teacher.parent)]
-    assert drawn == {str(out): [(pytest.approx(flops[0] + flops[1]), pytest.approx(mious[0]))],
-                     "t": [(pytest.approx(flops[2]), pytest.approx(mious[1]))]}
+def slow_distances(v_s, v_t, fit_s, fit_t):
+    """Distances after the affine map of least squares."""
+    design = np.append(fit_s.double(), np.ones((len(fit_s), 1)), 1)
+    phi, *_ = np.linalg.lstsq(design, fit_t.double().numpy(), rcond=1e-9)
+    return [math.dist(np.append(s, 1) @ phi, t) for s, t in zip(v_s.double().numpy(), v_t.double().numpy())]
 
 
-def test_the_attention_that_is_drawn_is_that_of_the_students_saved_head(teacher, student):
-    v_s, v_t = torch.randn(2, 3, 64), torch.randn(2, 3, 128)
-    heads = torch.load(student, weights_only=True)["objective"]
-    W, want = evaluation.attention(student, v_s, v_t), torch.zeros(6, 6)
-    for i, s in enumerate(v_s.flatten(0, 1)):
-        s = (s - s.mean()) / (s.var(unbiased=False) + 1e-5).sqrt() * heads["feat.varphi.0.weight"] + heads["feat.varphi.0.bias"]
+def test_figure_7a_shows_each_students_distances_after_the_map_that_fits_other_images_best(
+        teacher, student, few, tmp_path, charted):
+    v_s, v_t, fit_s, fit_t = torch.randn(40, 4), torch.randn(40, 6), torch.randn(60, 4), torch.randn(60, 6)
+    found = evaluation.distances(v_s, v_t, fit_s, fit_t)
+    assert found.tolist() == pytest.approx(slow_distances(v_s, v_t, fit_s, fit_t))
+    evaluation.main(f"--figure 7a --models t={teacher},twin={teacher},far={student} --data toy-night+toy-fog".split())
+    images = [image for name in ("toy-night", "toy-fog") for image, _ in scenes(name)]
+    v = [tokens_of(path, *images[1::2]) for path in (student, teacher)]
+    fit = [tokens_of(path, *images[::2]) for path in (student, teacher)]
+    d = np.array(slow_distances(*v, *fit))
+    twin, far = charted
+    assert twin == "twin: median 0.00" and far.split()[:2] == ["far:", "median"]
+    assert float(far.split()[2]) == pytest.approx(np.median(d), abs=0.02)
+    x, y = np.array(charted[far]).T
+    assert sum(y) == pytest.approx(100 * (d < x[-1] + x[0]).mean(), abs=1)
+    assert x @ y / sum(y) == pytest.approx(d.mean(), rel=0.05)
+    assert charted[twin][0][1] == pytest.approx(100)
+
+
+def slow_eval_weights(heads, v_s, v_t):
+    """Eq. 7 for v_s (N, C_s) and v_t (N, C_t), one student token at a time."""
+    W = []
+    for s in v_s:
+        s = F.layer_norm(s, s.shape, heads["feat.varphi.0.weight"], heads["feat.varphi.0.bias"])
         query = heads["feat.varphi.1.weight"] @ s + heads["feat.varphi.1.bias"]
-        raw = torch.stack([(query * t).sum() for t in v_t.flatten(0, 1)])
-        want[i] = (raw - raw.max()).exp() / (raw - raw.max()).exp().sum()
-    torch.testing.assert_close(W, want, atol=1e-5, rtol=1e-4)
+        raw = torch.stack([query @ t for t in v_t])
+        W.append((raw - raw.max()).exp() / (raw - raw.max()).exp().sum())
+    return torch.stack(W)
 
 
-def test_scores_at_several_scales_are_averaged_and_scale_1_changes_nothing(teacher, few, capsys):
-    model, x = Lens(16), torch.randn(2, 3, 20, 37)
-    plain = evaluation.predict(model, x, 16)
-    assert torch.equal(evaluation.predict(model, x, 16, scales=(1.0,)), plain)
-    for flip in (False, True):
-        small, large = (evaluation.predict(model, resize(x, size), 16, flip=flip) for size in ((10, 18), (25, 46)))  # 37 / 2 rounds to even
-        want = (resize(small, (20, 37)) + resize(large, (20, 37))) / 2
-        torch.testing.assert_close(evaluation.predict(model, x, 16, flip=flip, scales=(0.5, 1.25)), want)
-    results = []
-    for scales in ("1", "1,1.0", "0.5,1.5"):
-        evaluation.main(f"--checkpoint {teacher} --data toy-fog --scales {scales}".split())
-        results.append(json.loads(capsys.readouterr().out.splitlines()[-1])["miou"]["mean"])
-    assert results[0] == results[1] != results[2]
+def test_figure_7b_shows_in_a_students_row_the_attention_of_its_own_saved_head(
+        teacher, student, few, tmp_path, monkeypatch):
+    saved = torch.load(student, weights_only=True)
+    saved["objective"]["feat.varphi.1.weight"] *= 0.1
+    saved["objective"]["feat.varphi.1.bias"][:] = torch.randn(128)
+    torch.save(saved, tmp_path / "other.pt")
+    sheets = []
+    draw = evaluation.sheet
+    monkeypatch.setattr(evaluation, "sheet", lambda *args, **more: sheets.append(args) or draw(*args, **more))
+    evaluation.main(f"--figure 7b --models t={teacher},first={student},second={tmp_path}/other.pt --data toy-fog "
+                    f"--out {tmp_path}".split())
+    columns, titles, *_ = sheets[0]
+    image, _ = scenes("toy-fog")[0]
+    picture = np.asarray(Image.open(tmp_path / "figure-7b.png"))
+    assert list(columns) == ["image", "all N x N weights", "the diagonal", "patch 1", "patch 2", "patch 3", "patch 4"]
+    for i, (name, path) in enumerate({"first": student, "second": tmp_path / "other.pt"}.items()):
+        heads = torch.load(path, weights_only=True)["objective"]
+        W = slow_eval_weights(heads, tokens_of(path, image), tokens_of(teacher, image))
+        assert titles[i] == f"{name}\non the diagonal:\n{W.diagonal().mean():.1%}\n(uniform: 1.6%)"
+        patches = 50 * np.arange(8)
+        maps = {"the diagonal": W.diagonal(), "patch 1": W[2 * 8 + 2], "patch 2": W[2 * 8 + 6], "patch 3": W[6 * 8 + 2],
+                "patch 4": W[6 * 8 + 6]}
+        for title, weights in maps.items():
+            pixels = columns[title][i][patches + 25][:, patches + 40]    # where neither frame nor number is drawn
+            assert np.abs(pixels.astype(int) - evaluation.heat(weights.view(8, 8))).max() <= 2, title
+        places = (6.25 * np.arange(64) + 3).astype(int)
+        found = columns["all N x N weights"][i][places][:, places]
+        assert np.abs(found.astype(int) - evaluation.heat(W)).max() <= 2
+        shown = picture[28 + 204 * i + 100, picture.shape[1] - 204 * 5 + 100]     # the middle of its diagonal
+        assert np.abs(shown.astype(int) - columns["the diagonal"][i][200, 200]).max() <= 2
 
 
-def test_images_of_any_size_and_kind_are_segmented_and_foreign_files_left_alone(teacher, tmp_path, capsys):
-    given, out = tmp_path / "given", tmp_path / "out"
-    color = smooth_image(40, 70).permute(1, 2, 0).numpy()
-    ramp = np.tile(np.arange(0, 65536, 1024, dtype=np.uint16), (50, 1))
+def test_figure_9_is_a_table_of_each_models_class_ious(few, tmp_path, capsys):
+    for k in (0, 3):
+        save_segmenter(tmp_path / f"{k}.pt", only=k)
+    evaluation.main(f"--figure 9 --models sky={tmp_path}/0.pt,road={tmp_path}/3.pt --data toy+toy-fog".split())
+    first, second = capsys.readouterr().out.split("IoU on toy,")[1].split("IoU on toy-fog,")
+    record = json.loads(second.splitlines()[-1])
+    assert record["rows"] == [*data.TOY_CLASSES, "mean"] and list(record["iou"]) == ["sky", "road"]
+    for name, text in {"toy": first, "toy-fog": second}.items():
+        header, *lines = printed_table(text)
+        assert header == ["", "sky", "road"] and [line[0] for line in lines] == record["rows"]
+        for j, (model, k) in enumerate({"sky": 0, "road": 3}.items()):
+            ious = slow_ious([(np.full((64, 64), k), label) for _, label in scenes(name)], 8)
+            ious.append(np.nanmean(ious))
+            expected = [None if math.isnan(value) else round(value, 2) for value in ious]
+            assert record["iou"][model][name] == expected
+            assert [line[1 + j] for line in lines] == ["-" if math.isnan(value) else f"{value:.1f}" for value in ious]
+
+
+def test_figure_6_draws_the_unseen_mean_over_the_sources_with_their_labels_and_without(charted, monkeypatch, tmp_path):
+    values = {"1 source": 1, "2 sources, labels of 1": 2, "2 sources, all labels": 3, "3 sources, labels of 1": 4,
+              "3 sources, all labels": 5}
+    block, = evaluation.blocks("fig6", evaluation.Config(data="toy", seeds=2))
+    found = lambda row, *more: evaluation.Result([9, values[row.name] + (row in block.seeds[1])], 0, 0)
+    monkeypatch.setattr(evaluation, "measured", found)
+    evaluation.figure_6(block, tmp_path / "a.png", None, CPU)
+    assert charted == {"labels of the first source": [(1, 1.5), (2, 2.5), (3, 4.5)],
+                       "labels of all": [(1, 1.5), (2, 3.5), (3, 5.5)]}
+
+
+# --- Evaluation: a segmenter at work, and encoders without a decoder --------------------------------------------------
+
+def test_images_are_segmented_upright_at_any_size_and_other_files_left_alone(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    given = tmp_path / "given"
     given.mkdir()
-    for name, image in {"one pixel.png": color[:1, :1], "grey.png": color[..., 0].copy(), "sixteen.png": ramp, "sixteen_tiff.tif": ramp,
-                        "alpha.png": np.dstack([color, color[..., 0]]), "strip.bmp": color[:2], "plain.png": color}.items():
-        Image.fromarray(image).save(given / name)
-    Image.fromarray(color).convert("CMYK").save(given / "cmyk.jpg", quality=95)
-    Image.fromarray(color).quantize(16).save(given / "palette.png")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/thesis.txt").write_text("mine")
     (given / "notes.txt").write_text("no image")
-    write(out / "plain.png", color)
-    (out / "thesis.txt").write_text("mine")
-    before, mine = contents(given), contents(out)
-    for _ in range(2):  # the second time over its own results
-        evaluation.main(f"--checkpoint {teacher} --out {out} --images".split() + [str(given)])
-    assert contents(given) == before and contents(out).items() >= mine.items() and len(contents(out)) == 2 + 2 * 9
-    assert re.search(r"9 images, [\d.]+ images/s", capsys.readouterr().out)
-    model, saved = segment.load_segmenter(teacher)
-    for file in given.glob("*.*"):
-        if file.suffix == ".txt":
-            continue
-        with Image.open(file) as opened:
-            pixels = np.round(ramp / 257) if "sixteen" in file.name else np.asarray(opened.convert("RGB"))
-        if file.stem == "cmyk":  # decoders may differ in the last digit
-            pixels, near = data.read_image(file).permute(1, 2, 0).numpy(), pixels
-            assert np.abs(pixels.astype(int) - near).max() <= 4
-        pixels = np.dstack([pixels] * 3) if pixels.ndim == 2 else pixels
-        label, overlay = (Image.open(out / f"{file.stem}_{what}.png") for what in ("classes", "overlay"))
-        assert label.mode == "P" and label.size == pixels.shape[1::-1] and overlay.width >= label.width and overlay.height > label.height
-        x = data.normalize(torch.from_numpy(pixels.astype(np.float32)).permute(2, 0, 1)[None], model.encoder.mean, model.encoder.std)
-        want = segment.predict(model, x, 64)[0].argmax(0).numpy()
-        assert (np.asarray(label) == want).mean() > 0.999, file
-        blend = (pixels.astype(int) + np.array(saved["colors"])[np.asarray(label)]) / 2
-        assert np.abs(np.asarray(overlay.convert("RGB"))[:label.height, :label.width] - blend).max() < 1.5, file
+    color = np.random.default_rng(0).integers(0, 256, (9, 12, 3), np.uint8).repeat(15, 0).repeat(12, 1)    # 135 x 144
+    shown = {"plain.png": color, "dot.png": color[:1, :1], "grey.bmp": color[..., 0].repeat(3).reshape(color.shape),
+             "turned.png": np.rot90(color[:90], -1)}
+    exif = Image.Exif()
+    exif[0x0112] = 6                                                # the camera was held on its side
+    for name, pixels in shown.items():
+        more = dict(exif=exif) if name == "turned.png" else {}
+        Image.fromarray(color[:90] if more else pixels).save(given / name, **more)
+    path = save_segmenter(tmp_path / "segmenter.pt")
+    for more, options in {"": {}, "--flip": dict(flip=True), "--mode whole": dict(whole=True)}.items():
+        evaluation.main(f"--checkpoint {path} --images given --out out {more}".split())
+        assert "out: 4 images, " in capsys.readouterr().out and len(list(given.iterdir())) == 5
+        model, saved = segment.load_segmenter(path)
+        for name, pixels in shown.items():
+            image = torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None]
+            x = data.normalize(image, model.encoder.mean, model.encoder.std)
+            expected = evaluation.predict(model, x, 64, **options)[0].argmax(0).numpy()
+            with Image.open(f"out/{name[:-4]}_classes.png") as picture:
+                assert picture.mode == "P" and np.array_equal(picture, expected), name
+                colors = np.asarray(picture.convert("RGB")).astype(int)
+            assert np.array_equal(colors, np.array(saved["colors"])[expected])
+            overlay = np.asarray(Image.open(f"out/{name[:-4]}_overlay.png").convert("RGB"))
+            assert np.abs(overlay[:len(pixels), :len(pixels[0])] - (pixels.astype(int) + colors) / 2).max() < 1.5
+            assert overlay.shape[0] > len(pixels)                   # the legend
+    assert len(list((tmp_path / "out").iterdir())) == 1 + 2 * 4 and (tmp_path / "out/thesis.txt").read_text() == "mine"
 
 
-def test_16_bit_grey_is_scaled_and_pixels_without_a_known_white_are_refused(tmp_path):
-    steps = np.uint16([[0, 257, 32896, 65535]])
-    for name, values in {"a.png": steps, "a.tif": steps, "b.tif": np.float32([[0.5, 2]])}.items():
-        Image.fromarray(values).save(tmp_path / name)
-    for file in ("a.png", "a.tif"):
-        assert data.read_image(tmp_path / file)[:, 0].tolist() == [[0, 1, 128, 255]] * 3
-    for mapped in (True, False):
-        with pytest.raises(data.UserError, match="b.tif: cannot be read as an image .*none is known to be white"):
-            data.read_image(tmp_path / "b.tif", mapped=mapped)
-    assert {file.name for file in tmp_path.iterdir()} == {"a.png", "a.tif", "a.tif.npy", "b.tif"}
-
-
-@pytest.mark.parametrize("decoder", ["linear", "mask"])
-def test_an_exported_program_gives_the_scores_of_eager_mode_at_any_batch(decoder, tmp_path, capsys, monkeypatch):
-    cfg = segment.Config(decoder=decoder, width=32, queries=8, decoder_layers=1, ffn=32, heads=2, pixel="fpn", size=32)
-    encoder = qsd.load_vit("toy_small", 32, depth=1)
-    model = segment.Segmenter(encoder, segment.build_decoder(64, 3, cfg)).eval()
-    data.save(tmp_path / "segmenter.pt", dict(model=model.state_dict(), encoder=encoder.config, config=data.as_plain(cfg), ledger=[],
-                                              classes=["a", "b", "c"], colors=[[1, 2, 3]] * 3))
-    out, about = tmp_path / "new/model.pt2", {"about.json": ""}
-    evaluation.main(f"--checkpoint {tmp_path}/segmenter.pt --export {out} --dynamic yes".split())
-    assert "largest difference from eager mode" in capsys.readouterr().out
-    program = torch.export.load(out, extra_files=about).module()
+def test_an_exported_program_gives_the_scores_of_eager_mode_at_any_batch(tmp_path, monkeypatch):
+    path = save_segmenter(tmp_path / "segmenter.pt", decoder="mask")
+    about = {"about.json": ""}
+    evaluation.main(f"--checkpoint {path} --export {tmp_path}/new/model.pt2 --dynamic".split())
+    written = torch.export.load(tmp_path / "new/model.pt2", extra_files=about)
+    program = written.module()
+    model, saved = segment.load_segmenter(path)
     for batch in (1, 2, 5):
-        x = torch.randn(batch, 3, 32, 32)
-        torch.testing.assert_close(program(x), model.decoder.scores(model(x), (32, 32)), atol=1e-5, rtol=0)
-    assert json.loads(about["about.json"]) == dict(classes=["a", "b", "c"], colors=[[1, 2, 3]] * 3, mean=list(encoder.mean),
-                                                   std=list(encoder.std), size=32)
-    if decoder == "linear":
-        wrong = argparse.Namespace(module=lambda: lambda x: program(x) + 0.01)
-        monkeypatch.setattr(torch.export, "load", lambda path: wrong)
-        with pytest.raises(data.UserError, match="differ from those of .* by up to 1.0e-02"):
-            evaluation.main(f"--checkpoint {tmp_path}/segmenter.pt --export {out}".split())
+        x = torch.randn(batch, 3, 64, 64)
+        torch.testing.assert_close(program(x), model.decoder.scores(model(x), (64, 64)), atol=1e-5, rtol=0)
+    assert json.loads(about["about.json"]) == dict(classes=saved["classes"], colors=saved["colors"], size=64,
+                                                   mean=list(model.encoder.mean), std=list(model.encoder.std))
+    wrong = SimpleNamespace(module=lambda: lambda x: program(x) + 0.01)
+    monkeypatch.setattr(torch.export, "export", lambda *args, **more: written)
+    monkeypatch.setattr(torch.export, "load", lambda path: wrong)
+    with pytest.raises(qsd.UserError, match="differ from those of .* by up to 1.0e-02"):
+        evaluation.main(f"--checkpoint {path} --export {tmp_path}/model.pt2".split())
+    assert not (tmp_path / "model.pt2").exists()
 
 
-def test_the_probe_is_a_ridge_regression_on_patches(student, few, capsys):
-    evaluation.main(f"--probe --models s={student.parent},toy_base --data toy+toy-fog --subset 3".split())
-    *lines, last = capsys.readouterr().out.splitlines()
-    table, printed = [line for line in lines if line.startswith("|")], json.loads(last)["miou"]
-    assert [cell.strip() for cell in table[0].split("|")[2:-1]] == ["toy", "toy-fog", "mean"]
-    assert [cell.strip() for cell in table[2].split("|")[1:-1]] == ["s", *(f"{value:.1f}" for value in printed["s"].values())]
-    vit = qsd.load_vit(student).eval()
-
-    def patches(look, number):
-        image, label = data.toy_scene(look, number)
-        with torch.no_grad():
-            x = vit(data.normalize(torch.from_numpy(image).permute(2, 0, 1)[None], vit.mean, vit.std))[1][0].double().numpy()
-        return np.concatenate([x, np.ones((64, 1))], 1), label
-    X, Y = [], []
-    for number in (0, 2, 4):  # every second of six
-        x, label = patches("game", number)
-        X.append(x)
-        Y += [[(label[r:r + 8, c:c + 8] == k).mean() for k in range(8)] for r in range(0, 64, 8) for c in range(0, 64, 8)]
-    X = np.concatenate(X)
+def test_the_probe_is_a_ridge_regression_from_tokens_to_the_share_of_each_class_in_a_patch(few, tmp_path, capsys):
+    path = save_segmenter(tmp_path / "a.pt")
+    evaluation.main(f"--probe --models s={path},toy_base --data toy+toy-fog --subset 3".split())
+    *table, last = capsys.readouterr().out.splitlines()
+    printed = json.loads(last)["miou"]
+    design = []
+    shares = []
+    for number in (0, 2, 4):                                        # every second of six
+        image, label = data.toy_scene("game", number)
+        design.append(F.pad(tokens_of(path, torch.from_numpy(image).permute(2, 0, 1)), (0, 1), value=1).double())
+        for r, c in np.ndindex(8, 8):
+            patch = label[8 * r:8 * r + 8, 8 * c:8 * c + 8]
+            shares.append([(patch == k).mean() for k in range(8)])
+    X = torch.cat(design).numpy()
     strength = 1e-3 * np.trace(X.T @ X) / 65
-    weights = np.linalg.lstsq(np.concatenate([X, strength ** 0.5 * np.eye(65)]), np.concatenate([Y, np.zeros((65, 8))]), rcond=None)[0]
-    for look, name in (("game", "toy"), ("fog", "toy-fog")):
-        both, either = np.zeros(8), np.zeros(8)
-        for number in range(10 ** 6, 10 ** 6 + 3):
-            x, label = patches(look, number)
-            scores = torch.from_numpy((x @ weights).T.reshape(1, 8, 8, 8))
-            pred = F.interpolate(scores, (64, 64), mode="bilinear").argmax(1)[0].numpy()
-            for k in range(8):
-                both[k] += ((pred == k) & (label == k)).sum()
-                either[k] += ((pred == k) | (label == k)).sum()
-        assert printed["s"][name] == pytest.approx(100 * (both / either)[either > 0].mean(), abs=0.02)
-    assert set(printed) == {"s", "toy_base"} and printed["s"]["mean"] == pytest.approx((printed["s"]["toy"] + printed["s"]["toy-fog"]) / 2)
+    X = np.append(X, strength ** 0.5 * np.eye(65), 0)               # ridge regression is least squares with more rows
+    weights, *_ = np.linalg.lstsq(X, np.append(shares, np.zeros((65, 8)), 0), rcond=None)
+    for name in ("toy", "toy-fog"):
+        pairs = []
+        for image, label in scenes(name):
+            scores = F.pad(tokens_of(path, image), (0, 1), value=1).double() @ torch.from_numpy(weights)
+            scores = F.interpolate(scores.T.reshape(1, 8, 8, 8), (64, 64), mode="bilinear")
+            pairs.append((scores[0].argmax(0), label))
+        assert printed["s"][name] == pytest.approx(np.nanmean(slow_ious(pairs, 8)), abs=0.02)
+    header, row, other = printed_table("\n".join(table))
+    assert header == ["", "toy", "toy-fog", "mean"] and other[0] == "toy_base"
+    assert row == ["s", *(f"{value:.1f}" for value in printed["s"].values())]
+    assert printed["s"]["mean"] == pytest.approx((printed["s"]["toy"] + printed["s"]["toy-fog"]) / 2)
 
 
-@pytest.mark.parametrize("command, says", [
-    ("--figure 4 --models a={teacher}", "--figure: '4' is none of none, 3b"),
-    ("--figure 8 --data toy-fog", "--models: say which"),
-    ("--figure 8 --data toy-fog --models a={teacher},a={teacher}", "two are called a"),
-    ("--figure 8 --data toy-fog --models a={tmp}/none.pt", "none.pt: no such file"),
-    ("--figure 8 --data toy-fog --models a={student}", "student.pt is no segmenter.pt"),
-    ("--figure 8 --data camvid --root {tmp} --models a={teacher}", "camvid has the classes"),
-    ("--figure 9 --data toy-fog --models a={teacher},b={tmp}/three.pt", "a, b were trained on different classes"),
-    ("--figure 9 --data toy-fog --models a={tmp}/four.pt", "four.pt is no segmenter.pt"),
-    ("--figure 5 --data toy-fog --models a={tmp}/none.pt", "none.pt: neither a file nor a known encoder"),
-    ("--figure 5 --data toy-fog --models {teacher},toy_small --patch 0 --examples 0", "--examples, --subset and --tokens are at least 1"),
-    ("--figure 3b --models a={teacher},b={tmp}", "holds no log.jsonl"),
-    ("--figure 7a --data toy-fog --models a={teacher}", "wants the teacher, then its students"),
-    ("--figure 5 --data toy-fog --models a={teacher},b={tmp}/wide.pt", "(a 8, b 16 pixels): give all the same with --patch"),
-    ("--figure 7b --data toy-fog --models a={student},b={teacher}", "holds no head of L_feat"),
-    ("--figure 7b --data toy-fog --models a={student},b={student}", "heads are for a teacher of width 128, not 64"),
-    ("--probe --data toy-fog --models a={teacher}", "toy-fog: has no train split"),
-    ("--checkpoint {teacher} --data toy-fog --scales 1,x", "--scales 1,x: numbers"),
-    ("--checkpoint {teacher} --images {tmp}/nowhere", "nowhere: no such file or folder"),
-    ("--checkpoint {teacher} --images {tmp}/empty", "empty: no images here"),
-    ("--checkpoint {teacher} --images {tmp}/cut.png --out {tmp}/new", "cut.png: cannot be read as an image"),
-    ("--checkpoint {teacher} --images {tmp}/cut.png --out {tmp}", "is where the images lie"),
-    ("--checkpoint {teacher} --images {tmp}/cut.png --out {tmp}/four.pt", "four.pt: is a file"),
-    ("--checkpoint {teacher} --images {tmp}/twice --out {tmp}/new", "would both become a_classes.png"),
-    ("--checkpoint {teacher} --export {tmp}/model.onnx", "torch.export names its files .pt2"),
-])
-def test_a_mistake_with_models_or_files_is_one_line_and_exit_status_2(command, says, teacher, student, tmp_path, monkeypatch, capfd):
-    saved = torch.load(teacher, weights_only=True)
-    torch.save(saved | dict(classes=["a", "b", "c", "d"]), tmp_path / "four.pt")  # weights for eight
-    decoder = {key: p[:3] if key.startswith("decoder") and len(p) == 8 else p for key, p in saved["model"].items()}
-    torch.save(saved | dict(classes=["a", "b", "c"], model=decoder), tmp_path / "three.pt")
-    save_student(tmp_path / "wide.pt", qsd.ViT(**qsd.load_vit("toy_small").config | dict(patch_size=16)))
-    (tmp_path / "empty").mkdir()
-    write(tmp_path / "twice/a.png", photo())
-    write(tmp_path / "twice/a.jpg", photo())
-    write(tmp_path / "cut.png", smooth_image().permute(1, 2, 0).numpy())
-    (tmp_path / "cut.png").write_bytes((tmp_path / "cut.png").read_bytes()[:400])
-    status, _, error = typed(monkeypatch, capfd, "eval.py " + command.format(tmp=tmp_path, teacher=teacher, student=student))
-    error = re.sub(r"[^\n]*\r", "", error)  # bars
-    assert status == 2 and says in error and error.count("\n") == 1 and error.startswith("eval.py: ")
+BAD_EVALUATIONS = {
+    "--figure 8 --data toy-fog": "--models: say which",
+    "--figure 8 --data toy-fog --models a={teacher},a={teacher}": "two are called a",
+    "--figure 8 --data toy-fog --models a={student}": "student.pt is no segmenter.pt",
+    "--figure 8 --data camvid --root {tmp} --models a={teacher}": "camvid has the classes",
+    "--figure 5 --data toy-fog --models {teacher} --examples 0": "--examples, --subset and --tokens are at least 1",
+    "--figure 3b --models a={teacher},b={tmp}": "holds no log.jsonl",
+    "--figure 7a --data toy-fog --models a={teacher}": "wants the teacher, then its students",
+    "--figure 7b --data toy-fog --models a={student},b={teacher}": "holds no head of L_feat",
+    "--figure 7b --data toy-fog --models a={student},b={student}": "heads are for a teacher of width 128, not 64",
+    "--probe --data toy-fog --models a={teacher}": "toy-fog: has no train split",
+    "--checkpoint {teacher} --data toy-fog --scales 1,x": "--scales 1,x: numbers",
+    "--checkpoint {teacher} --images {tmp}/empty": "empty: no images here",
+    "--checkpoint {teacher} --images {tmp}/cut.png --out {tmp}/new": "cut.png: cannot be read as an image",
+    "--checkpoint {teacher} --images {tmp}/cut.png --out {tmp}": "is where the images lie",
+    "--checkpoint {teacher} --images {tmp}/twice --out {tmp}/new": "would both become a_classes.png",
+    "--checkpoint {teacher} --export {tmp}/model.onnx": "torch.export names its files .pt2",
+}
 
 
-if __name__ == "__main__":  # as torchrun starts it
-    alike(*map(Path, sys.argv[1:]))
-    dist.destroy_process_group()
+@pytest.mark.parametrize("command", BAD_EVALUATIONS)
+def test_a_mistake_with_models_or_files_is_told_in_one_line(command, teacher, student, tmp_path):
+    for name in ("empty/notes.txt", "twice/a.png", "twice/a.jpg", "cut.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"\x89PNG")
+    with pytest.raises(qsd.UserError) as error:
+        evaluation.main(command.format(tmp=tmp_path, teacher=teacher, student=student).split())
+    assert BAD_EVALUATIONS[command] in str(error.value) and "\n" not in str(error.value)
