@@ -2078,6 +2078,8 @@ def test_student_and_teachers_see_the_same_pixels_each_normalised_as_it_was_trai
     cls, patches, _ = judge.encoder.run(x_t)
     close = partial(torch.testing.assert_close, rtol=1e-3, atol=1e-3)
     close(255 * pixels, (255 * pixels).round())
+    noise = inputs[1] if script == "distill" else inputs[4]
+    assert torch.equal(noise, data.uniform_noise(torch.arange(4, 8), 64, 0))    # the second batch's draws
     close(t[0], torch.nn.functional.layer_norm(cls, (128,)))
     close(t[1], torch.nn.functional.layer_norm(patches, (128,)))
     if script == "segment":
