@@ -132,10 +132,13 @@ def resize(image, size, mode=InterpolationMode.BILINEAR, antialias=False):
     return TF.resize(image, [height, width], mode, antialias=antialias)
 
 
+LABEL_RESIZE = InterpolationMode.NEAREST_EXACT  # the image's pixel centres; official: NEAREST, up to half a pixel off
+
+
 def resize_label(label, size):
-    """Resize (H, W) to size (width, height): the nearest pixel's class, by the same pixel centres as the image."""
+    """Resize (H, W) to size (width, height): the nearest pixel's class."""
     width, height = size
-    return TF.resize(label[None], [height, width], InterpolationMode.NEAREST_EXACT)[0]
+    return TF.resize(label[None], [height, width], LABEL_RESIZE)[0]
 
 
 def crop(image, box):
@@ -1455,6 +1458,7 @@ def main(argv=None):
 # --- Flags: every field of a Config is one --------------------------------------------------------------------------
 
 RETIRED = dict(mask_every=2, val_every=0)  # constants that older runs hold and no Config has any more: their defaults
+EARLIER = dict(geometry="centred", no_decay="all")  # what runs had before these constants existed; others: the default
 
 
 def configure(Config, preset=None, argv=None):
@@ -1529,9 +1533,9 @@ def changed(cfg):
 
 
 def known_fields(Config, stored):
-    """A stored Config {name: value} without the constants that Config lacks today."""
+    """A stored Config {name: value} as Config takes it: what it lacks today is left out, EARLIER is filled in."""
     names = {field.name for field in dataclasses.fields(Config)}
-    return {name: value for name, value in stored.items() if name in names}
+    return {name: value for name, value in (EARLIER | stored).items() if name in names}
 
 
 def cli(main):
@@ -1719,10 +1723,17 @@ def same_value(a, b):
 
 
 def check_folder(cfg, free):
-    """Refuse --out if it holds another run or foreign files, and leave it as it is."""
+    """Refuse --out if it holds another run or foreign files, and leave it as it is.
+
+    A run that began before a constant of EARLIER existed goes on as it began: cfg is set so.
+    """
     out = Path(cfg.out)
     if (out / "log.jsonl").exists():
-        differing = other_constants(cfg, read_header(out / "log.jsonl")["config"], free)
+        stored = read_header(out / "log.jsonl")["config"]
+        for name, value in EARLIER.items():
+            if hasattr(cfg, name) and name not in stored:
+                setattr(cfg, name, value)
+        differing = other_constants(cfg, EARLIER | stored, free)
         if differing:
             raise UserError(f"--out {out} holds a run with other constants ({', '.join(differing)}); "
                             "choose another --out")

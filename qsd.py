@@ -1,9 +1,11 @@
 """The method of GKD: the encoders (ViTs that load the official weights), QSD, and the distillation losses."""
-import argparse
 import hashlib
 import math
 import os
+import pickle
 import re
+import zipfile
+from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -109,7 +111,7 @@ ENCODERS = {                # size, patch, image, official file, its SHA-256, wh
     "eva02_tiny":           Encoder(*TI, 14, 224, EVA + "eva02_Ti_pt_in21k_p14.pt", **EVA02),
     "eva02_small":          Encoder(*S, 14, 224, EVA + "eva02_S_pt_in21k_p14.pt", **EVA02),
     "eva02_base":           Encoder(*B, 14, 224, EVA + "eva02_B_pt_in21k_p14.pt", sub_ln=True, **EVA02),
-    "eva02_large":          Encoder(*L, 14, 224, EVA + "eva02_L_pt_in21k_p14.pt", sub_ln=True, **EVA02),
+    "eva02_large":          Encoder(*L, 14, 224, EVA + "eva02_L_pt_m38m_p14.pt", sub_ln=True, **EVA02),
     "toy_small":            Encoder(64, 4, 2, 8, 64),        # for the built-in toy world: no official file
     "toy_base":             Encoder(128, 4, 4, 8, 64),
 }
@@ -448,8 +450,7 @@ def ledger_and_heads(name_or_path):
     """What a checkpoint of this project brings along: the ledgers of the stages behind it, and its heads (or None)."""
     if not Path(name_or_path).is_file():
         return [], None
-    with torch.serialization.safe_globals([argparse.Namespace]):
-        saved = torch.load(name_or_path, map_location="cpu", weights_only=True)
+    saved = open_checkpoint(Path(name_or_path))
     return saved.get("ledger", []), saved.get("objective")
 
 
@@ -520,6 +521,9 @@ def read_encoder(path, name, row):
         values = saved
     else:
         values, guess = infer_values(path, state)
+        if prefix.endswith("backbone."):                                        # official GKD: so for EVA-02, too
+            values |= IMAGENET
+            guess = []
         notes += guess
     inner_attn_ln = any("inner_attn_ln" in key for key in state)                # EVA-02 exists with and without
     if dropped:
@@ -531,18 +535,97 @@ def read_encoder(path, name, row):
 
 
 def open_checkpoint(path):
-    """The dict in a checkpoint; a file that could run code is refused."""
+    """The dict in a checkpoint, whoever wrote it; what it names is not imported. UserError if there is none."""
+    if not path.is_file():
+        raise UserError(f"{path}: no such file")
     with open(path, "rb") as file:
         if file.read(512).lstrip().startswith(b"<"):
             raise UserError(f"{path} is a web page, not a checkpoint: the download did not reach the file, repeat it")
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):            # DeiT-style training saves its flags
-            return torch.load(path, map_location="cpu", weights_only=True)
+        try:
+            saved = torch.load(path, map_location="cpu", weights_only=True)
+        except pickle.UnpicklingError:                                          # it holds other things than tensors
+            saved = read_foreign(path)
     except Exception as error:                                                  # damaged bytes raise nearly anything
-        if "GLOBAL" in str(error) or "Unsupported operand" in str(error):
-            raise UserError(f"{path} holds Python objects, which could run code, beside or instead of tensors, and is "
-                            "not opened: save its state dict alone")
-        raise UserError(f"{path} is truncated, damaged or no checkpoint ({path.stat().st_size} bytes): fetch it again")
+        reason = str(error).split("\n")[0]
+        raise UserError(f"{path} is truncated, damaged or no checkpoint ({path.stat().st_size} bytes; {reason}): fetch "
+                        "it again") from None
+    if not isinstance(saved, dict):
+        raise UserError(f"{path} holds no dict of tensors, but {type(saved).__name__}: save the state dict")
+    return saved
+
+
+class Foreign(dict):
+    """Stands for every class and function that a file names: can be called and filled, and does nothing."""
+
+    def __init__(self, *args, **kwargs):
+        pass
+
+    def __call__(self, *args, **kwargs):
+        return self
+
+    def __setstate__(self, state):
+        pass
+
+    def append(self, item):
+        pass
+
+    def add(self, item):
+        pass
+
+    __hash__ = object.__hash__                                                  # it may be a key
+
+
+def rebuild_tensor(storage, offset, size, stride, *unused):
+    return storage.as_strided(size, stride, offset).clone()
+
+
+def rebuild_parameter(tensor, *unused):
+    return tensor
+
+
+KNOWN = {  # all that a file may name and get; a storage's type is taken for its dtype
+    ("collections", "OrderedDict"): OrderedDict,
+    ("torch._utils", "_rebuild_tensor_v2"): rebuild_tensor,
+    ("torch._utils", "_rebuild_parameter"): rebuild_parameter,
+    ("torch", "FloatStorage"): torch.float32,
+    ("torch", "DoubleStorage"): torch.float64,
+    ("torch", "HalfStorage"): torch.float16,
+    ("torch", "BFloat16Storage"): torch.bfloat16,
+    ("torch", "LongStorage"): torch.int64,
+    ("torch", "IntStorage"): torch.int32,
+    ("torch", "ByteStorage"): torch.uint8,
+    ("torch", "BoolStorage"): torch.bool,
+}
+
+
+class ForeignUnpickler(pickle.Unpickler):
+    """Reads the pickle in a file of torch.save: tensors and plain values as they are, all else as Foreign."""
+
+    def __init__(self, archive, folder):
+        super().__init__(archive.open(f"{folder}/data.pkl"))
+        self.archive = archive
+        self.folder = folder
+
+    def find_class(self, module, name):
+        return KNOWN.get((module, name), Foreign)
+
+    def persistent_load(self, saved_id):
+        _, dtype, name, _, _ = saved_id                                         # "storage", type, file, device, length
+        content = bytearray(self.archive.read(f"{self.folder}/data/{name}"))
+        if not content or dtype is Foreign:
+            return torch.empty(0)
+        return torch.frombuffer(content, dtype=dtype)
+
+
+def read_foreign(path):
+    """The content of a file of torch.save that pickles objects beside its tensors, as mmengine's do.
+
+    No class or function that it names is imported or called, so that a file made to run code runs none.
+    """
+    with zipfile.ZipFile(path) as archive:
+        folder = archive.namelist()[0].split("/")[0]
+        return ForeignUnpickler(archive, folder).load()
 
 
 def encoder_tensors(path, checkpoint):
@@ -657,7 +740,7 @@ def fit(path, state, values, wanted, offset):
     with torch.device("meta"):                                                  # shapes only: no memory, no draws
         old = ViT(**values)
         vit = ViT(**wanted)
-    check_state(path, state, old.state_dict())
+    check_state(f"{path} does not fit the encoder", state, old.state_dict())
 
     notes = []
     if vit.pos_embed is not None and old.grid != vit.grid:
@@ -674,8 +757,8 @@ def fit(path, state, values, wanted, offset):
     return vit, notes
 
 
-def check_state(path, state, expected):
-    """Refuses a state dict whose names or shapes differ from the expected ones, naming them."""
+def check_state(complaint, state, expected):
+    """Refuses a state dict whose names or shapes differ from the expected ones: UserError, the complaint and them."""
     wrong = [f"{key} is missing" for key in expected if key not in state]
     wrong += [f"{key} is not expected" for key in state if key not in expected]
     for key in expected:
@@ -683,7 +766,7 @@ def check_state(path, state, expected):
             wrong.append(f"{key} has shape {tuple(state[key].shape)} instead of {tuple(expected[key].shape)}")
     if wrong:
         more = f" and {len(wrong) - 6} more" if len(wrong) > 6 else ""
-        raise UserError(f"{path} does not fit the encoder: {', '.join(wrong[:6])}{more}")
+        raise UserError(f"{complaint}: {', '.join(wrong[:6])}{more}")
 
 
 # --- The objectives' constants --------------------------------------------------------------------------------------

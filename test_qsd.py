@@ -19,7 +19,9 @@ import struct
 import subprocess
 import sys
 import time
+import types
 import zlib
+from collections import OrderedDict
 from functools import cache, partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -526,9 +528,10 @@ BAD_FILES = [        # how small.pth, of path p and state s, is made wrong; opti
     (lambda p, s: torch.save(s | {KEY: s[KEY].T}, p), {}, r"qkv.weight has shape \(64, 192\) instead of \(192, 64\)"),
     (lambda p, s: torch.save({KEY: s[KEY]}, p), {}, "small.pth holds no encoder: no key in it ends in patch_embed"),
     (lambda p, s: torch.save(s | {"pos_embed": s[KEY]}, p), {}, "small.pth: the architecture is unclear, as pos_embed"),
-    (lambda p, s: p.write_bytes(p.read_bytes()[:5000]), {}, r"small.pth is truncated, damaged or .* \(5000 bytes\)"),
-    (lambda p, s: torch.save({"model": Path("x")}, p), {}, "small.pth holds Python objects, which could run code"),
-    (lambda p, s: p.write_bytes(pickle.dumps(Path("x"), protocol=2)), {}, "small.pth holds Python objects, which"),
+    (lambda p, s: p.write_bytes(p.read_bytes()[:5000]), {}, r"small.pth is truncated, damaged or .* \(5000 bytes"),
+    (lambda p, s: torch.save({"model": Path("x")}, p), {}, "small.pth holds no encoder: no key in it ends in patch"),
+    (lambda p, s: torch.save([Path("x")], p), {}, "small.pth holds no dict of tensors, but list: save the state dict"),
+    (lambda p, s: p.write_bytes(pickle.dumps(Path("x"), protocol=2)), {}, "small.pth is truncated, damaged or no"),
     (lambda p, s: p.write_text("\n<!DOCTYPE html><html>404</html>"), {}, "small.pth is a web page, not a checkpoint"),
     (lambda p, s: None, dict(depth=3), "depth must be 1 to 2 for small, not 3"),
     (lambda p, s: None, dict(img_size=30), "30x30 pixels does not divide into patches of 8"),
@@ -1560,9 +1563,6 @@ def test_toy_training_never_meets_a_scene_or_a_domain_that_is_evaluated(name, do
         assert (image.permute(1, 2, 0).numpy() == scene).all() and (label.numpy() == classes).all()
 
 
-OFFICIAL = hasattr(segment, "official_segmenter")  # positions and padding are those of mmdet and mmcv
-
-
 def features(grid, batch=2):
     """What a decoder reads: 4 x (batch, 32, ., .) in float64, finest first."""
     return pyramid([torch.randn(batch, grid[0] * grid[1], 32).double() for _ in range(4)], grid)
@@ -1775,20 +1775,21 @@ def slow_mask_decoder(decoder, maps, pixels):
 def test_maps_are_read_between_their_pixels():
     x = torch.tensor([[1.0, 2], [3, 4]]).view(1, 1, 2, 2)
     points = torch.tensor([[[0.25, 0.25], [0.75, 0.25], [0.25, 0.75], [0.5, 0.25], [0.5, 0.5], [0, 0], [1, 0.75]]])
-    at_border = [0.25, 2] if OFFICIAL else [1, 4]  # mixed with zeros, or the border's pixel
-    assert sample(x, points).flatten().tolist() == [1, 2, 3, 1.5, 2.5, *at_border]
+    for padding, at_border in (("zeros", [0.25, 2]), ("border", [1, 4])):
+        assert sample(x, points, padding).flatten().tolist() == [1, 2, 3, 1.5, 2.5, *at_border]
 
 
-def test_positions_are_sines_and_cosines_of_x_and_y_at_geometric_frequencies():
-    found = sine_position((3, 5), 16, "cpu").view(3, 5, 16)
-    start = 1 if OFFICIAL else 0.5  # the last pixel is at 1, or the pixels' centres count
+def test_positions_are_sines_and_cosines_of_y_and_x_at_geometric_frequencies():
+    official = sine_position((3, 5), 16, "cpu").view(3, 5, 16)
+    centred = sine_position((3, 5), 16, "cpu", "centred").view(3, 5, 16)
     for i, j, k in np.ndindex(3, 5, 4):
         frequency = 2 * math.pi * 10000 ** (-k / 4)
-        x = (j + start) / 5 * frequency
-        y = (i + start) / 3 * frequency
-        channels = [8 + 2 * k, 9 + 2 * k, 2 * k, 2 * k + 1] if OFFICIAL else [k, 4 + k, 8 + k, 12 + k]
-        expected = [math.sin(x), math.cos(x), math.sin(y), math.cos(y)]
-        assert found[i, j, channels].tolist() == pytest.approx(expected, abs=1e-5)
+        for found, start, channels in ((official, 1, [8 + 2 * k, 9 + 2 * k, 2 * k, 2 * k + 1]),
+                                       (centred, 0.5, [k, 4 + k, 8 + k, 12 + k])):
+            x = (j + start) / 5 * frequency
+            y = (i + start) / 3 * frequency
+            expected = [math.sin(x), math.cos(x), math.sin(y), math.cos(y)]
+            assert found[i, j, channels].tolist() == pytest.approx(expected, abs=1e-5)
 
 
 def test_in_a_mask_layer_queries_read_under_their_masks_then_each_other_then_think():
@@ -2004,6 +2005,394 @@ def same_runs(a, b):
     return only and records(a) == records(b) and weights(a / result) == weights(b / result)
 
 
+# --- Released segmenters: equal to the authors' code ------------------------------------------------------------------
+# The numbers were recorded from mmsegmentation 1.2.2, mmdet 3.3.0 and mmcv 2.1.0 with the authors' configuration for
+# DeiT-S, its backbone of width 64, one head, 12 blocks, patch 16, images of 64 pixels and 5 classes, in float64. All
+# weights and inputs are rebuilt from their names.
+
+WIDTH, CLASSES = 256, 5
+FEATURE_NORMS = [226.09876592180808, 151.88408705451118, 102.68754686292367, 51.13837601831395]
+CROP_NORM = 575.5542514495163
+CROP = {(0, 0, 0): 0.5745638404603529, (1, 10, 20): 9.0187292008049, (2, 31, 63): 3.9379276580964504,
+        (3, 63, 5): 1.624291414226956, (4, 40, 40): 2.5463195009047466}
+SLIDE_NORM = 821.2294028203435
+SLIDE = {(0, 0, 0): 0.8595307808175633, (1, 10, 20): 6.787133105731442, (2, 31, 63): 3.370055302344709,
+         (3, 63, 5): 0.8882775287196047, (4, 40, 40): 0.8006591065745017}
+
+
+def released_shapes():
+    """Every key of a released segmenter's state dict, with its shape."""
+    shapes = {}
+
+    def add(name, *shape, bias=True):
+        shapes[f"{name}.weight"] = shape
+        if bias:
+            shapes[f"{name}.bias"] = shape[:1]
+
+    shapes["backbone.cls_token"] = (1, 1, 64)
+    shapes["backbone.pos_embed"] = (1, 17, 64)
+    shapes["backbone.mask_token"] = (1, 64)
+    add("backbone.patch_embed.proj", 64, 3, 16, 16)
+    for i in range(12):
+        block = f"backbone.blocks.{i}"
+        add(f"{block}.norm1", 64)
+        add(f"{block}.attn.qkv", 192, 64)
+        add(f"{block}.attn.proj", 64, 64)
+        add(f"{block}.norm2", 64)
+        add(f"{block}.mlp.fc1", 256, 64)
+        add(f"{block}.mlp.fc2", 64, 256)
+    add("backbone.norm", 64)
+
+    pixel = "decode_head.pixel_decoder"
+    for i in range(3):
+        add(f"{pixel}.input_convs.{i}.conv", WIDTH, 64, 1, 1)
+        add(f"{pixel}.input_convs.{i}.gn", WIDTH)
+    for i in range(6):
+        layer = f"{pixel}.encoder.layers.{i}"
+        add(f"{layer}.self_attn.sampling_offsets", 192, WIDTH)
+        add(f"{layer}.self_attn.attention_weights", 96, WIDTH)
+        add(f"{layer}.self_attn.value_proj", WIDTH, WIDTH)
+        add(f"{layer}.self_attn.output_proj", WIDTH, WIDTH)
+        add(f"{layer}.ffn.layers.0.0", 1024, WIDTH)
+        add(f"{layer}.ffn.layers.1", WIDTH, 1024)
+        add(f"{layer}.norms.0", WIDTH)
+        add(f"{layer}.norms.1", WIDTH)
+    add(f"{pixel}.level_encoding", 3, WIDTH, bias=False)
+    add(f"{pixel}.lateral_convs.0.conv", WIDTH, 64, 1, 1, bias=False)
+    add(f"{pixel}.lateral_convs.0.gn", WIDTH)
+    add(f"{pixel}.output_convs.0.conv", WIDTH, WIDTH, 3, 3, bias=False)
+    add(f"{pixel}.output_convs.0.gn", WIDTH)
+    add(f"{pixel}.mask_feature", WIDTH, WIDTH, 1, 1)
+
+    for i in range(9):
+        layer = f"decode_head.transformer_decoder.layers.{i}"
+        for attention in ("self_attn", "cross_attn"):
+            shapes[f"{layer}.{attention}.attn.in_proj_weight"] = (3 * WIDTH, WIDTH)
+            shapes[f"{layer}.{attention}.attn.in_proj_bias"] = (3 * WIDTH,)
+            add(f"{layer}.{attention}.attn.out_proj", WIDTH, WIDTH)
+        add(f"{layer}.ffn.layers.0.0", 2048, WIDTH)
+        add(f"{layer}.ffn.layers.1", WIDTH, 2048)
+        for norm in range(3):
+            add(f"{layer}.norms.{norm}", WIDTH)
+    add("decode_head.transformer_decoder.post_norm", WIDTH)
+    add("decode_head.query_embed", 100, WIDTH, bias=False)
+    add("decode_head.query_feat", 100, WIDTH, bias=False)
+    add("decode_head.level_embed", 3, WIDTH, bias=False)
+    add("decode_head.cls_embed", CLASSES + 1, WIDTH)
+    for i in (0, 2, 4):
+        add(f"decode_head.mask_embed.{i}", WIDTH, WIDTH)
+    return shapes
+
+
+def z(name, shape):
+    """Normal random numbers that follow from a name, float64."""
+    return np.random.RandomState(zlib.crc32(name.encode())).standard_normal(shape)
+
+
+def recorded_value(key, shape):
+    """The tensor that the numbers were recorded with."""
+    values = z(f"segmenter {key}", shape)
+    fan_in = math.prod(shape[1:])
+    if len(shape) == 1 and key.endswith("weight"):
+        values = 1 + 0.2 * values
+    elif "sampling_offsets" in key:  # the biases, too
+        values = 0.5 * values / math.sqrt(shape[-1])
+    elif len(shape) == 1:
+        values = 0.1 * values
+    elif "pos_embed" in key or "token" in key:
+        values = 0.3 * values
+    elif "query_" in key or "level_" in key:
+        values = 3 * values
+    elif key.endswith("cls_embed.weight"):
+        values = 1.5 * values / math.sqrt(fan_in)
+    elif ".attn.out_proj" in key:
+        values = 0.7 * values / math.sqrt(fan_in)
+    else:
+        values = values / math.sqrt(fan_in)
+    return torch.from_numpy(values.astype(np.float32))
+
+
+@pytest.fixture(scope="session")
+def released():
+    """A released segmenter's state dict."""
+    return OrderedDict((key, recorded_value(key, shape)) for key, shape in released_shapes().items())
+
+
+def save_as_mmengine(path, state):
+    """Write a checkpoint as mmengine does, with objects of classes that are not there when it is read."""
+    package = types.ModuleType("mmengine_not_installed")
+
+    class HistoryBuffer:
+        def __init__(self):
+            self._log_history = np.arange(3.0)
+            self._statistics_methods = {"mean": np.mean}
+
+    class ConfigDict(dict):
+        pass
+
+    class Stage(str):
+        pass
+
+    for kind in (HistoryBuffer, ConfigDict, Stage):
+        kind.__module__ = package.__name__
+        kind.__qualname__ = kind.__name__
+        setattr(package, kind.__name__, kind)
+    config = ConfigDict(model=ConfigDict(type="EncoderDecoder"), hooks=[ConfigDict(type="LoggerHook")])
+    config.__dict__["filename"] = "config.py"
+    optimizer = dict(state={0: dict(step=torch.tensor(3.0), exp_avg=torch.zeros(2, 2))}, param_groups=[dict(lr=1e-4)])
+    checkpoint = dict(
+        meta=dict(iter=40000, cfg=config, dataset_meta=dict(classes=("road",), palette=[[128, 64, 128]])),
+        state_dict=state,
+        message_hub=dict(log_scalars=OrderedDict({"train/loss": HistoryBuffer()}), runtime_info={"iter": np.int64(3)}),
+        optimizer=optimizer, stages={Stage("train"): {1, 2}})
+    sys.modules[package.__name__] = package
+    try:
+        torch.save(checkpoint, path)
+    finally:
+        del sys.modules[package.__name__]
+    return path
+
+
+@pytest.fixture(scope="session")
+def file(released, tmp_path_factory):
+    return save_as_mmengine(tmp_path_factory.mktemp("released") / "iter_40000.pth", released)
+
+
+def test_a_released_segmenter_computes_what_the_official_code_computes(file):
+    with pytest.raises(Exception, match="Weights only load failed"):
+        torch.load(file, weights_only=True)  # the file does hold objects
+    model, saved = segment.load_segmenter(file)
+    model = model.double()
+    crop = torch.from_numpy(z("crop", (1, 3, 64, 64))).float().double()
+    image = torch.from_numpy(z("image", (1, 3, 80, 96))).float().double()
+    with torch.no_grad():
+        feats = model.features(crop)
+        scores = model.decoder.scores(model(crop), (64, 64))[0]
+        slid = evaluation.slide(model, image, 64, 43)[0]
+    assert [x.shape[2] for x in feats] == [16, 8, 4, 2]
+    assert [x.norm().item() for x in feats] == pytest.approx(FEATURE_NORMS, rel=1e-5)
+    assert scores.norm().item() == pytest.approx(CROP_NORM, rel=1e-5)
+    assert {at: scores[at].item() for at in CROP} == pytest.approx(CROP, rel=1e-5)
+    assert slid.norm().item() == pytest.approx(SLIDE_NORM, rel=1e-5)  # one bit of one attention mask would be 3e-5
+    assert {at: slid[at].item() for at in SLIDE} == pytest.approx(SLIDE, rel=1e-5)
+    assert saved["classes"] == ["0", "1", "2", "3", "4"] and len(saved["colors"]) == 5
+    assert (saved["config"]["size"], saved["config"]["patch"]) == (64, 16)
+    assert (tuple(model.encoder.mean), tuple(model.encoder.std)) == tuple(qsd.IMAGENET.values())
+
+
+def test_what_was_loaded_becomes_a_segmenter_of_this_project_and_an_official_one_again(file, released, tmp_path):
+    model, saved = segment.load_segmenter(file)
+    back = segment.official_state_dict(model)
+    assert back.keys() == released.keys()
+    assert all(torch.equal(back[key], released[key]) for key in released)
+
+    torch.save(saved, tmp_path / "segmenter.pt")
+    again, _ = segment.load_segmenter(tmp_path / "segmenter.pt")
+    x = torch.randn(1, 3, 64, 64)
+    assert torch.equal(again(x)["logits"], model(x)["logits"])
+
+    torch.save(released, tmp_path / "bare.pth")  # tensors alone, without the rest of the checkpoint
+    bare, _ = segment.load_segmenter(tmp_path / "bare.pth")
+    assert torch.equal(bare(x)["logits"], model(x)["logits"])
+
+
+def test_only_mask2former_has_official_names():
+    for decoder in (segment.Linear(64, 3), segment.MaskDecoder(64, 3)):  # the second has the light pixel decoder
+        model = segment.Segmenter(qsd.load_vit("toy_small"), decoder)
+        with pytest.raises(qsd.UserError, match="--decoder mask --pixel deform --geometry mmdet only"):
+            segment.official_state_dict(model)
+
+
+@pytest.mark.parametrize("count, name", [(19, "cityscapes"), (6, "potsdam-rgb")])
+def test_the_classes_are_those_of_the_set_that_it_was_trained_on(released, tmp_path, count, name):
+    state = released | {"decode_head.cls_embed.weight": torch.zeros(count + 1, WIDTH),
+                        "decode_head.cls_embed.bias": torch.zeros(count + 1)}
+    torch.save(dict(state_dict=state), tmp_path / "a.pth")
+    _, saved = segment.load_segmenter(tmp_path / "a.pth")
+    assert saved["classes"] == list(data.DATASETS[name].classes)
+    assert saved["colors"] == [list(color) for color in data.DATASETS[name].colors]
+
+
+def test_layer_scale_is_loaded_where_a_file_has_it(released):
+    scales = {}
+    for i in range(12):
+        scales[f"backbone.blocks.{i}.ls1.gamma"] = torch.full((64,), 0.5)
+        scales[f"backbone.blocks.{i}.ls2.gamma"] = torch.full((64,), 0.5)
+    model, _ = segment.released_segmenter(released | scales)
+    assert model.encoder.blocks[3].ls1.gamma[0] == 0.5
+
+
+def without(state, key):
+    return OrderedDict((name, tensor) for name, tensor in state.items() if name != key)
+
+
+HEAD = "decode_head.transformer_decoder.layers"
+WRONG = {
+    f"{HEAD}.3.norms.1.bias is missing": lambda s: without(s, f"{HEAD}.3.norms.1.bias"),
+    "decode_head.query_feat.weight is missing": lambda s: without(s, "decode_head.query_feat.weight"),
+    "decode_head.cls_embed.weight is missing": lambda s: without(s, "decode_head.cls_embed.weight"),
+    "decode_head.pixel_decoder.lateral_convs.0.conv.weight is missing":
+        lambda s: without(s, "decode_head.pixel_decoder.lateral_convs.0.conv.weight"),
+    "backbone.pos_embed is missing": lambda s: without(s, "backbone.pos_embed"),
+    "backbone.blocks.11.mlp.fc2.bias is missing": lambda s: without(s, "backbone.blocks.11.mlp.fc2.bias"),
+    "decode_head.conv_seg.weight has no place": lambda s: s | {"decode_head.conv_seg.weight": torch.zeros(5, 256)},
+    "backbone.head.weight is not expected": lambda s: s | {"backbone.head.weight": torch.zeros(5, 64)},
+    "auxiliary_head.conv.weight has no place": lambda s: s | {"auxiliary_head.conv.weight": torch.zeros(5)},
+    "decode_head.level_embed.weight has shape (4, 256) instead of (3, 256)":
+        lambda s: s | {"decode_head.level_embed.weight": torch.zeros(4, 256)},
+    "decode_head.mask_embed.2.weight has shape (256, 128) instead of (256, 256)":
+        lambda s: s | {"decode_head.mask_embed.2.weight": torch.zeros(256, 128)},
+    "decode_head.cls_embed.bias has shape (6,) instead of (20,)":
+        lambda s: s | {"decode_head.cls_embed.weight": torch.zeros(20, 256)},
+    "100 queries for 150 classes": lambda s: s | {"decode_head.cls_embed.weight": torch.zeros(151, 256)},
+    "neither a segmenter.pt of this project nor a checkpoint of mmsegmentation":
+        lambda s: {key: tensor for key, tensor in s.items() if key.startswith("backbone.")},
+}
+
+
+@pytest.mark.parametrize("words", WRONG)
+def test_a_released_state_dict_that_does_not_fit_is_refused_in_one_line(released, words):
+    with pytest.raises(qsd.UserError, match=re.escape(words)) as error:
+        segment.released_segmenter(WRONG[words](released))
+    assert "\n" not in str(error.value) and len(str(error.value)) < 400
+
+
+def test_other_classes_than_those_of_the_images_are_refused(file, tmp_path):
+    command = f"--data toy --encoder toy_small --freeze no --kd_logits 1 --teacher {file} --out {tmp_path}/a"
+    with pytest.raises(qsd.UserError, match="iter_40000.pth was trained on other classes than those of --data toy"):
+        segment.main(command.split())
+
+
+def test_no_file_and_damaged_files_are_refused_in_one_line(file, tmp_path):
+    (tmp_path / "text.pth").write_text("no checkpoint")
+    (tmp_path / "half.pth").write_bytes(file.read_bytes()[:1000000])
+    torch.save([1, 2], tmp_path / "list.pth")
+    torch.save({"decode_head.conv_seg.weight": torch.zeros(5)}, tmp_path / "other.pth")
+    for name, words in (("none.pth", "no such file"), ("text.pth", "damaged or no checkpoint"),
+                        ("half.pth", "damaged or no checkpoint"), ("list.pth", "holds no dict"),
+                        ("other.pth", "other.pth: decode_head.conv_seg.weight has no place")):
+        with pytest.raises(qsd.UserError, match=words) as error:
+            segment.load_segmenter(tmp_path / name)
+        assert "\n" not in str(error.value)
+
+
+class Command:
+    """Pickled, it runs a command when it is read by pickle."""
+
+    def __init__(self, function, *arguments):
+        self.call = function, arguments
+
+    def __reduce__(self):
+        return self.call
+
+
+@pytest.mark.filterwarnings("ignore:.*TorchScript", "ignore:.*torch.jit")
+def test_a_file_made_to_run_code_runs_none(tmp_path):
+    mark = tmp_path / "mark"
+    calls = [Command(os.system, f"touch {mark}"), Command(eval, f"open({str(mark)!r}, 'w')"),
+             Command(exec, f"open({str(mark)!r}, 'w')"), Command(os.mkdir, str(mark)),
+             Command(getattr, str, "upper")]
+    tensors = {"norm.weight": torch.arange(3.0), "norm.bias": torch.nn.Parameter(torch.ones(2))}
+    torch.save(dict(state_dict=tensors, calls=calls, key={Command(os.mkdir, str(mark)): 1}), tmp_path / "evil.pth")
+    found = qsd.read_foreign(tmp_path / "evil.pth")
+    assert all(type(call) is qsd.Foreign for call in found["calls"])
+    assert all(torch.equal(found["state_dict"][key], tensors[key]) for key in tensors)  # beside that it is only data
+    torch.save(Command(os.mkdir, str(mark)), tmp_path / "alone.pth")
+    torch.jit.script(torch.nn.Linear(2, 2)).save(tmp_path / "program.pth")
+    for name in ("evil", "alone", "program"):
+        with pytest.raises(qsd.UserError):
+            segment.load_segmenter(tmp_path / f"{name}.pth")
+        with pytest.raises(qsd.UserError):
+            qsd.load_vit(tmp_path / f"{name}.pth")
+    assert not mark.exists()
+
+    torch.load(tmp_path / "alone.pth", weights_only=False)  # the file was dangerous
+    assert mark.exists()
+
+
+def test_points_at_the_border_are_mixed_with_zeros_and_still_count_in_full(monkeypatch):
+    points = torch.tensor([[[0.0, 0.0], [0.5, 0.0], [0.5, 0.5], [1.0, 1.0]]])
+    shares = [0.25, 0.5, 1, 0.25]  # of the image in what is read there
+    assert segment.sample(torch.ones(1, 1, 4, 4), points, "zeros").flatten().tolist() == shares
+    decoder = segment.MaskDecoder(32, 2, width=32, points=4)
+    monkeypatch.setattr(decoder, "uncertain_points", lambda x, generator: points)
+    wanted = decoder.targets(torch.zeros(1, 32, 32, dtype=torch.int64))
+    embed = torch.full((1, 1, 1, 32), 4 / 32)  # logits of 4 on pixels of 1
+    bce, _ = decoder.mask_losses(embed, torch.ones(1, 32, 8, 8), wanted)
+    want = [math.log1p(math.exp(4 * share)) - share * 4 * share for share in shares]
+    assert bce.item() == pytest.approx(sum(want) / 4, rel=1e-5)
+
+
+def test_initial_weights_are_drawn_as_mmdet_draws_them():
+    torch.manual_seed(0)
+    width = 256
+    decoder = segment.MaskDecoder(384, 19, width=width, queries=100, layers=1, heads=8, ffn=2048, pixel="deform",
+                                  pixel_layers=1)
+    layer, pixel = decoder.layers[0], decoder.pixel_decoder
+
+    def uniform(weight, bound):
+        assert weight.abs().max() <= bound and weight.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.03)
+
+    def normal(weight, std):
+        assert weight.std().item() == pytest.approx(std, rel=0.03) and weight.abs().max() > 3 * std
+
+    for attention in (layer.read, layer.talk):
+        for part in (attention.q, attention.k, attention.v):
+            normal(part.weight, math.sqrt(2 / (4 * width)))  # a third of one matrix (3 width, width)
+        normal(attention.proj.weight, math.sqrt(2 / (2 * width)))
+        assert attention.q.bias.abs().sum() == attention.k.bias.abs().sum() == attention.v.bias.abs().sum() == 0
+        assert attention.proj.bias.abs().sum() == 0
+    for ffn, hidden in ((layer.ffn, 2048), (pixel.layers[0].ffn, 1024)):
+        for linear in (ffn[0], ffn[2]):
+            normal(linear.weight, math.sqrt(2 / (width + hidden)))
+            assert 0 < linear.bias.abs().max() <= linear.weight.shape[1] ** -0.5  # as torch draws it
+    for linear in (decoder.mask_embed[0], decoder.mask_embed[2], decoder.mask_embed[4], decoder.classify):
+        uniform(linear.weight, width ** -0.5)
+        assert 0 < linear.bias.abs().max() <= width ** -0.5
+    for conv in (pixel.laterals[0][0], pixel.embed[0], pixel.embed[3]):
+        uniform(conv.weight, math.sqrt(3 / conv.weight[0].numel()))
+    for lateral in pixel.laterals[1:]:
+        uniform(lateral[0].weight, math.sqrt(6 / (384 + width)))
+        assert lateral[0].bias.abs().sum() == 0
+    assert pixel.laterals[0][0].bias is None and pixel.embed[0].bias is None and pixel.embed[3].bias.abs().sum() == 0
+    for linear in (pixel.layers[0].attn.value, pixel.layers[0].attn.proj):
+        uniform(linear.weight, math.sqrt(6 / (2 * width)))
+        assert linear.bias.abs().sum() == 0
+    assert pixel.layers[0].attn.weights.weight.abs().sum() == pixel.layers[0].attn.offsets.weight.abs().sum() == 0
+
+
+def test_the_command_line_takes_a_released_file_where_it_takes_a_segmenter(released, tmp_path, monkeypatch, capfd):
+    monkeypatch.setitem(data.DATASETS, "toy-fog", data.toy("fog", val=1))
+    head = {"decode_head.cls_embed.weight": torch.randn(9, WIDTH), "decode_head.cls_embed.bias": torch.zeros(9)}
+    file = save_as_mmengine(tmp_path / "eight.pth", released | head)
+    evaluation.main(f"--checkpoint {file} --data toy-fog".split())  # as many classes as the toy world has
+    assert 0 <= json.loads(capfd.readouterr().out.splitlines()[-1])["miou"]["toy-fog"] <= 100
+    five = save_as_mmengine(tmp_path / "five.pth", released)
+    with pytest.raises(qsd.UserError, match="--data toy-fog has the 8 classes .* was trained on 5 others"):
+        evaluation.main(f"--checkpoint {five} --data toy-fog".split())
+
+    evaluation.main(f"--checkpoint {file} --export {tmp_path}/new/again.pth".split())
+    again = torch.load(tmp_path / "new/again.pth", weights_only=True)["state_dict"]
+    assert again.keys() == released.keys()
+    assert all(torch.equal(again[key], (released | head)[key]) for key in released)
+
+    vit = qsd.load_vit(file)  # its encoder alone
+    assert torch.equal(vit.blocks[11].mlp.fc2.weight, released["backbone.blocks.11.mlp.fc2.weight"])
+    assert (vit.mean, vit.std) == tuple(qsd.IMAGENET.values())
+
+
+def test_a_segmenter_from_before_the_official_positions_keeps_its_own(tmp_path):
+    cfg = segment.Config(data="toy", **segment.LIGHT, geometry="centred")
+    model = segment.Segmenter(qsd.load_vit("toy_small"), segment.build_decoder(64, 8, cfg)).eval()
+    before = dataclasses.asdict(cfg)
+    del before["geometry"], before["no_decay"]  # constants that it did not know
+    torch.save(dict(model=model.state_dict(), encoder=model.encoder.config, config=before, ledger=[],
+                    classes=list(data.TOY_CLASSES), colors=[]), tmp_path / "segmenter.pt")
+    again, _ = segment.load_segmenter(tmp_path / "segmenter.pt")
+    x = torch.randn(1, 3, 64, 64)
+    assert torch.equal(again(x)["logits"], model(x)["logits"])
+
+
 # --- Runs: every setting reaches the weights --------------------------------------------------------------------------
 
 # another value of each constant, which a new one needs, too, and the flags without which it would not matter
@@ -2018,15 +2407,16 @@ STAGE_1 = LOSS | {
 STAGE_2 = LOSS | {
     "data": "toy-arcade", "split": "val", "labels": "1/16", "encoder": "toy_small", "depth": "2", "freeze": "no",
     "decoder": "mask", "blocks": "four", "width": "32", "queries": "16", "decoder_layers": "2", "ffn": "128",
-    "pixel": "deform", "heads": "2", "points": "50", "void": "ignore", "kd": "1", "kd_logits": "1",
+    "pixel": "deform", "heads": "2", "points": "50", "void": "ignore", "geometry": "centred", "kd": "1",
+    "kd_logits": "1", "no_decay": "all",
     "teacher": "toy_base", "size": "32", "patch": "16", "cat_max_ratio": "0.3", "batch": "8", "budget": "3",
     "lr": "0.01", "lr_backbone": "0.01", "power": "2", "weight_decay": "0.1", "seed": "1", "precision": "bf16"}
 NEEDS = {"temperature": "--scale cosine", "dcd_pool": "--loss afdcd", "keep_heads": "--student {student}",
          "hub_offset": "--size 48 --teacher {teacher.parent.parent}/dinov2.pt"}
 ONE_STAGE = "--freeze no --teacher {teacher}"
-OF_MASKS = ("width", "queries", "decoder_layers", "ffn", "pixel", "heads", "points", "void")
+OF_MASKS = ("width", "queries", "decoder_layers", "ffn", "pixel", "heads", "points", "void", "geometry")
 NEEDS_IN_STAGE_2 = dict.fromkeys(OF_MASKS, "--decoder mask") | dict.fromkeys((*LOSS, "teacher"), f"{ONE_STAGE} --kd 1")
-NEEDS_IN_STAGE_2 |= dict.fromkeys(("lr_backbone", "kd", "kd_logits"), ONE_STAGE)
+NEEDS_IN_STAGE_2 |= dict.fromkeys(("lr_backbone", "no_decay", "kd", "kd_logits"), ONE_STAGE)
 OTHERS = {"out", "workers", "micro", "log_every", "save_minutes", "max_skips", "compile", "stage"}  # not mathematical
 OTHERS |= {"root", "cache", "pretrained", "classes"}    # refused below: the toy world's data have no use for them
 CONSTANTS = [(script, field.name) for script in SCRIPTS for field in dataclasses.fields(SCRIPTS[script].Config)
@@ -2088,7 +2478,8 @@ def test_student_and_teachers_see_the_same_pixels_each_normalised_as_it_was_trai
 
 
 STILL = {"distill": r"bias$|norm|^objective\.\w+\.\w+\.0\.",        # the parameters that do not decay, officially
-         "segment": r"norm|query|level_embed|laterals\.\d\.1\.|\.embed\.1\."}
+         "segment": r"^segmenter\.decoder\.(query|level_embed|norm|layers.*norm"
+                    r"|pixel_decoder\.(layers.*norm|laterals\.\d\.1\.|embed\.1\.))"}
 POLYNOMIAL = "--decoder mask --pixel deform --lr 0.004 --lr_backbone 0.001 --power 2 --budget 8flop"     # 2 a step
 
 
@@ -2322,11 +2713,11 @@ REFUSALS = {
     "distill.py {t} --budget 1.2.3": "--budget 1.2.3 is not one of",
     "distill.py {t} --batch 3": "--batch 3 does not divide into pairs of images over 1 processes",
     "segment.py {t} --kd 1": "add --freeze no",
-    "segment.py --data toy --kd_logits 1 --freeze no --teacher {student}": "student.pt is no segmenter.pt",
+    "segment.py --data toy --kd_logits 1 --freeze no --teacher {student}": "student.pt: neither a segmenter.pt",
     "distill.py {t} --out {tmp}": "is not empty and holds no log.jsonl",
     "segment.py --data toy --out {tmp}/a": "a holds a run with other constants (",
     f"distill.py {{t}} {QUICK} --data toy-proxy --budget 3 --out {{tmp}}/a": "a/last.pt cannot be read (",
-    "eval.py --checkpoint {tmp}/a/last.pt --data toy": "last.pt is no segmenter.pt",
+    "eval.py --checkpoint {tmp}/a/last.pt --data toy": "last.pt is truncated, damaged or no checkpoint",
     "data.py --data gtva": "--data gtva: not one of",
 }
 
@@ -3119,8 +3510,8 @@ def test_the_probe_is_a_ridge_regression_from_tokens_to_the_share_of_each_class_
 BAD_EVALUATIONS = {
     "--figure 8 --data toy-fog": "--models: say which",
     "--figure 8 --data toy-fog --models a={teacher},a={teacher}": "two are called a",
-    "--figure 8 --data toy-fog --models a={student}": "student.pt is no segmenter.pt",
-    "--figure 8 --data camvid --root {tmp} --models a={teacher}": "camvid has the classes",
+    "--figure 8 --data toy-fog --models a={student}": "student.pt: neither a segmenter.pt",
+    "--figure 8 --data camvid --root {tmp} --models a={teacher}": "camvid has the 11 classes",
     "--figure 5 --data toy-fog --models {teacher} --examples 0": "--examples, --subset and --tokens are at least 1",
     "--figure 3b --models a={teacher},b={tmp}": "holds no log.jsonl",
     "--figure 7a --data toy-fog --models a={teacher}": "wants the teacher, then its students",
