@@ -228,8 +228,8 @@ def val_split(name, cfg, title="", saved=None):
         if saved.get("released"):  # its file tells how many classes there are, not which
             others = len(classes) != len(saved["classes"])
         if others:
-            raise UserError(f"--data {name} has the {len(classes)} classes {', '.join(classes)}, but {title} was trained "
-                            f"on {len(saved['classes'])} others")
+            raise UserError(f"--data {name} has the {len(classes)} classes {', '.join(classes)}, but {title} was "
+                            f"trained on {len(saved['classes'])} others")
     return data.scenes(name, cfg.root, "val", data.eval_transform(name))
 
 
@@ -316,7 +316,6 @@ class Pair(NamedTuple):
     source_flags: dict = {}              # of distill.py on source images
     one_stage_flags: dict = {}           # of segment.py in the one-stage rows
     tuned: dict = dict(freeze=False)     # the task stage with the encoder trained at a tenth of the decoder's rate
-    before: tuple = ()                   # the runs that make the teacher
     common: dict = {}                    # flags of every command
     shared: str = ""                     # folder of the runs that do not depend on the source
     here: str = ""                       # folder of those that do
@@ -349,12 +348,9 @@ def small_pair(world, out, seed, root):
     folder = f"{out}/{world}/{seed}"
     common = dict(root=root, seed=seed)
     if world == "toy":
-        # The teacher is trained on a wide world of looks, the student starts from random weights.
-        wide = command("segment.py", data="toy-wide", encoder="toy_base", freeze=False, decoder="linear", **common,
-                       out=f"{folder}/teacher")
-        return Pair(f"{folder}/teacher/segmenter.pt", "toy_small", proxy="toy-proxy", source="toy",
-                    tuned=dict(freeze=False, lr_backbone=2e-4), before=(wide,), common=common, shared=folder,
-                    here=folder)
+        # The teacher was trained on a wide world of looks and is shipped; the student starts from random weights.
+        return Pair("toy_teacher", "toy_small", proxy="toy-proxy", source="toy",
+                    tuned=dict(freeze=False, lr_backbone=2e-4), common=common, shared=folder, here=folder)
     # Real images: the teacher is an ImageNet ViT-Ti, the student the first 3 of another one's 12 blocks.
     normed = dict(target_norm="layernorm")
     light = dict(patch=16, batch=16, lr=5e-4, lr_rule="constant", repeats=1, workers=1) | normed
@@ -368,7 +364,7 @@ def distilled(p, name, source=None, source_name=None, proxy=True, **flags):
 
     name: of the runs' folders. flags: of distill.py in both stages.
     """
-    runs = list(p.before)
+    runs = []
     student = dict(student=p.student, student_depth=p.student_depth)
     if proxy and p.proxy:
         out = f"{p.shared}/{name}-proxy"
@@ -397,10 +393,9 @@ def two_stage(p, loss="qsd", name=None, proxy=True, suffix="", then=None, **flag
 
 
 def one_stage(p, loss, suffix="", **flags):
-    """The runs of task learning and distillation at once, equation 3."""
-    last = task(p, f"one-stage-{loss}{suffix}", p.student, depth=p.student_depth, freeze=False, kd=1, loss=loss,
-                **p.one_stage_flags, teacher=p.teacher, **flags)
-    return [*p.before, last]
+    """The run of task learning and distillation at once, equation 3."""
+    return [task(p, f"one-stage-{loss}{suffix}", p.student, depth=p.student_depth, freeze=False, kd=1, loss=loss,
+                 **p.one_stage_flags, teacher=p.teacher, **flags)]
 
 
 def as_released(encoder, source):
@@ -425,14 +420,14 @@ def no_kd(p, suffix="", **flags):
 
 
 def teacher_alone(p, suffix="", **flags):
-    """The runs of a decoder on the teacher.
+    """The run of a decoder on the teacher.
 
     The paper gives EVA02-B 46.6 mIoU as a teacher and 56.2 as a student: one command cannot give both, so that EVA02-B
     stays frozen where it teaches.
     """
     released = {} if p.teacher == "eva02_base" else as_released(p.teacher, p.source)
     state = "tuned" if released else "frozen"
-    return [*p.before, task(p, f"teacher-{state}{suffix}", p.teacher, **released, **flags)]
+    return [task(p, f"teacher-{state}{suffix}", p.teacher, **released, **flags)]
 
 
 # --- Rows: the runs that lead to one segmenter, the last of them -----------------------------------------------------
@@ -506,6 +501,89 @@ def components(p):
     ]
 
 
+def effect_rows(p):
+    """The paper's method step by step; between some two of these rows stands each of EFFECTS."""
+    tuned = dict(suffix="-tuned", then=p.tuned)
+    return [
+        Row("no KD", no_kd(p)),
+        Row("one-stage MSE", one_stage(p, "mse")),
+        Row("MSE on source images", two_stage(p, "mse", name="mse-only", proxy=False, **tuned)),
+        Row("MSE, proxy set first", two_stage(p, "mse", **tuned)),
+        Row("identity attention, no masks",
+            two_stage(p, name="identity-unmasked", attention="identity", beta=0, **tuned)),
+        Row("QSD, no masks", two_stage(p, name="qsd-unmasked", beta=0, **tuned)),
+        Row("QSD, no CLS token", two_stage(p, name="qsd-patches", gamma=0, **tuned)),
+        Row("QSD", two_stage(p, **tuned)),
+        Row("QSD, encoder frozen", two_stage(p)),
+        Row("MSE, encoder frozen", two_stage(p, "mse")),
+        Row("teacher", teacher_alone(p)),
+    ]
+
+
+class Effect(NamedTuple):
+    """One step of the method: what it adds from one row of effect_rows to another, and two rows of the paper for it."""
+    name: str
+    before: str
+    after: str
+    paper: tuple = ()  # (table, row, row) of PAPER, DINOv2-B -> DeiT-S on GTAV; (): it has no such rows
+
+
+EFFECTS = (
+    Effect("distil at all, in one stage", "no KD", "one-stage MSE", ("1", "student", "+ Vanilla KD")),
+    Effect("source stage first, then the task", "one-stage MSE", "MSE on source images",
+           ("5", "one-stage MSE", "MSE on source images")),
+    Effect("proxy stage before it", "MSE on source images", "MSE, proxy set first",
+           ("5", "MSE on source images", "MSE, proxy set first")),
+    Effect("learned attention instead of identity", "identity attention, no masks", "QSD, no masks"),
+    Effect("QSD on CLS and features instead of MSE", "MSE, proxy set first", "QSD, no masks",
+           ("5", "MSE, proxy set first", "QSD: CLS and features")),
+    Effect("masked patches", "QSD, no masks", "QSD", ("5", "QSD: CLS and features", "QSD: with masked patches")),
+    Effect("CLS token", "QSD, no CLS token", "QSD"),
+    Effect("frozen encoder", "QSD", "QSD, encoder frozen", ("5", "QSD: with masked patches", "QSD, encoder frozen")),
+    Effect("GKD instead of two-stage MSE", "MSE, encoder frozen", "QSD, encoder frozen", ("4", "MSE", "QSD")),
+    Effect("GKD instead of no KD", "no KD", "QSD, encoder frozen", ("1", "student", "+ GKD")),
+)
+STUDENT_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # 97.5 % points, 1 to 9 degrees of freedom
+
+
+def interval(differences):
+    """Mean of paired differences and half the width of its 95 % confidence interval, infinite for a single one."""
+    n = len(differences)
+    if n < 2:
+        return np.mean(differences), math.inf
+    t = STUDENT_T[min(n - 1, len(STUDENT_T)) - 1]
+    return np.mean(differences), t * np.std(differences, ddof=1) / math.sqrt(n)
+
+
+def verdict(mean, half, paper):
+    """What a gain here, mean +- half, says about the paper's."""
+    if half >= abs(mean):
+        return "within noise"
+    if paper is None:
+        return "gain" if mean > 0 else "loss"
+    return "reproduced" if mean * paper > 0 else "contradicted"
+
+
+def show_effects(record):
+    """Print EFFECTS, with intervals and the paper's gains, from {row: {"miou": (seeds, domains + 1)}}."""
+    cells = {}
+    effects = {}
+    for effect in EFFECTS:
+        unseen = {row: np.array(record[row]["miou"])[:, -1] for row in (effect.before, effect.after)}  # (seeds,) each
+        mean, half = interval(unseen[effect.after] - unseen[effect.before])
+        paper = None
+        if effect.paper:
+            table, before, after = effect.paper
+            numbers = paper_numbers(table)["DINOv2-B -> DeiT-S"]["gtav"]
+            paper = round(numbers[after][-1] - numbers[before][-1], 1)
+        cells[effect.name] = [f"{mean:+.1f} ± {half:.1f}", "-" if paper is None else f"{paper:+.1f}",
+                              verdict(mean, half, paper)]
+        effects[effect.name] = dict(mean=round(mean, 2), half=round(half, 2), paper=paper)
+    print("\nGain on unseen looks, mean of the paired differences and 95 % interval")
+    show(cells, ["gain", "paper", "verdict"])
+    print(json.dumps({"effects": effects}))
+
+
 def gkd_alone(p):
     return [Row("GKD", two_stage(p))]
 
@@ -567,6 +645,7 @@ class Table(NamedTuple):
 
 TABLES = {
     "main": Table("The paper in one table", main_rows),
+    "effects": Table("The paper's method step by step", effect_rows),
     "clock": Table("Equal seconds in each stage of distillation", equal_seconds),
     "1": Table("Table 1, foundation to local",
                partial(rivals, losses=("mse", "cwd", "afdcd", "g2sd", "vitkd", "proteus"))),
@@ -844,7 +923,8 @@ def blocks(name, cfg):
         raise UserError(f"--table fig6 --data {cfg.data}: has no further sources; use --data toy or paper")
     source, unseen = data.SETTINGS[cfg.data]
     seeds = []
-    for seed in range(cfg.seed, cfg.seed + (cfg.seeds or 3)):
+    several = 5 if name == "effects" else 3
+    for seed in range(cfg.seed, cfg.seed + (cfg.seeds or several)):
         seeds.append(rows_of(small_pair(cfg.data, cfg.out, seed, cfg.root)))
     numbers = paper_numbers(name).get("DINOv2-B -> DeiT-S", {}).get("gtav", {})
     return [Block(f"{title}, in the {cfg.data} world", seeds, [source], list(unseen), numbers)]
@@ -1061,6 +1141,8 @@ def tabulate(name, block, cfg, device):
     show(cells, columns)
     domains = [*block.source, *block.unseen, "mean"]
     print(json.dumps({"table": name, "title": block.title, "domains": domains, "rows": record}))
+    if complete and name == "effects":
+        show_effects(record)
     return complete
 
 
@@ -1835,8 +1917,8 @@ def export_weights(model, saved, path):
     again, _ = segment.load_segmenter(path)
     for name, tensor in again.state_dict().items():
         assert torch.equal(tensor, model.state_dict()[name]), name
-    print(f"{path}: {len(model.state_dict())} tensors under mmsegmentation's names, for mmseg's EncoderDecoder with "
-          f"Mask2FormerHead; normalise images by mean {model.encoder.mean} and std {model.encoder.std}, of values in 0..1")
+    print(f"{path}: {len(model.state_dict())} tensors under mmsegmentation's names, for an EncoderDecoder with "
+          f"Mask2FormerHead; images in 0..1, normalised by mean {model.encoder.mean} and std {model.encoder.std}")
 
 
 def report(cfg, device):

@@ -114,6 +114,7 @@ ENCODERS = {                # size, patch, image, official file, its SHA-256, wh
     "eva02_large":          Encoder(*L, 14, 224, EVA + "eva02_L_pt_m38m_p14.pt", sub_ln=True, **EVA02),
     "toy_small":            Encoder(64, 4, 2, 8, 64),        # for the built-in toy world: no official file
     "toy_base":             Encoder(128, 4, 4, 8, 64),
+    "toy_teacher":          Encoder(128, 4, 4, 8, 64, "assets/toy_teacher.pt"),  # shipped: toy_base, trained
 }
 
 
@@ -470,7 +471,8 @@ def find_file(name, row):
     file = file_name(row)
     place = Path(WEIGHTS, file)
     cached = Path(torch.hub.get_dir(), "checkpoints", file)
-    for path in [place, Path(WEIGHTS, f"{bare(file)}.pth"), Path(WEIGHTS, f"{name}.pth"), cached]:
+    shipped = Path(__file__).parent / row.url  # of the toy teacher
+    for path in [place, Path(WEIGHTS, f"{bare(file)}.pth"), Path(WEIGHTS, f"{name}.pth"), cached, shipped]:
         if path.is_file():
             return path
     if row.url == ON_REQUEST:

@@ -696,7 +696,7 @@ POINTS = data.MASKS + 1  # the points on which masks are compared have random nu
 LIGHT = dict(width=64, queries=32, decoder_layers=3, ffn=256, heads=4, pixel="fpn")
 TOY = LIGHT | dict(encoder="toy_small", size=64, patch=8, batch=8, micro=8, budget="200", lr=2e-3, lr_backbone=1e-3,
                    workers=1, seed=0, log_every=20, cat_max_ratio=1.0, blocks="last", dcd_pool=1)
-WIDE = TOY | dict(batch=16, micro=16, budget="700", lr=1.5e-3, lr_backbone=1.5e-3)
+WIDE = TOY | dict(batch=16, micro=16, budget="16000", lr=1.5e-3, lr_backbone=1.5e-3, no_decay="all")  # the teacher's
 CAMVID = LIGHT | dict(size=224, points=2048, batch=8, micro=8, budget="250", lr=1e-3, lr_backbone=1e-4,
                       workers=1, seed=0, log_every=20, dcd_pool=1)
 PRESETS = dict.fromkeys(data.TOY_SOURCES, TOY) | {"toy-wide": WIDE, "camvid": CAMVID}
@@ -870,7 +870,8 @@ def official_state_dict(segmenter):
     """A Segmenter's tensors under mmsegmentation's names; UserError unless its decoder is Mask2Former's."""
     decoder = segmenter.decoder
     if not isinstance(decoder, MaskDecoder) or not decoder.pixel_decoder.deform or decoder.geometry != "mmdet":
-        raise UserError("mmsegmentation has names for segmenters of --decoder mask --pixel deform --geometry mmdet only")
+        raise UserError("mmsegmentation has names for segmenters of --decoder mask --pixel deform --geometry mmdet "
+                        "only")
     state = {}
     for key, tensor in segmenter.encoder.state_dict().items():
         state[f"backbone.{key}"] = tensor

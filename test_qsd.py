@@ -2697,6 +2697,18 @@ def test_a_run_of_another_version_or_spelling_goes_on_and_its_result_is_read_unl
             assert "is finished; nothing to do" in capfd.readouterr().out
 
 
+def test_a_dinov3_teacher_distils_and_resumes_to_the_bits_and_is_given_a_decoder_itself(flags, tmp_path):
+    path, _ = dinov3_file(tmp_path, "dinov3_vits16", depth=1)
+    more = f"--teacher {path} --patch 16"
+    train("distill", flags("distill", tmp_path / "whole", more))
+    interrupt("distill", flags("distill", tmp_path / "parts", more))
+    assert train("distill", flags("distill", tmp_path / "parts", more)) == 1
+    assert same_runs(tmp_path / "whole", tmp_path / "parts")
+    assert train("segment", flags("segment", tmp_path / "decoder", f"--encoder {path} --patch 16")) == 2
+    model, _ = segment.load_segmenter(tmp_path / "decoder/segmenter.pt")
+    assert (model.encoder.rope, model.encoder.depth) == ("dinov3", 1)
+
+
 REFUSALS = {
     "segment.py --freeze maybe": "--freeze: 'maybe' is none of yes, no",
     "distill.py {t} --seed -1": "--seed -1: at least 0 was expected",
