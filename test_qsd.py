@@ -1214,7 +1214,7 @@ WRONG_FILES = [  # set (with --classes) and split, the files of its folder, the 
     ("folder train", OWN_FOLDER, "--data folder: say how many --classes"),
     ("folder:2 train", OWN_FOLDER, r"a.png: label values \[2\] are not"),
     ("folder:255 train", OWN_FOLDER, "--classes 255: is for --data folder, and at most 254"),
-    ("folder:3 val", OWN_FOLDER, "--data folder: .* holds no files like images/val/"),  # a flat folder holds nothing out
+    ("folder:3 val", OWN_FOLDER, "--data folder: .* holds no files like images/val/"),  # flat: nothing is held out
     ("bdd100k val", f"{BDD}=D0", "a_train_id.png: 16x12, but its image is 8x6"),
     ("bdd100k val", f"{BDD}=0-0-0", "a_train_id.png: .* one 8-bit channel was expected"),
     ("bdd100k val", "seg/images/val/a.jpg=! seg/labels/val/a_train_id.png=0", r"a.jpg: cannot be read as .*\)$"),
@@ -3009,7 +3009,7 @@ def test_processes_share_an_odd_number_of_images_and_none_is_counted_twice(tmp_p
 # --- Evaluation: tables are lists of runs -----------------------------------------------------------------------------
 
 WORLDS = ("toy", "camvid", "paper")
-NOT_THERE = [("fig6", "camvid"), ("main", "paper"), ("clock", "paper")]
+NOT_THERE = [("fig6", "camvid"), ("main", "paper"), ("effects", "paper"), ("steps", "paper"), ("clock", "paper")]
 
 
 def rows_of(table, world):
@@ -3060,6 +3060,59 @@ def test_table_5_adds_one_component_a_row():
     masked = [("imagenet", "qsd", 1), ("gtav", "qsd", 1)]
     assert found == [([], 1, False), (mse[1:], 0, False), (mse, 0, False), (unmasked, 0, False), (masked, 0, False),
                      (masked, 0, True)]
+
+
+def test_an_effect_is_one_change_between_two_rows_and_the_papers_gain_for_it():
+    rows = {row.name: row.runs for _, row in rows_of("effects", "toy")}
+    changed = []
+    for effect in evaluation.EFFECTS:
+        configs = []
+        for name in (effect.before, effect.after):
+            last = evaluation.parsed(rows[name][-1])[1]
+            stages = [evaluation.parsed(text)[1] for text in rows[name][:-1]]
+            stage_1 = {(cfg.loss, cfg.attention, cfg.beta, cfg.gamma) for cfg in stages}
+            configs.append((last.kd, len(stages), *stage_1, last.freeze))
+        changed.append(configs)
+    mse = ("mse", "learned", 1, 1)
+    qsd_1 = ("qsd", "learned", 1, 1)
+    unmasked = ("qsd", "learned", 0, 1)
+    assert changed == [
+        [(0, 0, False), (1, 0, False)],
+        [(1, 0, False), (0, 1, mse, False)],
+        [(0, 1, mse, False), (0, 2, mse, False)],
+        [(0, 2, ("qsd", "identity", 0, 1), False), (0, 2, unmasked, False)],
+        [(0, 2, mse, False), (0, 2, unmasked, False)],
+        [(0, 2, unmasked, False), (0, 2, qsd_1, False)],
+        [(0, 2, ("qsd", "learned", 1, 0), False), (0, 2, qsd_1, False)],
+        [(0, 2, qsd_1, False), (0, 2, qsd_1, True)],
+        [(0, 2, mse, True), (0, 2, qsd_1, True)],
+        [(0, 0, False), (0, 2, qsd_1, True)]]
+
+
+def test_effects_are_means_of_paired_differences_with_students_interval_beside_the_papers_gains(capsys):
+    record = {}
+    for effect in evaluation.EFFECTS:
+        for name in (effect.before, effect.after):
+            record[name] = dict(miou=[[60.0, 10.0], [70.0, 20.0], [80.0, 60.0]])
+    record["QSD, encoder frozen"] = dict(miou=[[60.0, 11.0], [70.0, 22.0], [80.0, 63.0]])    # 1, 2 and 3 more
+    evaluation.show_effects(record)
+    found = {name: cells for name, *cells in printed_table(capsys.readouterr().out)}
+    half = 4.303 / math.sqrt(3)
+    assert found["frozen encoder"] == [f"+2.0 ± {half:.1f}", "+0.1", "within noise"]
+    assert found["GKD instead of two-stage MSE"] == [f"+2.0 ± {half:.1f}", "+1.0", "within noise"]
+    assert found["masked patches"][:2] == ["+0.0 ± 0.0", "+0.6"] and found["CLS token"][1] == "-"
+    assert found["distil at all, in one stage"][1] == "+9.2" and found["proxy stage before it"][1] == "+2.2"
+    gains = [evaluation.verdict(*numbers) for numbers in ((3, 1, 2), (-3, 1, 2), (1, 3, 2), (3, 1, None), (-3, 1, None))]
+    assert gains == ["reproduced", "contradicted", "within noise", "gain", "loss"]
+
+
+def test_students_t_has_975_thousandths_of_its_mass_below_each_point():
+    for df, point in enumerate(evaluation.STUDENT_T, start=1):
+        x = torch.linspace(0, point, 200001, dtype=torch.float64)
+        constant = math.gamma((df + 1) / 2) / (math.sqrt(df * math.pi) * math.gamma(df / 2))
+        density = constant * (1 + x ** 2 / df) ** (-(df + 1) / 2)
+        assert torch.trapezoid(density, x).item() == pytest.approx(0.475, abs=2e-5)
+    assert evaluation.interval([3.0]) == (3, math.inf)
 
 
 def test_a_table_at_the_papers_scale_says_what_it_needs_and_runs_nothing(tmp_path, capsys, monkeypatch):
