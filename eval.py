@@ -29,6 +29,8 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch.utils.data import ConcatDataset, DataLoader, Subset
+from torchvision.ops import box_iou
+from torchvision.transforms.v2 import functional as TF
 from tqdm import tqdm
 
 import data
@@ -191,21 +193,97 @@ def evaluate(model, dataset, window, device, stride=2 / 3, whole=False, flip=Fal
     return data.summed(conf).cpu()
 
 
+# --- AP of boxes -----------------------------------------------------------------------------------------------------
+
+@torch.no_grad()
+def find_objects(model, x, side):
+    """The objects in each of normalised images x (B, 3, H, W) of any size: [(D, 6)], see BoxDecoder.scores.
+
+    The images are scaled as in training: their short edge to `side` pixels, the long one to at most twice that.
+    """
+    H, W = x.shape[2:]
+    x = TF.resize(x, [side], max_size=2 * side)
+    h, w = x.shape[2:]
+    whole = 4 * model.encoder.patch_size  # a pixel of the coarsest map
+    x = F.pad(x, (0, -w % whole, 0, -h % whole))
+    found = model.decoder.scores(model(x), (h, w))
+    for objects in found:
+        objects[:, :4] *= objects.new_tensor([W / w, H / h, W / w, H / h])
+    return found
+
+
+def matched(found, objects):
+    """VOC's verdict on what was found in an image (D, 6), best first, given its objects (M, 6): [(class, score, hit)].
+
+    A box stands for the object of its class that it overlaps most. With an IoU of at least 0.5 it is a hit, if it is
+    the first for this object; a box that stands for a difficult object does not count at all.
+    """
+    ious = box_iou(found[:, :4], objects[:, :4]) * (found[:, 4:5] == objects[:, 4])  # (D, M), 0 between classes
+    largest, nearest = F.pad(ious, (0, 1)).max(1)  # the 0 behind the last object stands for no object
+    verdicts = []
+    taken = set()
+    for (*_, k, score), overlap, n in zip(found.tolist(), largest.tolist(), nearest.tolist()):
+        stands = overlap >= 0.5
+        if not (stands and objects[n, 5]):
+            verdicts.append((k, score, stands and n not in taken))
+        if stands:
+            taken.add(n)
+    return verdicts
+
+
+def average_precision(scores, hits, count):
+    """Area under the precision that is reached at each recall or a higher one (VOC since 2010); NaN without objects."""
+    if not count:
+        return math.nan
+    hits = hits[np.argsort(-scores, kind="stable")]
+    precision = hits.cumsum() / np.arange(1, len(hits) + 1)
+    reached = np.maximum.accumulate(precision[::-1])[::-1]
+    return (reached * hits).sum() / count  # each hit adds 1 / count to the recall
+
+
+def evaluate_boxes(model, dataset, side, device, batch=1, workers=0, title=""):
+    """AP (K,) of each class; of a corrupted set the mean over all corruptions and severities, shared by processes."""
+    numbers = {}  # of the images of each version
+    for i, sample in enumerate(dataset.samples):
+        numbers.setdefault(sample.corruption, []).append(i)
+    total = torch.zeros(dataset.num_classes, dtype=torch.float64)
+    for version in list(numbers)[data.rank()::data.world_size()]:
+        verdicts = []
+        labels = []
+        loader = DataLoader(Subset(dataset, numbers[version]), batch, num_workers=workers,
+                            multiprocessing_context=data.start_method(workers))
+        for images, label, _ in tqdm(loader, f"{title} {version or ''}", disable=data.rank() > 0, leave=False):
+            x = data.normalize(images.to(device), model.encoder.mean, model.encoder.std)
+            for found, objects in zip(find_objects(model, x, side), map(data.objects_of, label)):
+                verdicts += matched(found.cpu(), objects)
+                labels += objects[objects[:, 5] == 0, 4].tolist()
+        k, scores, hits = np.array(verdicts).reshape(-1, 3).T
+        for number in range(dataset.num_classes):
+            total[number] += average_precision(scores[k == number], hits[k == number], labels.count(number))
+    return data.summed(total.to(device)).cpu() / len(numbers)
+
+
 # --- What is measured ------------------------------------------------------------------------------------------------
 
 def measure(title, model, saved, cfg, device):
-    """{domain: mIoU in percent} of a segmenter on cfg.data; title names it where its classes are others."""
+    """{domain: mIoU in percent, or mean AP} of a segmenter on cfg.data; title names it where its classes are others."""
     ious = class_ious(title, model, saved, cfg, device)
     return {name: values.nanmean().item() for name, values in ious.items()}
 
 
 def class_ious(title, model, saved, cfg, device):
-    """{domain: IoU in percent of each class (K,)} of a segmenter on cfg.data; NaN as iou says."""
+    """{domain: IoU in percent of each class (K,), or AP} of a segmenter on cfg.data; NaN as iou says."""
     window = cfg.window or saved["config"]["size"]
     ious = {}
     for name in data.entries(cfg.data):
         dataset = val_split(name, cfg, title, saved)
         with data.autocast(cfg.precision, device):
+            if dataset.boxes:
+                if cfg.mode != "slide" or cfg.flip or scale_list(cfg) != [1]:
+                    raise UserError("--mode, --flip and --scales are for pixels; boxes are found once, in the whole "
+                                    "image")
+                ious[name] = 100 * evaluate_boxes(model, dataset, window, device, cfg.batch, cfg.workers, name)
+                continue
             conf = evaluate(model, dataset, window, device, cfg.stride, whole=cfg.mode == "whole", flip=cfg.flip,
                             batch=cfg.batch, workers=cfg.workers, title=name, scales=scale_list(cfg))
         ious[name] = 100 * iou(conf)
@@ -312,6 +390,7 @@ class Pair(NamedTuple):
     smaller: str = ""                    # a foundation model of the student's size, for comparison
     proxy: str = "imagenet"              # --data of the proxy stage; "": none, the student is a foundation model (F2F)
     source: str = "gtav"                 # labelled
+    labelled: str = ""                   # --data of the task stage, where that is not the source
     proxy_flags: dict = {}               # of distill.py in the proxy stage
     source_flags: dict = {}              # of distill.py on source images
     one_stage_flags: dict = {}           # of segment.py in the one-stage rows
@@ -345,11 +424,12 @@ def paper_pair(title, source, out, root):
 
 def small_pair(world, out, seed, root):
     """The pair of a small world, one seed of it."""
-    folder = f"{out}/{world}/{seed}"
+    folder = f"{out}/{world.removesuffix('-boxes')}/{seed}"
     common = dict(root=root, seed=seed)
-    if world == "toy":
+    if world.startswith("toy"):
         # The teacher was trained on a wide world of looks and is shipped; the student starts from random weights.
-        return Pair("toy_teacher", "toy_small", proxy="toy-proxy", source="toy",
+        labelled = "" if world == "toy" else world
+        return Pair("toy_teacher", "toy_small", proxy="toy-proxy", source="toy", labelled=labelled,
                     tuned=dict(freeze=False, lr_backbone=2e-4), common=common, shared=folder, here=folder)
     # Real images: the teacher is an ImageNet ViT-Ti, the student the first 3 of another one's 12 blocks.
     normed = dict(target_norm="layernorm")
@@ -379,6 +459,9 @@ def distilled(p, name, source=None, source_name=None, proxy=True, **flags):
 
 def task(p, name, encoder, source=None, **flags):
     """Stage 2, or a one-stage baseline: its command. flags: of segment.py."""
+    if p.labelled:
+        source = p.labelled
+        name = f"{name}-{p.labelled}"
     return command("segment.py", data=source or p.source, encoder=encoder, **flags, **p.common, out=f"{p.here}/{name}")
 
 
@@ -707,6 +790,7 @@ TABLES = {
     "7": Table("Table 7, decoders", decoders),
     "8": Table("Table 8, students from DINO", partial(rivals, losses=("mse", "cwd", "afdcd"))),
     "9": Table("Table 9, surgery", lambda p: rivals(p._replace(smaller=""), losses=("cwd", "vitkd"))),
+    "10": Table("Table 10, objects (AP)", lambda p: rivals(p._replace(smaller=""), losses=("cwd", "vitkd"))),
     "fig6": Table("Figure 6, more sources", more_sources),
 }
 
@@ -896,6 +980,14 @@ student            | 43.3
 + ViTKD            | 45.1
 + GKD              | 51.6
 """,
+    "10": """
+DINOv2-B -> DeiT-S | voc
+teacher            | 79.9
+student            | 49.0
++ CWD              | 56.3
++ ViTKD            | 56.6
++ GKD              | 72.9
+""",
     "fig6": """
 DINOv2-L -> DeiT-B | gtav
 
@@ -961,7 +1053,7 @@ class Block(NamedTuple):
     """A table as it is printed, for one pair and one setting."""
     title: str
     seeds: list    # its rows, once for each seed
-    source: list   # domains: the source's own val split in a small world, nothing at the paper's scale
+    source: list   # domains: the source's own val split in a small world or before corruption, or nothing
     unseen: list   # domains that nobody trained on
     paper: dict    # what the paper reports, {row name: numbers}
 
@@ -971,14 +1063,16 @@ def blocks(name, cfg):
     title, rows_of = TABLES[name]
     if cfg.data == "paper":
         return paper_blocks(name, cfg)
-    if name == "fig6" and cfg.data != "toy":
-        raise UserError(f"--table fig6 --data {cfg.data}: has no further sources; use --data toy or paper")
-    source, unseen = data.SETTINGS[cfg.data]
+    if name in ("10", "fig6") and cfg.data != "toy":
+        needs = "boxes" if name == "10" else "further sources"
+        raise UserError(f"--table {name} --data {cfg.data}: has no {needs}; use --data toy or paper")
+    world = "toy-boxes" if name == "10" else cfg.data
+    source, unseen = data.SETTINGS[world]
     seeds = []
     several = 5 if name == "effects" else 3
     for seed in range(cfg.seed, cfg.seed + (cfg.seeds or several)):
-        seeds.append(rows_of(small_pair(cfg.data, cfg.out, seed, cfg.root)))
-    numbers = paper_numbers(name).get("DINOv2-B -> DeiT-S", {}).get("gtav", {})
+        seeds.append(rows_of(small_pair(world, cfg.out, seed, cfg.root)))
+    numbers = paper_numbers(name).get("DINOv2-B -> DeiT-S", {}).get("voc" if name == "10" else "gtav", {})
     return [Block(f"{title}, in the {cfg.data} world", seeds, [source], list(unseen), numbers)]
 
 
@@ -993,7 +1087,8 @@ def paper_blocks(name, cfg):
             if cfg.setting in ("none", setting):
                 source, unseen = data.SETTINGS[setting]
                 rows = rows_of(paper_pair(pair, source, cfg.out, cfg.root))
-                found.append(Block(f"{title}: {pair}, trained on {setting}", [rows], [], list(unseen), numbers))
+                clean = [source] if setting == "voc" else []
+                found.append(Block(f"{title}: {pair}, trained on {setting}", [rows], clean, list(unseen), numbers))
     if not found:
         has = " ".join(offered) or "no rows at the paper scale: use --data toy"
         raise UserError(f"--table {name} --data paper --setting {cfg.setting}: this table has {has}")
@@ -1501,13 +1596,20 @@ def compare(predicted, featured, cfg, path, device):
     if loaded:
         names = dataset.classes
         colors = dataset.colors
-        palette = data.palette(colors)
-        columns["label"] = [palette[label] for label in labels]
+        columns["label"] = [label_picture(label, image, saved) for label, image in zip(labels, images)]
         for name, (model, saved) in loaded.items():
-            columns[name] = [palette[classify(model, saved, image, cfg, device)] for image in images]
+            predicted = [classify(model, saved, image, cfg, device) for image in images]
+            columns[name] = [label_picture(*pair, saved, scored=True) for pair in zip(predicted, images)]
     for name, pictures in feature_pictures(encoders(featured, cfg, device), images, device).items():
         columns[f"PCA: {name}"] = pictures
     return sheet(columns, titles, names, colors, path)
+
+
+def label_picture(label, image, saved, **drawing):
+    """A label (H, W) in its classes' colours, or boxes on their image (3, H, W); as an array (., ., 3)."""
+    if saved["config"]["decoder"] != "boxes":
+        return data.palette(saved["colors"])[label]
+    return data.with_boxes(image, data.objects_of(label), saved["classes"], saved["colors"], **drawing)
 
 
 def feature_pictures(vits, images, device):
@@ -1814,6 +1916,8 @@ def probes(cfg, device):
         raise UserError("--probe trains on the first of --data: name source and domains there, not with --setting")
     if cfg.data == "paper":
         raise UserError("say on which images with --data")
+    if any(entry.boxes for entry in data.entries(cfg.data).values()):
+        raise UserError(f"--probe learns the classes of pixels, but --data {cfg.data} labels boxes")
     rows = {}
     for name, path in named(cfg.models).items():
         vit = encoders({name: path}, cfg, device)[name]
@@ -1860,11 +1964,20 @@ def probe(vit, cfg, device, ridge=1e-3):
 
 # --- A segmenter at work ---------------------------------------------------------------------------------------------
 
+LEAST_SCORE = 0.5  # of the boxes that are shown
+
+
 def classify(model, saved, image, cfg, device):
-    """The class of each pixel (H, W), uint8, that a segmenter sees in an image uint8 (3, H, W), by cfg's protocol."""
+    """The class of each pixel (H, W), uint8, that a segmenter sees in an image uint8 (3, H, W), by cfg's protocol.
+
+    Of a detector the objects that it finds, (D, 6).
+    """
     window = cfg.window or saved["config"]["size"]
     x = data.normalize(image[None].to(device), model.encoder.mean, model.encoder.std)
     with torch.no_grad(), data.autocast(cfg.precision, device):
+        if saved["config"]["decoder"] == "boxes":
+            found = find_objects(model, x, window)[0].cpu()
+            return found[found[:, 5] >= LEAST_SCORE]
         if cfg.mode == "slide" and not cfg.flip and scale_list(cfg) == [1]:
             # Band by band, as the scores of all classes of a large photograph would fill the memory.
             bands = score_bands(model, x, window, max(1, round(cfg.stride * window)))
@@ -1877,7 +1990,8 @@ def classify(model, saved, image, cfg, device):
 def segment_images(cfg, device):
     """Segment each image of --images: NAME_classes.png holds class numbers, NAME_overlay.png shows them, in --out.
 
-    Other files there are left alone.
+    Of a detector NAME_boxes.json holds lists of left, top, right, bottom, class number and score, NAME_boxes.png shows
+    them. Other files there are left alone.
     """
     files = image_files(Path(cfg.images))
     out = Path(cfg.out)
@@ -1892,7 +2006,13 @@ def segment_images(cfg, device):
     with tqdm(files[data.rank()::data.world_size()], "images", disable=data.rank() > 0, leave=False) as bar:
         for file in bar:
             image = read_photograph(file)  # (3, H, W)
-            picture = Image.fromarray(classify(model, saved, image, cfg, device).numpy())
+            found = classify(model, saved, image, cfg, device)
+            if saved["config"]["decoder"] == "boxes":
+                data.write(out / f"{file.stem}_boxes.json", json.dumps(found.tolist()))
+                picture = label_picture(found, image, saved, width=800, scored=True)
+                Image.fromarray(picture).save(out / f"{file.stem}_boxes.png")
+                continue
+            picture = Image.fromarray(found.numpy())
             picture.putpalette(palette)
             picture.save(out / f"{file.stem}_classes.png")
             blend = Image.blend(Image.fromarray(as_array(image)), picture.convert("RGB"), 0.5)
@@ -1950,6 +2070,8 @@ def export(checkpoint, path, dynamic):
     if path.suffix not in (".pt2", ".pth"):
         raise UserError(f"--export {path}: torch.export names its files .pt2, mmsegmentation .pth")
     model, saved = segment.load_segmenter(checkpoint)
+    if saved["config"]["decoder"] == "boxes":
+        raise UserError(f"--export {path}: writes the scores of pixels, but {checkpoint} finds boxes")
     if path.suffix == ".pth":
         export_weights(model, saved, path)
         return

@@ -1,6 +1,7 @@
 """Stage 2 of GKD: train a decoder on labelled source images, the encoder frozen. Also the one-stage baselines.
 
     python segment.py --data gtav --root /data --encoder runs/source/student.pt --out runs/gtav
+    python segment.py --data voc --decoder boxes --root /data --encoder runs/source/student.pt --out runs/voc
     python segment.py --data folder --root my_images --classes 5 --encoder dinov2_vits14 --out runs/mine
 
 The same command resumes. With --kd or --kd_logits a rival of the paper is trained: task loss and distillation at once.
@@ -9,6 +10,7 @@ import math
 import re
 import warnings
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -16,6 +18,9 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection.faster_rcnn import FasterRCNN, FastRCNNPredictor, TwoMLPHead
+from torchvision.models.detection.image_list import ImageList
 
 import data
 import qsd
@@ -634,6 +639,81 @@ class SemFPN(PixelClassifier):
         return self.classify(total)
 
 
+# --- Boxes for pixels, the same interface: all that changes with the task (Table 10) ---------------------------------
+
+class BoxDecoder(nn.Module):
+    """torchvision's Faster R-CNN (Ren et al., 2015) on the simple feature pyramid of ViTDet (Li et al., 2022).
+
+    Of the four feats the map of the token grid's own size is read -> maps {level: (B, width, ., .)} of 4, 2, 1, 0.5 and
+    0.25 times that size. The box head learns from `rois` boxes of an image; when it predicts it sees `proposals` boxes.
+    """
+    def __init__(self, dim, num_classes, patch=16, width=256, ffn=1024, rois=512, proposals=1000):
+        super().__init__()
+        if patch % 4:
+            raise UserError(f"--patch {patch}: the finest map of --decoder boxes wants a multiple of 4")
+        self.patch = patch
+        self.lateral = nn.Sequential(nn.Conv2d(dim, width, 1), nn.GroupNorm(32, width))
+        twice = partial(nn.ConvTranspose2d, width, width, kernel_size=2, stride=2)
+        four_times = nn.Sequential(twice(), nn.GroupNorm(32, width), nn.GELU(), twice())
+        self.scales = nn.ModuleList([four_times, twice(), nn.Identity(), nn.MaxPool2d(2)])
+        self.smooth = nn.ModuleList()
+        for _ in self.scales:
+            self.smooth.append(nn.Sequential(nn.Conv2d(width, width, 3, padding=1), nn.GroupNorm(32, width)))
+
+        pyramid = nn.Identity()  # only says how many channels its maps have
+        pyramid.out_channels = width
+        anchors = AnchorGenerator([[2 * patch * 2 ** level] for level in range(5)], [[0.5, 1.0, 2.0]] * 5)
+        parts = FasterRCNN(
+            pyramid, rpn_anchor_generator=anchors, box_head=TwoMLPHead(7 * 7 * width, ffn),
+            box_predictor=FastRCNNPredictor(ffn, num_classes + 1), box_batch_size_per_image=rois,
+            rpn_pre_nms_top_n_train=2 * proposals, rpn_post_nms_top_n_train=2 * proposals,
+            rpn_pre_nms_top_n_test=proposals, rpn_post_nms_top_n_test=proposals)  # all else as published
+        self.propose = parts.rpn
+        self.judge = parts.roi_heads
+
+    def forward(self, feats):
+        x = self.lateral(feats[2])
+        maps = {}
+        for level, (scale, smooth) in enumerate(zip(self.scales, self.smooth)):
+            maps[str(level)] = smooth(scale(x))  # the names by which torchvision knows them
+        maps["pool"] = F.max_pool2d(maps["3"], 1, stride=2)
+        return maps
+
+    def loss(self, maps, label, generator=None, share=None):
+        """torchvision's four losses, "loss" being their sum; label (B, OBJECTS, 6), see data.as_label.
+
+        The generator seeds which anchors and boxes are compared; share is for the decoders of pixels.
+        """
+        targets = []
+        for objects in label:
+            objects = data.objects_of(objects)
+            objects = objects[objects[:, 5] == 0]  # not the difficult ones
+            targets.append({"boxes": objects[:, :4], "labels": objects[:, 4].long() + 1})  # 0 is the background
+        with torch.random.fork_rng(devices=[]):
+            if generator:
+                torch.manual_seed(generator.initial_seed())  # torchvision draws from the global generator
+            _, losses = self.both_stages(maps, None, targets)
+        return losses | {"loss": sum(losses.values())}
+
+    def scores(self, maps, size=None):
+        """The objects found in each image of size (H, W), [(D, 6)], best first: box in pixels, class, score."""
+        found, _ = self.both_stages(maps, size)
+        columns = [(image["boxes"], image["labels"][:, None] - 1, image["scores"][:, None]) for image in found]
+        return [torch.cat(parts, 1) for parts in columns]
+
+    def both_stages(self, maps, size, targets=None):
+        """Proposals, then their classes and boxes, in fp32 -> found objects, or with targets the losses."""
+        self.train(targets is not None)  # decides which of the two torchvision returns
+        maps = {level: x.float() for level, x in maps.items()}
+        B, _, h, w = maps["0"].shape
+        padded = (h * self.patch // 4, w * self.patch // 4)
+        images = ImageList(torch.empty(B, 3, *padded, device="meta"), [size or padded] * B)  # only sizes count
+        with torch.autocast(maps["0"].device.type, enabled=False):
+            boxes, of_proposals = self.propose(images, maps, targets)
+            found, of_boxes = self.judge(maps, boxes, images.image_sizes, targets)
+        return found, of_proposals | of_boxes
+
+
 # --- Stage 2: the constants ------------------------------------------------------------------------------------------
 
 @dataclass
@@ -651,17 +731,19 @@ class Config(qsd.LossConfig):
     freeze: bool = True             # the paper's stage 2; no: the encoder is trained, too (a row of Table 5)
     out: str = "runs/segment"       # log.jsonl, last.pt, segmenter.pt
     # decoder
-    decoder: Literal["mask", "fpn", "linear"] = "mask"  # Mask2Former's; SemFPN (supplement, Table 7); one linear layer
+    decoder: Literal["mask", "fpn", "linear", "boxes"] = "mask"  # Mask2Former; SemFPN; one layer; Faster R-CNN
     blocks: Literal["four", "last"] = "four"  # encoder blocks it reads: official [3, 5, 7, 11] of 12; or 4 x the last
-    width: int = 256                # channels of the mask decoder
+    width: int = 256                # channels of the mask and box decoders
     queries: int = 100              # masks it proposes
     decoder_layers: int = 9         # its transformer layers
-    ffn: int = 2048                 # their hidden width
+    ffn: int = 2048                 # their hidden width, and that of the box decoder's head
     pixel: Literal["fpn", "deform"] = "deform"  # its pixel decoder: Mask2Former's; fpn: light
     heads: int = 8                  # attention heads of both
     points: int = 12544             # pixels on which its masks are compared
     void: Literal["negative", "ignore"] = "negative"  # pixels labelled 255: outside every mask (official) or left out
     geometry: Literal["mmdet", "centred"] = "mmdet"  # positions, padding, finest lateral: official, or of older runs
+    rois: int = 512                 # boxes of an image from which the head of the box decoder learns
+    proposals: int = 1000           # boxes of an image that it sees when it predicts; twice as many in training
     # one-stage distillation (equation 3)
     kd: float = 0.0                 # weight of the objective --loss, in units of its published weight; 0 = no teacher
     kd_logits: float = 0.0          # weight of Hinton's logit distillation; its teacher is a segmenter.pt
@@ -699,7 +781,10 @@ TOY = LIGHT | dict(encoder="toy_small", size=64, patch=8, batch=8, micro=8, budg
 WIDE = TOY | dict(batch=16, micro=16, budget="16000", lr=1.5e-3, lr_backbone=1.5e-3, no_decay="all")  # the teacher's
 CAMVID = LIGHT | dict(size=224, points=2048, batch=8, micro=8, budget="250", lr=1e-3, lr_backbone=1e-4,
                       workers=1, seed=0, log_every=20, dcd_pool=1)
+VOC = dict(decoder="boxes", blocks="last", ffn=1024, batch=16, micro=16, budget="12ep")
+TOY_BOXES = TOY | dict(decoder="boxes", width=32, rois=32, proposals=100)
 PRESETS = dict.fromkeys(data.TOY_SOURCES, TOY) | {"toy-wide": WIDE, "camvid": CAMVID}
+PRESETS |= {"voc": VOC, "toy-boxes": TOY_BOXES}
 
 
 def preset(given):
@@ -748,6 +833,8 @@ def build_decoder(dim, num_classes, cfg):
         return Linear(dim, num_classes)
     if cfg.decoder == "fpn":
         return SemFPN(dim, num_classes)
+    if cfg.decoder == "boxes":
+        return BoxDecoder(dim, num_classes, cfg.patch, cfg.width, cfg.ffn, cfg.rois, cfg.proposals)
     return MaskDecoder(dim, num_classes, width=cfg.width, queries=cfg.queries, layers=cfg.decoder_layers,
                        heads=cfg.heads, ffn=cfg.ffn, pixel=cfg.pixel, points=cfg.points, void=cfg.void,
                        geometry=cfg.geometry)
@@ -952,7 +1039,7 @@ class Learner(nn.Module):
         self.cfg = cfg
 
     def forward(self, x, label, generator, share, t=None, noise=None, teacher_scores=None):
-        """The losses of normalised images x (B, 3, H, W) and labels (B, H, W), as a dict; "loss" is minimised.
+        """The losses of normalised images x (B, 3, H, W) and their labels, as a dict; "loss" is minimised.
 
         generator and share as in MaskDecoder.loss. t and noise: the teacher's tokens and the random numbers of the
         objective; teacher_scores (B, K, H, W): what a teacher with a decoder says of each pixel.
@@ -1020,7 +1107,7 @@ def describe(segmenter, cfg, device):
     """Print how large encoder and decoder are, and what the decoder costs on one image of the training crop."""
     with torch.no_grad():
         maps = segmenter.features(torch.zeros(1, 3, cfg.size, cfg.size, device=device))
-    multiply_adds = data.count_flops(lambda: segmenter.decoder(maps)) / 2
+        multiply_adds = data.count_flops(lambda: segmenter.decoder.scores(segmenter.decoder(maps))) / 2
     decoder_size = sum(p.numel() for p in segmenter.decoder.parameters())
     encoder_size = sum(p.numel() for p in segmenter.encoder.parameters())
     state = "frozen" if cfg.freeze else "trained"
@@ -1042,7 +1129,13 @@ def main(argv=None):
     torch.manual_seed(cfg.seed)
     device = run.device
     transform = data.segment_transform(cfg.size, cat_max_ratio=cfg.cat_max_ratio)
+    if cfg.decoder == "boxes":
+        transform = data.detect_transform(cfg.size)
     dataset = data.scenes(cfg.data, cfg.root, cfg.split, transform, cfg.labels, cfg.classes or None, cfg.cache or None)
+    if dataset.boxes != (cfg.decoder == "boxes"):
+        raise UserError(f"--decoder {cfg.decoder}: --data {cfg.data} labels {'boxes' if dataset.boxes else 'pixels'}")
+    if dataset.boxes and cfg.kd_logits:
+        raise UserError("--kd_logits compares the classes of pixels; --decoder boxes has --kd")
     encoder = qsd.load_vit(cfg.encoder, cfg.size, cfg.patch, depth=cfg.depth, pretrained=cfg.pretrained)
     decoder = build_decoder(encoder.embed_dim, dataset.num_classes, cfg)
     segmenter = Segmenter(encoder, decoder, cfg.freeze, cfg.blocks).to(device)
@@ -1063,7 +1156,7 @@ def main(argv=None):
     N = (cfg.size // cfg.patch) ** 2  # patches of an image
 
     def losses_of(model, images, label, draws, share):
-        """The losses of one batch: images uint8 (B, 3, H, W), label (B, H, W), draws (B,) naming all randomness."""
+        """The losses of one batch: images uint8 (B, 3, H, W), their label, draws (B,) naming all randomness."""
         x = data.normalize(images.to(device, non_blocking=True), encoder.mean, encoder.std)
         label = label.to(device, non_blocking=True)
         seed = data.mix(cfg.seed, POINTS, draws[0].item())
@@ -1085,6 +1178,8 @@ def main(argv=None):
     # Two images through one step tell what it costs; the parameters it does not touch are not trained.
     images, draws = data.two_images(cfg.size)
     label = torch.zeros(2, cfg.size, cfg.size, dtype=torch.int64)
+    if dataset.boxes:
+        label = torch.zeros(2, data.OBJECTS, 6)  # no objects
     flops = data.dry_run(learner, lambda: losses_of(learner, images, label, draws, share=None))
     if data.rank() == 0:
         describe(segmenter, cfg, device)

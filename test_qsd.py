@@ -5,6 +5,7 @@ import colorsys
 import contextlib
 import dataclasses
 import hashlib
+import io
 import itertools
 import json
 import math
@@ -1073,7 +1074,8 @@ def test_every_dataset_has_a_colour_per_class_and_every_row_of_the_papers_tables
         "gtav": "gtav cityscapes bdd100k mapillary", "gtav-acdc": f"gtav {weather}",
         "cityscapes": f"cityscapes {weather}", "potsdam-rgb": "potsdam-rgb potsdam-irrg vaihingen-irrg",
         "endovis18": "endovis18 endovis18", "camvid": "camvid camvid-dusk",
-        "toy": "toy toy-night toy-fog toy-snow toy-rain"}
+        "toy": "toy toy-night toy-fog toy-snow toy-rain", "voc": "voc voc-corruptions",
+        "toy-boxes": "toy-boxes toy-boxes-night toy-boxes-fog toy-boxes-snow toy-boxes-rain toy-boxes-corruptions"}
 
 
 def test_potsdam_and_vaihingen_are_split_into_the_papers_tiles_and_areas():
@@ -2406,9 +2408,9 @@ STAGE_1 = LOSS | {
     "seed": "1", "precision": "fp16"}
 STAGE_2 = LOSS | {
     "data": "toy-arcade", "split": "val", "labels": "1/16", "encoder": "toy_small", "depth": "2", "freeze": "no",
-    "decoder": "mask", "blocks": "four", "width": "32", "queries": "16", "decoder_layers": "2", "ffn": "128",
-    "pixel": "deform", "heads": "2", "points": "50", "void": "ignore", "geometry": "centred", "kd": "1",
-    "kd_logits": "1", "no_decay": "all",
+    "decoder": "mask", "rois": "4", "proposals": "10", "blocks": "four", "width": "32", "queries": "16",
+    "decoder_layers": "2", "ffn": "128", "pixel": "deform", "heads": "2", "points": "50", "void": "ignore",
+    "geometry": "centred", "kd": "1", "kd_logits": "1", "no_decay": "all",
     "teacher": "toy_base", "size": "32", "patch": "16", "cat_max_ratio": "0.3", "batch": "8", "budget": "3",
     "lr": "0.01", "lr_backbone": "0.01", "power": "2", "weight_decay": "0.1", "seed": "1", "precision": "bf16"}
 NEEDS = {"temperature": "--scale cosine", "dcd_pool": "--loss afdcd", "keep_heads": "--student {student}",
@@ -2417,6 +2419,7 @@ ONE_STAGE = "--freeze no --teacher {teacher}"
 OF_MASKS = ("width", "queries", "decoder_layers", "ffn", "pixel", "heads", "points", "void", "geometry")
 NEEDS_IN_STAGE_2 = dict.fromkeys(OF_MASKS, "--decoder mask") | dict.fromkeys((*LOSS, "teacher"), f"{ONE_STAGE} --kd 1")
 NEEDS_IN_STAGE_2 |= dict.fromkeys(("lr_backbone", "no_decay", "kd", "kd_logits"), ONE_STAGE)
+NEEDS_IN_STAGE_2 |= dict.fromkeys(("rois", "proposals"), "--data toy-boxes --decoder boxes --ffn 16")
 OTHERS = {"out", "workers", "micro", "log_every", "save_minutes", "max_skips", "compile", "stage"}  # not mathematical
 OTHERS |= {"root", "cache", "pretrained", "classes"}    # refused below: the toy world's data have no use for them
 CONSTANTS = [(script, field.name) for script in SCRIPTS for field in dataclasses.fields(SCRIPTS[script].Config)
@@ -3009,7 +3012,7 @@ def test_processes_share_an_odd_number_of_images_and_none_is_counted_twice(tmp_p
 # --- Evaluation: tables are lists of runs -----------------------------------------------------------------------------
 
 WORLDS = ("toy", "camvid", "paper")
-NOT_THERE = [("fig6", "camvid")]
+NOT_THERE = [("10", "camvid"), ("fig6", "camvid")]
 NOT_THERE += [(table, "paper") for table in ("main", "effects", "steps", "variants", "clock", "flops")]
 
 
@@ -3103,8 +3106,9 @@ def test_effects_are_means_of_paired_differences_with_students_interval_beside_t
     assert found["GKD instead of two-stage MSE"] == [f"+2.0 ± {half:.1f}", "+1.0", "within noise"]
     assert found["masked patches"][:2] == ["+0.0 ± 0.0", "+0.6"] and found["CLS token"][1] == "-"
     assert found["distil at all, in one stage"][1] == "+9.2" and found["proxy stage before it"][1] == "+2.2"
-    gains = [evaluation.verdict(*numbers) for numbers in ((3, 1, 2), (-3, 1, 2), (1, 3, 2), (3, 1, None), (-3, 1, None))]
-    assert gains == ["reproduced", "contradicted", "within noise", "gain", "loss"]
+    cases = ((3, 1, 2), (-3, 1, 2), (1, 3, 2), (3, 1, None), (-3, 1, None))
+    verdicts = ["reproduced", "contradicted", "within noise", "gain", "loss"]
+    assert [evaluation.verdict(*case) for case in cases] == verdicts
 
 
 def test_students_t_has_975_thousandths_of_its_mass_below_each_point():
@@ -3601,6 +3605,438 @@ def test_a_mistake_with_models_or_files_is_told_in_one_line(command, teacher, st
     with pytest.raises(qsd.UserError) as error:
         evaluation.main(command.format(tmp=tmp_path, teacher=teacher, student=student).split())
     assert BAD_EVALUATIONS[command] in str(error.value) and "\n" not in str(error.value)
+
+
+# --- Boxes: files, toy world, transforms, corruptions -----------------------------------------------------------------
+
+DOG = "<object><name>dog</name><bndbox><xmin>3</xmin><ymin>2</ymin><xmax>7</xmax><ymax>6</ymax></bndbox></object>"
+LARGE_DOG = DOG.replace(">3<", ">1<").replace(">2<", ">1<").replace(">7<", ">8<")
+PERSON = """<object><name>person</name><part><name>head</name><bndbox><xmin>1</xmin><ymin>1</ymin><xmax>2</xmax>
+    <ymax>2</ymax></bndbox></part><difficult>1</difficult><bndbox><xmax>8</xmax><xmin>1</xmin><ymin>1.5</ymin>
+    <ymax>6</ymax></bndbox></object>"""  # the order of tags differs between the releases
+
+
+def save_voc(root, objects=DOG, side=(8, 6), names=("VOC2007 000005 trainval", "VOC2007 000001 test",
+                                                     "VOC2012 2008_000002 trainval")):
+    """VOC as its archives unpack, an image of this size (width, height) with these objects in each list."""
+    for number, line in enumerate(names):
+        year, name, part = line.split()
+        folder = root / "VOCdevkit" / year
+        for path in ("JPEGImages", "Annotations", "ImageSets/Main"):
+            (folder / path).mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", side, (20 * number,) * 3).save(folder / f"JPEGImages/{name}.jpg")
+        size = f"<size><width>{side[0]}</width><height>{side[1]}</height><depth>3</depth></size>"
+        (folder / f"Annotations/{name}.xml").write_text(f"<annotation>{size}{objects}</annotation>")
+        (folder / f"ImageSets/Main/{part}.txt").write_text(f"{name}\n")
+        (folder / f"ImageSets/Main/dog_{part}.txt").write_text(f"{name} -1\n")
+
+
+def test_voc_is_read_as_downloaded_its_boxes_without_parts_and_its_test_images_in_every_corruption(tmp_path, capsys):
+    save_voc(tmp_path, DOG + PERSON)
+    for root in (tmp_path, tmp_path / "VOCdevkit"):
+        for split, greys in dict(train=(0, 40), val=(20,)).items():
+            for (image, label, _), grey in zip(data.scenes("voc", root, split), greys, strict=True):
+                assert image.shape == (3, 6, 8) and abs(image[0, 0, 0].item() - grey) < 3
+                assert data.objects_of(label).tolist() == [[2, 1, 7, 6, 11, 0], [0, 0.5, 8, 6, 14, 1]]
+                assert label.shape == (100, 6) and label.dtype == torch.float32
+    assert [image.shape for image, _ in data.images("voc", tmp_path)] == [(3, 6, 8)] * 2
+    samples = data.scenes("voc-corruptions", tmp_path, "val").samples
+    assert [sample.corruption for sample in samples] == [(name, s) for name in data.CORRUPTIONS for s in range(1, 6)]
+    image = samples[0]._replace(corruption=None).read_image()
+    assert torch.equal(samples[33].read_image(), data.corrupt(image, "brightness", 4))
+    data.main(["--data", "voc", "--root", str(tmp_path), "--out", str(tmp_path / "out.png")])
+    text = capsys.readouterr().out
+    assert "voc train: 2 pairs, 0 problems" in text
+    assert re.search(r"objects, %\n[\s\S]* dog +50.00[\s\S]* person +50", text)
+    picture = np.asarray(Image.open(tmp_path / "out.png").convert("RGB"))[10:235, 10:310]  # 8 x 6 pixels at 300 x 225
+    assert (picture[int(4 * 37.5), 75] == data.VOC_COLORS[11]).all()  # the left border of the dog, below its name
+
+
+WRONG_BOXES = {
+    "": "holds 0 objects, but 1 to 100", 101 * DOG: "holds 101 objects",
+    DOG.replace("dog", "dgo"): "of class dgo, which",
+    DOG.replace(">7<", ">2<"): r"the box \[3.0, 2.0, 2.0, 6.0\] of a dog has no area",
+    DOG.replace(">7<", ">9<"): "of a dog has no area, or exceeds", DOG.replace(">3<", ">0<"): "or exceeds the image",
+    DOG.replace("<ymax>6</ymax>", ""): "cannot be read as a label",
+    DOG.replace("</object>", ""): "cannot be read as a label"}
+
+
+@pytest.mark.parametrize("objects", WRONG_BOXES)
+def test_an_annotation_that_makes_no_sense_is_one_line_that_names_it(objects, tmp_path):
+    save_voc(tmp_path, objects)
+    with pytest.raises(data.UserError, match=f"000001.xml: .*{WRONG_BOXES[objects]}") as error:
+        data.scenes("voc", tmp_path, "val")[0]
+    assert "\n" not in str(error.value)
+
+
+def test_a_missing_image_of_voc_is_named_and_replaced_only_in_training_a_missing_list_or_annotation_is_told(
+        tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(data, "BAD_SHARE", 0.5)
+    save_voc(tmp_path)
+    for path in (tmp_path / "VOCdevkit").glob("VOC2007/JPEGImages/*"):
+        path.unlink()
+    assert data.scenes("voc", tmp_path)[0][0].float().mean() > 30
+    assert "000005.jpg: cannot be read as an image" in capfd.readouterr().err
+    for split, gone, line in (("val", "", "000001.jpg: cannot be read"),
+                              ("train", "VOC2012/Annotations/2008_000002.xml", "2008_000002.xml: cannot be read as"),
+                              ("train", "VOC2012/ImageSets/Main/trainval.txt", "no VOC2012/ImageSets/Main/trainval")):
+        if gone:
+            (tmp_path / "VOCdevkit" / gone).unlink()
+        with pytest.raises(data.UserError, match=line):
+            data.scenes("voc", tmp_path, split)[0]
+
+
+def test_toy_boxes_lie_around_the_visible_pixels_of_each_thing(monkeypatch):
+    spans = []
+    draw = data.ToyCanvas.thing
+
+    def noted(canvas, kind, *more, **where):
+        first = len(canvas.kinds)
+        draw(canvas, kind, *more, **where)
+        spans.append((kind, first, len(canvas.kinds)))
+    monkeypatch.setattr(data.ToyCanvas, "thing", noted)
+    hidden = 0
+    for look, number in itertools.product(("game", "night"), range(40)):
+        image, label = data.toy_things.__wrapped__(look, number)
+        spans.clear()
+        seed = np.random.PCG64([0, number, sum(look.encode())])
+        objects, *_ = data.toy_layout(np.random.Generator(seed))
+        expected = set()
+        for kind, first, last in spans:
+            y, x = np.nonzero((objects >= first) & (objects < last))
+            if kind in (5, 6, 7) and len(x):
+                expected.add((x.min(), y.min(), x.max() + 1, y.max() + 1, kind - 5, len(x) < 12))
+        assert set(map(tuple, data.objects_of(label))) == expected
+        assert (image == data.toy_scene(look, number)[0]).all()
+        hidden += sum(row[5] for row in expected)
+    assert hidden > 2 and data.DATASETS["toy-boxes-night"].classes == ("car", "pole", "person")
+
+
+def test_images_and_boxes_are_scaled_cropped_and_flipped_together_and_cut_boxes_dropped():
+    flips = kept = 0
+    for height, width, size in [(40, 64, 40), (50, 30, 30), (20, 31, 40)] * 30:
+        image = torch.zeros(3, height, width, dtype=torch.uint8)
+        image[1] = torch.linspace(50, 200, width)               # grows to the right, unless flipped
+        left, top = torch.randint(width - 12, ()).item(), torch.randint(height - 8, ()).item()
+        image[0, top:top + 8, left:left + 12] = 255
+        label = torch.from_numpy(data.as_label([(left, top, left + 12, top + 8, 3, 1)]))
+        found, label = data.detect_transform(size)(image, label)
+        assert found.shape == (3, size, size) and label.shape == (100, 6)
+        flips += found[1, 0, 0] > found[1, 0, -1]
+        y, x = np.nonzero(found[0].numpy() > 127)
+        scale = size / min(height, width)
+        share = len(x) / (8 * 12 * scale ** 2)
+        objects = data.objects_of(label)
+        if len(objects):
+            assert objects[0].numpy() == pytest.approx([x.min(), y.min(), x.max() + 1, y.max() + 1, 3, 1], abs=1.1)
+        assert len(objects) == (share > 0.3) or abs(share - 0.3) < 0.05
+        kept += len(objects)
+    assert 25 < flips < 65 and 45 < kept < 88
+
+
+def test_corruptions_grow_with_severity_and_follow_from_the_image_alone():
+    images = [torch.from_numpy(data.toy_scene("game", i)[0]).permute(2, 0, 1) for i in range(80)]
+    assert len(data.CORRUPTIONS) == 10
+    for name in data.CORRUPTIONS:
+        few = images if name == "fog" else images[:8]           # whose clouds are as random as its severities
+        errors = np.zeros(5)
+        for image, severity in itertools.product([*few, smooth_image(70, 81)], range(1, 6)):
+            before = image.clone()
+            found = data.corrupt(image, name, severity)
+            assert found.dtype == torch.uint8 and found.shape == image.shape and torch.equal(image, before)
+            errors[severity - 1] += ((found.float() - image) ** 2).mean()
+        torch.rand(1)                                           # another state of the generator that all share
+        assert torch.equal(found, data.corrupt(image.contiguous(), name, severity))
+        assert (np.diff(errors) > 0).all() and errors[0] > 0, (name, errors)
+
+
+def test_corruptions_have_the_published_constants():
+    grey = torch.full((3, 200, 200), 128, dtype=torch.uint8)
+    colors = torch.randint(0, 256, (3, 60, 80), generator=seeded(0)).to(torch.uint8)
+    noise = [data.corrupt(grey, "gaussian_noise", s).float().std() / 255 for s in (1, 2, 3)]
+    assert noise == pytest.approx([0.08, 0.12, 0.18], rel=0.02)
+    for severity, rate in enumerate((60, 25, 12, 5), start=1):
+        assert data.corrupt(grey // 4, "shot_noise", severity).float().var() == pytest.approx(255 * 32 / rate, rel=0.05)
+    extreme = [data.corrupt(grey, "impulse_noise", s) for s in (1, 5)]
+    for value in (0, 255):
+        assert [(x == value).float().mean().item() for x in extreme] == pytest.approx([0.015, 0.135], rel=0.06)
+    pixels = colors.permute(1, 2, 0).reshape(-1, 3)[:200] / 255
+    hsv = [colorsys.rgb_to_hsv(*rgb) for rgb in pixels.tolist()]
+    brighter = torch.tensor([colorsys.hsv_to_rgb(h, s, min(v + 0.3, 1)) for h, s, v in hsv])
+    found = data.corrupt(colors, "brightness", 3).permute(1, 2, 0).reshape(-1, 3)[:200]
+    assert (found - 255 * brighter).abs().max() <= 0.51
+    mean = colors.float().mean((1, 2), keepdim=True)
+    assert (data.corrupt(colors, "contrast", 2) - (0.3 * (colors - mean) + mean)).abs().max() <= 0.51
+    assert len(data.corrupt(colors, "pixelate", 5).flatten(1).unique(dim=1).T) <= 15 * 20
+    spot = torch.zeros(3, 41, 41, dtype=torch.uint8)
+    spot[:, 20, 20] = 255
+    disk = data.corrupt(spot, "defocus_blur", 1)[0].numpy()
+    inside = np.add.outer(np.arange(-20, 21) ** 2, np.arange(-20, 21) ** 2) <= 9
+    assert ((disk > 0) == inside).all() and disk.max() == round(255 / inside.sum())
+    zoomed = data.corrupt(spot, "zoom_blur", 5)[0] / 255                        # 1 + 11 zooms, by up to 1.3
+    assert zoomed[20, 20] == pytest.approx(1, abs=0.01) and zoomed.argmax() == 20 * 41 + 20
+    fog = data.corrupt(grey, "fog", 5).float()
+    assert 18 <= fog.min() < fog.max() <= 128                                   # 128 (x + 3 clouds) / (x + 3)
+    jpeg = io.BytesIO()
+    Image.fromarray(colors.permute(1, 2, 0).numpy()).save(jpeg, "JPEG", quality=7)
+    assert (data.corrupt(colors, "jpeg_compression", 5).float() - pil_to_tensor(Image.open(jpeg))).abs().mean() < 1
+
+
+# --- Boxes: Faster R-CNN as a decoder, and AP -------------------------------------------------------------------------
+
+class Same(torch.nn.Module):
+    """Of torchvision's own FasterRCNN: images and boxes that are left as they are."""
+    def forward(self, images, targets=None):
+        return segment.ImageList(torch.stack(images), [image.shape[1:] for image in images]), targets
+
+    def postprocess(self, found, sizes, original):
+        return found
+
+
+def box_labels(*images):
+    return torch.stack([torch.from_numpy(data.as_label(objects)) for objects in images])
+
+
+def test_losses_and_boxes_of_the_box_decoder_are_those_of_torchvisions_faster_rcnn_as_published():
+    decoder = segment.BoxDecoder(32, 3, width=32, ffn=16)
+    for p in decoder.judge.box_predictor.parameters():
+        p.data.normal_()
+    feats = [x.float() for x in features((4, 8))]
+    maps = decoder(feats)
+    assert [tuple(x.shape[2:]) for x in maps.values()] == [(16, 32), (8, 16), (4, 8), (2, 4), (1, 2)]
+    anchors = segment.AnchorGenerator(((32,), (64,), (128,), (256,), (512,)), ((0.5, 1.0, 2.0),) * 5)
+    backbone = torch.nn.Module()
+    backbone.out_channels = 32
+    backbone.forward = lambda x: maps
+    head = segment.TwoMLPHead(32 * 49, 16)
+    official = segment.FasterRCNN(backbone, rpn_anchor_generator=anchors, box_head=head,
+                                  box_predictor=segment.FastRCNNPredictor(16, 4))
+    official.transform = Same()
+    official.rpn.load_state_dict(decoder.propose.state_dict())
+    official.roi_heads.load_state_dict(decoder.judge.state_dict())
+    label = box_labels([(3, 5, 60, 40, 2, 0), (50, 2, 120, 60, 0, 0), (0, 0, 9, 9, 1, 1)], [])
+    targets = [dict(boxes=label[0, :2, :4], labels=torch.tensor([3, 1])),
+               dict(boxes=torch.zeros(0, 4), labels=torch.zeros(0, dtype=torch.int64))]
+    images = [torch.zeros(3, 64, 128)] * 2
+
+    torch.manual_seed(7)
+    expected = official(images, targets)
+    found = decoder.loss(maps, label, torch.Generator().manual_seed(7))
+    assert found.keys() - expected.keys() == {"loss"} and len(expected) == 4
+    for name, loss in expected.items():
+        torch.testing.assert_close(found[name], loss)
+    torch.testing.assert_close(found["loss"], sum(expected.values()))
+    official.eval()
+    for one, other in zip(decoder.scores(maps, (64, 128)), official(images), strict=True):
+        torch.testing.assert_close(one[:, :4], other["boxes"])
+        torch.testing.assert_close(one[:, 4:], torch.stack([other["labels"] - 1.0, other["scores"]], 1))
+        assert len(one) > 20 and len(one[:, 4].unique()) > 1
+    small, = decoder.scores({level: x[:1] for level, x in maps.items()}, (50, 100))
+    assert small[:, [0, 2]].max() == 100 and small[:, [1, 3]].max() == 50     # what was padded holds no objects
+
+
+def test_the_box_decoder_trains_all_its_parameters_in_fp32_and_repeats_its_draws():
+    decoder = segment.BoxDecoder(32, 3, patch=8, width=32, ffn=16, rois=8, proposals=20)
+    label = box_labels([(3, 5, 30, 20, 2, 0)], [])
+    with torch.autocast("cpu", torch.bfloat16):
+        maps = decoder([x.float() for x in features((4, 4))])
+        losses = [decoder.loss(maps, label, torch.Generator().manual_seed(seed))["loss"] for seed in (0, 0, 1)]
+        nothing = decoder.loss(maps, torch.zeros(2, 100, 6))["loss"]
+        found = decoder.scores(maps)
+    assert losses[0] == losses[1] != losses[2] and losses[0].dtype == found[0].dtype == torch.float32
+    nothing.backward(retain_graph=True)
+    assert nothing.isfinite() and all(p.grad is not None for p in decoder.parameters())  # those that DDP waits for
+    losses[0].backward()
+    assert all(p.grad.isfinite().all() and p.grad.any() for p in decoder.parameters())
+
+
+def slow_ap(images, k):
+    """VOC's own loop for class k over images of (found rows, object rows)."""
+    count = sum(row[4] == k and not row[5] for _, objects in images for row in objects)
+    if not count:
+        return math.nan
+    detections = [(row[5], i, row) for i, (found, _) in enumerate(images) for row in found if row[4] == k]
+    seen = set()
+    true = false = 0
+    curve = []
+    for score, i, (left, top, right, bottom, *_) in sorted(detections, key=lambda d: -d[0]):
+        best, which = -1, None
+        for j, (l, t, r, b, kind, difficult) in enumerate(images[i][1]):
+            common = max(0, min(right, r) - max(left, l)) * max(0, min(bottom, b) - max(top, t))
+            iou = common / ((right - left) * (bottom - top) + (r - l) * (b - t) - common)
+            if kind == k and iou > best:
+                best, which = iou, j
+        if best >= 0.5 and images[i][1][which][5]:
+            continue
+        if best >= 0.5 and (i, which) not in seen:
+            seen.add((i, which))
+            true += 1
+        else:
+            false += 1
+        curve.append((true / count, true / (true + false)))
+    area = before = 0
+    for recall in sorted({r for r, _ in curve}):
+        area += (recall - before) * max(p for r, p in curve if r >= recall)
+        before = recall
+    return area
+
+
+def random_boxes(rng, count):
+    """Rows of boxes with one of three classes; class 3 never occurs."""
+    corner = rng.uniform(0, 40, (count, 2))
+    kinds = rng.integers(0, 3, (count, 1))
+    return np.concatenate([corner, corner + rng.uniform(4, 24, (count, 2)), kinds], 1)
+
+
+def test_ap_equals_the_slow_loop_of_voc_with_difficult_objects_duplicates_and_empty_images(monkeypatch):
+    rng = np.random.default_rng(0)
+    aps = []
+    for case in range(30):
+        images = []
+        for _ in range(rng.integers(1, 6)):
+            objects = random_boxes(rng, rng.integers(0, 6))
+            near = objects[rng.integers(0, len(objects), rng.integers(0, 12))] if len(objects) else objects
+            near[:, :4] += rng.normal(0, 1.5, near[:, :4].shape)                # also several for one object
+            found = np.concatenate([near, random_boxes(rng, rng.integers(0, 4))])
+            scores = -np.sort(-rng.random(len(found)))
+            images.append((np.column_stack([found, scores]).astype(np.float32),
+                           np.column_stack([objects, rng.random(len(objects)) < 0.25]).astype(np.float32)))
+        samples = [SimpleNamespace(corruption=None)] * len(images)
+        items = [(torch.full((3, 1, 1), i, dtype=torch.uint8), torch.from_numpy(data.as_label(objects)), i)
+                 for i, (_, objects) in enumerate(images)]
+        dataset = type("Items", (list,), dict(samples=samples, num_classes=4))(items)
+        encoder = SimpleNamespace(mean=(0, 0, 0), std=(1 / 255,) * 3)           # "normalised", an image is its number
+        monkeypatch.setattr(evaluation, "find_objects", lambda model, x, side: [
+            torch.from_numpy(images[round(number.item())][0]) for number in x[:, 0, 0, 0]])
+        found = evaluation.evaluate_boxes(SimpleNamespace(encoder=encoder), dataset, 1, CPU, batch=2)
+        expected = [slow_ap([(f.tolist(), o.tolist()) for f, o in images], k) for k in range(4)]
+        assert found.tolist() == pytest.approx(expected, nan_ok=True)
+        aps += expected[:3]
+    assert 0.2 < np.nanmean(aps) < 0.8 and np.isnan(aps).any()
+
+
+# --- Boxes: runs and what is made of them -----------------------------------------------------------------------------
+
+FEW = "--ffn 16 --rois 8 --proposals 20"
+
+
+@pytest.fixture(scope="session")
+def detector(teacher, tmp_path_factory):
+    """A segmenter.pt that finds boxes, after two steps in the toy world."""
+    out = tmp_path_factory.mktemp("runs") / "detector"
+    train("segment", f"--data toy-boxes {QUICK} {FEW} --out {out}".split())
+    return out / "segmenter.pt"
+
+
+def test_a_detector_learns_two_scenes_by_heart(monkeypatch, tmp_path, capsys):
+    monkeypatch.setitem(data.DATASETS, "toy-boxes", dataclasses.replace(
+        data.DATASETS["toy-boxes"], splits=dict(train=range(2), val=range(2))))
+    train("segment", f"--data toy-boxes --freeze no --batch 4 --budget 60 --workers 0 --out {tmp_path}/a".split())
+    evaluation.main(f"--checkpoint {tmp_path}/a/segmenter.pt --data toy-boxes".split())
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["miou"]["toy-boxes"] > 80
+
+
+@pytest.mark.parametrize("more", ["", "--freeze no --kd 1 --loss cwd --teacher {teacher}"])
+def test_voc_trains_resumes_to_the_bits_and_is_evaluated(more, teacher, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(data, "CORRUPTIONS", {name: data.CORRUPTIONS[name] for name in ("fog", "contrast")})
+    everything = partial(segment.FasterRCNN, box_score_thresh=0, box_detections_per_img=1000)   # after two steps only
+    monkeypatch.setattr(segment, "FasterRCNN", everything)
+    save_voc(tmp_path, LARGE_DOG + PERSON)
+    begin = f"--data voc --decoder boxes --root {tmp_path} --encoder toy_small --width 32 --size 64 --patch 8"
+    begin = f"{begin} --ffn 16 --rois 8 --proposals 100 {QUICK} {more}".format(teacher=teacher)
+    train("segment", f"{begin} --out {tmp_path}/whole".split())
+    interrupt("segment", f"{begin} --out {tmp_path}/parts".split())
+    assert train("segment", f"{begin} --out {tmp_path}/parts".split()) == 1
+    assert same_runs(tmp_path / "whole", tmp_path / "parts")
+    assert {"loss_objectness", "loss_box_reg", "loss"} <= records(tmp_path / "whole")[0].keys()
+    evaluation.main(f"--checkpoint {tmp_path}/whole/segmenter.pt --data voc+voc-corruptions --root {tmp_path}".split())
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])["miou"]
+    model, _ = segment.load_segmenter(tmp_path / "whole/segmenter.pt")
+    expected = []
+    for corruption in (None, *itertools.product(("fog", "contrast"), range(1, 6))):
+        sample = data.scenes("voc", tmp_path, "val").samples[0]._replace(corruption=corruption)
+        x = data.normalize(sample.read_image()[None], model.encoder.mean, model.encoder.std)    # 6 x 8 pixels
+        x = TF.resize(x, [64, 85], antialias=True)
+        boxes, = model.decoder.scores(model(F.pad(x, (0, 11))), (64, 85))
+        boxes[:, :4] *= torch.tensor([8 / 85, 6 / 64, 8 / 85, 6 / 64])
+        expected.append(slow_ap([(boxes.tolist(), data.objects_of(sample.read_label()).tolist())], 11))
+    assert found["voc"] == pytest.approx(100 * expected[0]) and max(expected) > 0     # the person is difficult
+    assert found["voc-corruptions"] == pytest.approx(100 * np.mean(expected[1:]))
+
+
+def test_processes_share_the_corruptions_of_a_detectors_domain(detector, monkeypatch):
+    monkeypatch.setattr(data, "CORRUPTIONS", {"contrast": data.CORRUPTIONS["contrast"]})
+    monkeypatch.setitem(data.DATASETS, "toy-boxes-few", data.toy_boxes("game", val=2, corrupted=True))
+    model, _ = segment.load_segmenter(detector)
+    dataset = data.scenes("toy-boxes-few", "", "val")
+    monkeypatch.setattr(evaluation, "average_precision", lambda scores, hits, count: count + scores.sum())
+    alone = evaluation.evaluate_boxes(model, dataset, 64, CPU)
+    monkeypatch.setattr(data, "world_size", lambda: 2)
+    shares = []
+    for rank in (0, 1):
+        monkeypatch.setattr(data, "rank", lambda: rank)
+        shares.append(evaluation.evaluate_boxes(model, dataset, 64, CPU))
+    torch.testing.assert_close(shares[0] + shares[1], alone)
+    assert all(0 < share.sum() < alone.sum() for share in shares)
+
+
+def test_a_detectors_boxes_are_drawn_with_class_and_score_by_images_and_figure_8(detector, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    found = torch.tensor([[16, 8, 48, 32, 1, 0.875], [2, 2, 9, 9, 0, 0.4]])
+    monkeypatch.setattr(evaluation, "find_objects", lambda model, x, side: [found * len(x) * (side == 64)])
+    texts = []
+    draw = data.draw_bounding_boxes
+    monkeypatch.setattr(data, "draw_bounding_boxes", lambda image, boxes, names, *more, **how: (
+        texts.append(names), draw(image, boxes, names, *more, **how))[1])
+    (tmp_path / "in").mkdir()
+    Image.new("RGB", (64, 64)).save("in/a.png")
+    evaluation.main(f"--checkpoint {detector} --images in --out out".split())
+    assert json.loads(Path("out/a_boxes.json").read_text()) == [[16, 8, 48, 32, 1, 0.875]] and texts == [["pole 0.88"]]
+    picture = np.asarray(Image.open("out/a_boxes.png"))
+    assert picture.shape == (800, 800, 3) and len(list(Path("out").iterdir())) == 2
+    assert (picture[250:390, [200, 600]] == data.TOY_COLORS[6]).all() and not picture[250:390, [190, 300, 610]].any()
+    evaluation.main(f"--figure 8 --models a={detector} --data toy-boxes-night --examples 1 --out b.png".split())
+    objects = data.objects_of(data.toy_things("night", 10 ** 6)[1])
+    classes = [data.DATASETS["toy-boxes"].classes[int(row[4])] for row in objects]
+    assert texts[1:] == [classes, ["pole 0.88"]] and Image.open("b.png").width > 3 * 136
+
+
+def test_table_10_distils_on_the_source_and_replaces_the_decoder_and_its_labels():
+    for world, source, labels in (("toy", "toy", "toy-boxes"), ("paper", "voc", "voc")):
+        rows = {row.name: [evaluation.parsed(text)[1] for text in row.runs] for _, row in rows_of("10", world)}
+        assert list(rows) == ["teacher", "student", "+ CWD", "+ ViTKD", "+ GKD"]
+        for row in rows.values():
+            assert (row[-1].data, row[-1].decoder, row[-1].blocks) == (labels, "boxes", "last")
+        assert [cfg.data for cfg in rows["+ GKD"][-3:-1]] == ["toy-proxy" if world == "toy" else "imagenet", source]
+        assert rows["+ GKD"][-1].freeze and not rows["+ CWD"][-1].freeze and rows["+ CWD"][-1].loss == "cwd"
+    block, = evaluation.blocks("10", evaluation.Config())
+    assert block.source + block.unseen == ["voc", "voc-corruptions"] and block.paper["+ GKD"] == [72.9]
+
+
+BOX_MISTAKES = {
+    "segment.py --data toy-boxes --decoder linear": "--decoder linear: --data toy-boxes labels boxes",
+    "segment.py --data toy --decoder boxes": "--decoder boxes: --data toy labels pixels",
+    "segment.py --data toy-boxes --kd_logits 1 --freeze no --teacher {teacher}": "compares the classes of pixels",
+    "segment.py --data toy-boxes --patch 14 --size 56": "--patch 14: the finest map",
+    "segment.py --data toy-boxes --labels 0": "--labels 0: a fraction",
+    "eval.py --checkpoint {detector} --data toy-boxes --flip": "--mode, --flip and --scales are for pixels",
+    "eval.py --checkpoint {detector} --data toy": "--data toy has the 8 classes",
+    "eval.py --checkpoint {teacher} --data toy-boxes": "--data toy-boxes has the 3 classes car, pole, person",
+    "eval.py --checkpoint {detector} --export a.pt2": "finds boxes",
+    "eval.py --probe --models toy_small --data toy-boxes": "learns the classes of pixels",
+    "eval.py --table 10 --data camvid": "has no boxes; use --data toy or paper",
+    "data.py --data voc --cache 512": "voc is fast without",
+}
+
+
+@pytest.mark.parametrize("command", BOX_MISTAKES)
+def test_a_mistake_with_boxes_is_told_in_one_line(command, teacher, detector, tmp_path):
+    script, *argv = command.format(teacher=teacher, detector=detector).split()
+    argv += ["--out", str(tmp_path / "a")]
+    main = {"segment.py": segment.main, "eval.py": evaluation.main, "data.py": data.main}[script]
+    with pytest.raises(qsd.UserError, match=re.escape(BOX_MISTAKES[command])) as error:
+        main(argv)
+    assert "\n" not in str(error.value) and not (tmp_path / "a").exists()
 
 
 if __name__ == "__main__":  # as torchrun starts it
