@@ -3897,6 +3897,7 @@ def test_ap_equals_the_slow_loop_of_voc_with_difficult_objects_duplicates_and_em
             objects = random_boxes(rng, rng.integers(0, 6))
             near = objects[rng.integers(0, len(objects), rng.integers(0, 12))] if len(objects) else objects
             near[:, :4] += rng.normal(0, 1.5, near[:, :4].shape)                # also several for one object
+            near[:, 4] = np.where(rng.random(len(near)) < 0.2, (near[:, 4] + 1) % 3, near[:, 4])    # of a wrong class
             found = np.concatenate([near, random_boxes(rng, rng.integers(0, 4))])
             scores = -np.sort(-rng.random(len(found)))
             images.append((np.column_stack([found, scores]).astype(np.float32),
