@@ -1107,7 +1107,7 @@ def describe(segmenter, cfg, device):
     """Print how large encoder and decoder are, and what the decoder costs on one image of the training crop."""
     with torch.no_grad():
         maps = segmenter.features(torch.zeros(1, 3, cfg.size, cfg.size, device=device))
-        multiply_adds = data.count_flops(lambda: segmenter.decoder.scores(segmenter.decoder(maps))) / 2
+    multiply_adds = data.count_flops(lambda: segmenter.decoder(maps)) / 2
     decoder_size = sum(p.numel() for p in segmenter.decoder.parameters())
     encoder_size = sum(p.numel() for p in segmenter.encoder.parameters())
     state = "frozen" if cfg.freeze else "trained"
