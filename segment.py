@@ -1001,15 +1001,11 @@ def released_segmenter(saved):
     entry = data.entries(name, sizes["num_classes"] if name == "folder" else None)[name]
     cfg = Config(data=name, size=values["img_size"], patch=values["patch_size"], width=sizes["width"],
                  queries=sizes["queries"], decoder_layers=sizes["layers"], ffn=sizes["ffn"], heads=sizes["heads"])
-    with torch.device("meta"):  # names and shapes only
-        empty = Segmenter(qsd.ViT(**values), build_decoder(values["embed_dim"], sizes["num_classes"], cfg))
-    qsd.check_state("not the parameters of a segmenter", state, official_state_dict(empty))
-    encoder = qsd.ViT(**values)
-    decoder = build_decoder(values["embed_dim"], sizes["num_classes"], cfg)
-    encoder.load_state_dict(encoder_state)
-    decoder.load_state_dict(split_qkv(decoder_state))
-    model = Segmenter(encoder, decoder)
-    content = dict(model=model.state_dict(), encoder=encoder.config, config=data.as_plain(cfg), released=True,
+    model = Segmenter(qsd.ViT(**values), build_decoder(values["embed_dim"], sizes["num_classes"], cfg))
+    qsd.check_state("not the parameters of a segmenter", state, official_state_dict(model))
+    model.encoder.load_state_dict(encoder_state)
+    model.decoder.load_state_dict(split_qkv(decoder_state))
+    content = dict(model=model.state_dict(), encoder=model.encoder.config, config=data.as_plain(cfg), released=True,
                    classes=list(entry.classes), colors=[list(color) for color in entry.colors], ledger=[])
     return model, content
 
