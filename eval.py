@@ -519,8 +519,11 @@ class Row(NamedTuple):
 
 
 def main_rows(p):
+    rows = [Row("no KD", no_kd(p))]
+    if p.source != "toy":  # this student starts from trained weights, so that freezing alone is a method
+        rows.append(Row("no KD, frozen", [task(p, "no-kd-frozen", p.student, depth=p.student_depth)]))
     return [
-        Row("no KD", no_kd(p)),
+        *rows,
         Row("one-stage MSE", one_stage(p, "mse")),
         Row("two-stage MSE", two_stage(p, "mse")),
         Row("GKD (QSD)", two_stage(p)),
