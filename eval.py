@@ -22,15 +22,16 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import Callable, Literal, NamedTuple
+from typing import Annotated, Callable, Literal, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps
-from torch.utils.data import ConcatDataset, DataLoader, Subset
+from torch.utils.data import ConcatDataset, DataLoader, Subset, default_collate
 from tqdm import tqdm
 
+sys.path.insert(0, str(Path(__file__).parent))  # where python -P does not look
 import data
 import distill
 import qsd
@@ -48,22 +49,22 @@ class Config:
     root: str = "data"              # the folder that holds the data sets
     # protocol
     mode: Literal["slide", "whole"] = "slide"  # official: sliding window
-    window: int = 0                 # its side, pixels; 0: the training crop (official 512)
-    stride: float = 2 / 3           # of its side, rounded (official 341 of 512 pixels)
+    window: qsd.PixelsOr0 = 0       # its side, pixels; 0: the training crop (official 512)
+    stride: Annotated[float, qsd.Range(0, 1, open=True)] = 2 / 3    # of its side, rounded (official 341 of 512 pixels)
     flip: bool = False              # average with the mirrored image (official: no)
     scales: str = "1"               # multiples of the image's size to average over, as in 0.75,1,1.25 (official: 1)
-    batch: int = 1                  # images at once; more than 1 needs images of one size
-    workers: int = 2                # image-loading processes
+    batch: qsd.Count = 1            # images at once; more than 1 needs images of one size
+    workers: qsd.Workers = 2        # image-loading processes
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "fp32"  # official: fp32
     # figures of several models, and a quick look at encoders
     figure: Literal["none", "3b", "5", "7a", "7b", "8", "9"] = "none"  # a figure of the paper; 9 is printed as a table
     probe: bool = False             # mIoU of a linear classifier on the tokens of each of --models
     models: str = ""                # name=path,name=path; a path is a run's folder, a checkpoint or an encoder's name
-    classes: int = 0                # how many your own folder has, for --probe; segmenters know theirs
-    patch: int = 0                  # patch side of the encoders in 5, 7a, 7b and --probe, pixels; 0: as trained
-    examples: int = 2               # images of each domain in figures 5 and 8
-    subset: int = 300               # images of each domain that figure 7a measures, and that --probe learns from
-    tokens: int = 10000             # distances in figure 7a (the paper's number)
+    classes: qsd.Classes = 0        # how many your own folder has, for --probe; segmenters know theirs
+    patch: qsd.PixelsOr0 = 0        # patch side of the encoders in 5, 7a, 7b and --probe, pixels; 0: as trained
+    examples: qsd.Count = 2         # images of each domain in figures 5 and 8
+    subset: qsd.Count = 300         # images of each domain that figure 7a measures, and that --probe learns from
+    tokens: qsd.Count = 10000       # distances in figure 7a (the paper's number)
     # a segmenter at work
     images: str = ""                # segment this image or folder of images with --checkpoint; the results go to --out
     export: str = ""                # write --checkpoint as a torch.export program to this file, name.pt2
@@ -71,10 +72,10 @@ class Config:
     # the paper's tables
     table: str = "none"             # main, clock, 1 to 9, fig6: run what is missing of it and print it
     demo: bool = False              # --table main --data toy with one seed, and a picture
-    seed: int = 0                   # the first seed of the small worlds' runs
-    seeds: int = 0                  # how many; 0: 3, and 1 for --demo
-    jobs: int = 2                   # runs at the same time, each on its share of the cores
-    processes: int = 0              # of each distillation; 0: one per GPU
+    seed: qsd.Seed = 0              # the first seed of the small worlds' runs
+    seeds: qsd.CountOr0 = 0         # how many; 0: 3, and 1 for --demo
+    jobs: qsd.Count = 2             # runs at the same time, each on its share of the cores
+    processes: qsd.CountOr0 = 0     # of each distillation; 0: one per GPU
     run: bool = True                # no: only print what is missing and what is there
     out: str = "runs"               # folder of the tables' runs and of pictures; for --figure also a file
 
@@ -182,13 +183,29 @@ def evaluate(model, dataset, window, device, stride=2 / 3, whole=False, flip=Fal
     K = dataset.num_classes
     conf = torch.zeros(K, K, dtype=torch.int64, device=device)
     own = Subset(dataset, range(data.rank(), len(dataset), data.world_size()))
-    loader = DataLoader(own, batch, num_workers=workers, multiprocessing_context=data.start_method(workers))
+    loader = DataLoader(own, batch, num_workers=workers, multiprocessing_context=data.start_method(workers),
+                        collate_fn=same_size)
     for images, label, _ in tqdm(loader, title, disable=data.rank() > 0, leave=False):
         x = data.normalize(images.to(device), model.encoder.mean, model.encoder.std)
         scores = predict(model, x, window, stride, whole, flip, scales)
-        pred = segment.resize(scores, label.shape[1:]).argmax(1)
+        pred = classes_of(segment.resize(scores, label.shape[1:]))
         conf += confusion(pred, label.to(device), K)
     return data.summed(conf).cpu()
+
+
+def classes_of(scores):
+    """The class of the highest score (B, H, W), of scores (B, K, H, W); UserError where they say nothing."""
+    if not scores.isfinite().all():
+        raise UserError("the segmenter's scores are not finite; use --precision fp32")
+    return scores.argmax(1)
+
+
+def same_size(items):
+    """A batch of images and labels of one size."""
+    for shapes in ({image.shape for image, *_ in items}, {label.shape for _, label, _ in items}):
+        if len(shapes) > 1:
+            raise UserError(f"--batch {len(items)}: images or labels of several sizes; use --batch 1")
+    return default_collate(items)
 
 
 # --- What is measured ------------------------------------------------------------------------------------------------
@@ -208,6 +225,8 @@ def class_ious(title, model, saved, cfg, device):
         with data.autocast(cfg.precision, device):
             conf = evaluate(model, dataset, window, device, cfg.stride, whole=cfg.mode == "whole", flip=cfg.flip,
                             batch=cfg.batch, workers=cfg.workers, title=name, scales=scale_list(cfg))
+        if not conf.any():
+            raise UserError(f"--data {name}: no pixel of its images has a label, all are 255")
         ious[name] = 100 * iou(conf)
     return ious
 
@@ -1393,8 +1412,6 @@ def figure(cfg, device):
 def check_models(cfg):
     if data.world_size() > 1:
         raise UserError("--figure and --probe run in one process: start them with python")
-    if min(cfg.examples, cfg.subset, cfg.tokens) < 1:
-        raise UserError("--examples, --subset and --tokens are at least 1")
 
 
 def figure_3b(models, cfg, path, device):
@@ -1690,9 +1707,10 @@ def classify(model, saved, image, cfg, device):
         if cfg.mode == "slide" and not cfg.flip and scale_list(cfg) == [1]:
             # Band by band, as the scores of all classes of a large photograph would fill the memory.
             bands = score_bands(model, x, window, max(1, round(cfg.stride * window)))
-            classes = torch.cat([scores.argmax(1) for scores in bands], 1)[:, :image.shape[1]]
+            classes = torch.cat([classes_of(scores) for scores in bands], 1)[:, :image.shape[1]]
         else:
-            classes = predict(model, x, window, cfg.stride, cfg.mode == "whole", cfg.flip, scale_list(cfg)).argmax(1)
+            scores = predict(model, x, window, cfg.stride, cfg.mode == "whole", cfg.flip, scale_list(cfg))
+            classes = classes_of(scores)
     return classes[0].byte().cpu()
 
 
@@ -1783,10 +1801,11 @@ def export(checkpoint, path, dynamic):
     torch.export.save(program, path, extra_files={"about.json": json.dumps(about)})
 
     written = torch.export.load(path).module()
-    difference = 0
+    differences = []
     for count in (1, 3) if dynamic else (1,):
         x = torch.randn(count, 3, size, size)
-        difference = max(difference, (written(x) - eager(x)).abs().max().item())
+        differences.append((written(x) - eager(x)).abs().max())
+    difference = torch.stack(differences).max().item()  # NaN if one is
     if not difference < 1e-4:
         path.unlink()
         raise UserError(f"{path}: its scores differ from those of {checkpoint} by up to {difference:.1e}")
@@ -1833,8 +1852,6 @@ def main(argv=None):
 
 def check_protocol(cfg):
     scale_list(cfg)
-    if not 0 < cfg.stride <= 1:
-        raise UserError(f"--stride {cfg.stride} is a share of the window, above 0 and at most 1")
     if cfg.setting not in ("none", *data.SETTINGS):
         raise UserError(f"--setting {cfg.setting}: not one of {' '.join(data.SETTINGS)}")
 

@@ -6,8 +6,11 @@
 The same command resumes. With --kd or --kd_logits a rival of the paper is trained: task loss and distillation at once.
 """
 import math
+import sys
 import warnings
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -15,6 +18,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+sys.path.insert(0, str(Path(__file__).parent))  # where python -P does not look
 import data
 import qsd
 from data import IGNORE
@@ -610,50 +614,51 @@ class Config(qsd.LossConfig):
     root: str = "data"              # the folder that holds the data sets
     split: str = "train"            # the images trained on
     labels: str = "1"               # share of the labelled images: 1, 1/4, 1/8, 1/16 (Table 3), a fixed subset
-    classes: int = 0                # number of classes of your own folder; 0 = as the data set says
+    classes: qsd.Classes = 0        # number of classes of your own folder; 0 = as the data set says
     encoder: str = "dinov2_vits14"  # a name of qsd.ENCODERS or a checkpoint, usually distill.py's student.pt
     pretrained: bool = True         # no: the encoder starts from random weights
-    depth: int | None = None        # only the encoder's first k blocks
+    official: bool = True           # a named encoder's file must have its SHA-256; no: whatever lies there is taken
+    depth: qsd.Count | None = None  # only the encoder's first k blocks
     freeze: bool = True             # the paper's stage 2; no: the encoder is trained, too (a row of Table 5)
     out: str = "runs/segment"       # log.jsonl, last.pt, segmenter.pt
     # decoder
     decoder: Literal["mask", "fpn", "linear"] = "mask"  # Mask2Former's; SemFPN (supplement, Table 7); one linear layer
     blocks: Literal["four", "last"] = "four"  # encoder blocks it reads: official [3, 5, 7, 11] of 12; or 4 x the last
-    width: int = 256                # channels of the mask decoder
-    queries: int = 100              # masks it proposes
-    decoder_layers: int = 9         # its transformer layers
-    ffn: int = 2048                 # their hidden width
+    width: qsd.Count = 256          # channels of the mask decoder
+    queries: qsd.Count = 100        # masks it proposes
+    decoder_layers: qsd.CountOr0 = 9    # its transformer layers
+    ffn: qsd.Count = 2048           # their hidden width
     pixel: Literal["fpn", "deform"] = "deform"  # its pixel decoder: Mask2Former's; fpn: light
-    heads: int = 8                  # attention heads of both
-    points: int = 12544             # pixels on which its masks are compared
+    heads: qsd.Count = 8            # attention heads of both
+    points: qsd.Count = 12544       # pixels on which its masks are compared
     void: Literal["negative", "ignore"] = "negative"  # pixels labelled 255: outside every mask (official) or left out
     # one-stage distillation (equation 3)
-    kd: float = 0.0                 # weight of the objective --loss, in units of its published weight; 0 = no teacher
-    kd_logits: float = 0.0          # weight of Hinton's logit distillation; its teacher is a segmenter.pt
+    kd: qsd.Weight = 0.0            # weight of the objective --loss, in units of its published weight; 0 = no teacher
+    kd_logits: qsd.Weight = 0.0     # weight of Hinton's logit distillation; its teacher is a segmenter.pt
     teacher: str = "none"           # encoder name or checkpoint for --kd; a segmenter.pt for --kd_logits
     # images
-    size: int = 512                 # side of the square crop, pixels
-    patch: int = 16                 # patch side of the encoder, pixels
-    cache: int = 0                  # short side of the copy that `python data.py --cache SIZE` made; 0 = the originals
-    cat_max_ratio: float = 0.75     # a crop is drawn again while one class fills more of it
-    workers: int = 8                # image-loading processes per training process; 0 = load in the training process
+    size: qsd.Pixels = 512          # side of the square crop, pixels
+    patch: qsd.Pixels = 16          # patch side of the encoder, pixels
+    cache: qsd.PixelsOr0 = 0        # short side of the copy that `python data.py --cache SIZE` made; 0 = the originals
+    cat_max_ratio: qsd.Share = 0.75 # a crop is drawn again while one class fills more of it
+    workers: qsd.Workers = 8        # image-loading processes per training process; 0 = load in the training process
     # optimiser
-    batch: int = 4                  # global, whatever the number of processes
-    micro: int = 4                  # most images of one forward pass; the rest is gradient accumulation
+    batch: qsd.Count = 4            # global, whatever the number of processes
+    micro: qsd.Count = 4            # most images of one forward pass; the rest is gradient accumulation
     budget: str = "40000"           # 40000 (steps), 50ep, 2h, 3e18flop: the schedule follows the fraction spent
-    lr: float = 1e-4                # of the decoder
-    lr_backbone: float = 1e-5       # of the encoder where it is trained (the paper's 1e-5)
-    power: float = 0.9              # of the polynomial decay to 0
-    weight_decay: float = 0.05      # not on norms and embeddings
+    lr: qsd.Positive = 1e-4         # of the decoder
+    lr_backbone: qsd.Weight = 1e-5  # of the encoder where it is trained (the paper's 1e-5)
+    power: qsd.Weight = 0.9         # of the polynomial decay to 0
+    weight_decay: qsd.Weight = 0.05 # not on norms and embeddings
     # running
-    seed: int = 42                  # as the official code
+    seed: qsd.Seed = 42             # as the official code
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "fp32"  # official: fp32
-    log_every: int = 50             # steps
-    save_minutes: float = 10.0      # between checkpoints
-    max_skips: int = 10             # non-finite steps in a row that end the run
+    log_every: qsd.Count = 50       # steps
+    save_minutes: qsd.Weight = 10.0 # between checkpoints
+    max_skips: qsd.Count = 10       # non-finite steps in a row that end the run
 
 
-FREE = {"root", "workers", "micro", "log_every", "save_minutes", "max_skips"}  # these may change when a run resumes
+FREE = {"root", "official", "workers", "micro", "log_every", "save_minutes", "max_skips"}  # may change on resuming
 POINTS = data.MASKS + 1  # the points on which masks are compared have random numbers of their own, see data.mix
 
 # The light decoder of the small worlds.
@@ -719,14 +724,13 @@ def build_decoder(dim, num_classes, cfg):
 def load_segmenter(path, device="cpu"):
     """A trained segmenter from segmenter.pt, ready to predict, and the checkpoint it came from."""
     try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)
-        encoder = qsd.ViT(**saved["encoder"])
+        saved = qsd.open_checkpoint(path)
+        encoder = qsd.ViT(**qsd.stored_values(path, saved["encoder"]))
         cfg = Config(**data.known_fields(Config, saved["config"]))
         decoder = build_decoder(encoder.embed_dim, len(saved["classes"]), cfg)
         model = Segmenter(encoder, decoder, blocks=cfg.blocks)
+        qsd.check_state(path, saved["model"], model.state_dict(), "segmenter")
         model.load_state_dict(saved["model"])
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
     except Exception as error:  # the zip reader, the unpickler and the missing keys each raise their own
         raise UserError(f"{path} is no segmenter.pt of this project ({data.first_line(error)})") from None
     return model.to(device).eval().requires_grad_(False), saved
@@ -832,7 +836,8 @@ def main(argv=None):
     device = run.device
     transform = data.segment_transform(cfg.size, cat_max_ratio=cfg.cat_max_ratio)
     dataset = data.scenes(cfg.data, cfg.root, cfg.split, transform, cfg.labels, cfg.classes or None, cfg.cache or None)
-    encoder = qsd.load_vit(cfg.encoder, cfg.size, cfg.patch, depth=cfg.depth, pretrained=cfg.pretrained)
+    load_vit = partial(qsd.load_vit, img_size=cfg.size, patch_size=cfg.patch, official=cfg.official)
+    encoder = load_vit(cfg.encoder, depth=cfg.depth, pretrained=cfg.pretrained)
     decoder = build_decoder(encoder.embed_dim, dataset.num_classes, cfg)
     segmenter = Segmenter(encoder, decoder, cfg.freeze, cfg.blocks).to(device)
     ancestors, _ = qsd.ledger_and_heads(cfg.encoder)
@@ -842,7 +847,7 @@ def main(argv=None):
     judge = None
     objective = None
     if cfg.kd:
-        teacher = qsd.load_vit(cfg.teacher, cfg.size, cfg.patch).to(device).eval().requires_grad_(False)
+        teacher = load_vit(cfg.teacher).to(device).eval().requires_grad_(False)
         objective = qsd.build_objective(encoder, teacher, cfg).to(device)
     if cfg.kd_logits:
         judge, trained = load_segmenter(cfg.teacher, device)
@@ -874,13 +879,14 @@ def main(argv=None):
     # Two images through one step tell what it costs; the parameters it does not touch are not trained.
     images, draws = data.two_images(cfg.size)
     label = torch.zeros(2, cfg.size, cfg.size, dtype=torch.int64)
-    flops = data.dry_run(learner, lambda: losses_of(learner, images, label, draws, share=None))
+    probe = partial(losses_of, learner, images, label, draws, share=None)
+    flops = data.dry_run(learner, probe)
     if data.rank() == 0:
         describe(segmenter, cfg, device)
 
     optimizer = torch.optim.AdamW(parameter_groups(learner, cfg), fused=True)
     warnings.filterwarnings("ignore", "Grad strides do not match")  # DDP copies the small gradients of 1x1 convolutions
-    run.start(learner, optimizer, dataset, flops=flops, tokens=N, pairs=bool(cfg.kd))
+    run.start(learner, optimizer, dataset, probe, flops, tokens=N, pairs=bool(cfg.kd))
 
     for micro_batches in run.steps():  # until --budget is spent
         for group in optimizer.param_groups:
