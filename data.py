@@ -758,7 +758,7 @@ def files_below(folder, top=""):
             folders.clear()
             continue
         seen.add((here.st_dev, here.st_ino))
-        folders.sort()
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
         found += [Path(parent, name) for name in sorted(names) if not name.startswith(".")]
     return found
 
@@ -1700,6 +1700,9 @@ def open_streams():
             setattr(sys, name, Lasting(stream))
 
 
+AT_END = []     # what is left to do when a script ends, by whatever: functions
+
+
 def cli(main):
     """Run a script's main; what is not the code's fault becomes one line on stderr and exit status 2.
 
@@ -1719,8 +1722,8 @@ def cli(main):
             status = 1
             traceback.print_exc()
     finally:
-        while LOCKS:
-            LOCKS.pop().unlink(missing_ok=True)
+        while AT_END:
+            AT_END.pop()()
     if not status:
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -1768,8 +1771,8 @@ def launch():
     if world > 1 and not dist.is_initialized():
         absent = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
         if absent or number >= world:
-            raise UserError(f"WORLD_SIZE is {world}, but RANK is {number} and torchrun's {' '.join(absent) or 'others'} "
-                            "is not set: start several processes with torchrun, or one without these variables")
+            raise UserError(f"RANK {number} of WORLD_SIZE {world}, and no {' '.join(absent) or 'such process'}: start "
+                            "several processes with torchrun, or one without these variables")
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
     starter = os.environ.get("TORCHELASTIC_RUN_ID") or os.environ.get(STARTED_BY)
     if starter:
@@ -1878,7 +1881,7 @@ def dry_run(learner, losses_of_two_images):
 @contextmanager
 def whole(path):
     """Where to write what becomes the file `path` once it is complete: no kill and no full disk leaves half of it."""
-    unfinished = part_of(path)
+    unfinished = path.with_name(f"part.{path.name}")
     try:
         unfinished.parent.mkdir(parents=True, exist_ok=True)
         yield unfinished
@@ -1888,10 +1891,6 @@ def whole(path):
                         "Free some space and run the same command again") from None
     finally:
         unfinished.unlink(missing_ok=True)
-
-
-def part_of(path):
-    return path.with_name(f"part.{path.name}")
 
 
 def save(path, state):
@@ -2054,11 +2053,8 @@ def check_folder(cfg, free):
                                 "began; choose another --out")
     elif out.exists() and not out.is_dir():
         raise UserError(f"--out {out} is a file, not a folder; choose another --out")
-    elif out.exists() and any(path.name not in (part_of(log).name, "lock") for path in out.iterdir()):
+    elif out.exists() and any(path.name not in ("part.log.jsonl", "lock") for path in out.iterdir()):
         raise UserError(f"--out {out} is not empty and holds no log.jsonl of this script; choose another --out")
-
-
-LOCKS = []      # of the run folders that this process works in: files to delete at its end
 
 
 def lock(folder):
@@ -2077,8 +2073,14 @@ def lock(folder):
     file.truncate(0)
     file.write(f"process {os.getpid()} on {socket.gethostname()}")
     file.flush()
-    LOCKS.append(path)
+    AT_END.append(partial(path.unlink, missing_ok=True))
     return file
+
+
+def check_lock(folder):
+    """UserError if another process works in a run's folder; it is locked later, when the first file is written."""
+    if (folder / "lock").exists() and rank() == 0:
+        lock(folder).close()
 
 
 def load(path, instead=None):
@@ -2097,15 +2099,19 @@ def times_of(*paths):
     return [path.stat().st_mtime_ns if path.is_file() else None for path in paths]
 
 
-def restore(path, saved, parts, spent):
+def restore(path, saved, parts, spent, dataset):
     """Bring a run's parts to the state of its checkpoint; returns its ledger. UserError where it is another run's."""
     try:
         qsd.check_state(path, saved["learner"], parts["learner"].state_dict(), "run")
         for name, part in parts.items():
             part.load_state_dict(saved[name])
+        moments = [value for state in parts["optimizer"].state.values() for value in state.values()]
+        if not all(value.isfinite().all() for value in moments):
+            raise ValueError("its optimiser holds numbers that are not finite")
         spent = spent | saved["spent"]
         if not all(qsd.fits(qsd.Weight, amount) for amount in spent.values()):
             raise ValueError("its ledger is damaged")
+        dataset.unreadable[saved.get("unreadable", [])] = True
     except UserError:
         raise
     except Exception as error:  # whatever is not as it was written
@@ -2125,6 +2131,20 @@ def contents_of(dataset):
         if isinstance(dataset.samples[i].image, Path):
             digest.update(fingerprint(dataset.samples[i].image).encode())
     return digest.hexdigest()
+
+
+def compare_processes(out, found):
+    """All processes must find the same state in --out; two machines without a shared disk would train apart."""
+    most, minus_least = largest(found, -found)
+    if most != -minus_least:
+        raise UserError(f"--out {out}: some processes find a run there and others do not, or another step: give all "
+                        "the same folder, on a shared disk and as an absolute path")
+
+
+def loss_of(probe):
+    """The loss of a probe; not compiled, as it has another number of images than a batch."""
+    with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+        return probe()["loss"].item()
 
 
 def steps_of(checkpoint):
@@ -2216,28 +2236,19 @@ class Run:
         parse_budget(cfg.budget, steps_per_epoch=1)
         check_folder(cfg, free)
         self.found = times_of(self.out / "last.pt", self.result)
+        check_lock(self.out)
         self.checkpoint = load(self.out / "last.pt")
         self.finished = bool(load(self.result, instead=self.checkpoint))
-        self.compare_processes()
+        compare_processes(self.out, math.inf if self.finished else steps_of(self.checkpoint))
         if self.finished:
             self.say(f"{self.result} is finished; nothing to do")
             self.tidy()
         else:
-            if (self.out / "lock").exists() and rank() == 0:
-                lock(self.out).close()
             self.say(f"{self.out}: set over the defaults: {changed(cfg)}")
 
     def say(self, text):
         if rank() == 0:
             print(text, flush=True)
-
-    def compare_processes(self):
-        """All processes must find the same state in --out; two machines without a shared disk would train apart."""
-        found = float("inf") if self.finished else steps_of(self.checkpoint)
-        most, minus_least = largest(found, -found)
-        if most != -minus_least:
-            raise UserError(f"--out {self.out}: some processes find a run there and others do not, or another step: "
-                            "give all the same folder, on a shared disk and as an absolute path")
 
     def start(self, learner, optimizer, dataset, probe, flops, tokens, repeats=1, pairs=True):
         """Continue where the checkpoint ends, or begin.
@@ -2248,37 +2259,36 @@ class Run:
         self.optimizer = optimizer
         self.dataset = dataset
         self.probe = probe
-        self.repeats = repeats
         self.per_image = dict(images=1, tokens=tokens, flops=flops)     # what an image adds to the ledger
         self.ledger = dict(steps=0, images=0, tokens=0, flops=0.0, seconds=0.0, skipped=0, waited=0.0, peak_gb=0.0)
         self.contents = contents_of(dataset)
+        self.sane = 1000 * max(1, loss_of(probe))
         if self.checkpoint:
-            self.ledger = restore(self.out / "last.pt", self.checkpoint, self.parts(), self.ledger)
-            dataset.unreadable[self.checkpoint.get("unreadable", [])] = True
+            self.ledger = restore(self.out / "last.pt", self.checkpoint, self.parts(), self.ledger, dataset)
             if self.checkpoint.get("contents", self.contents) != self.contents:
-                raise UserError(f"--root {cfg.root}: {cfg.data} has other files there than those that the run in --out "
-                                f"{self.out} began with")
+                raise UserError(f"--root {cfg.root}: {cfg.data} has other files there than when the run in --out "
+                                f"{self.out} began")
         self.model = DistributedDataParallel(learner) if dist.is_initialized() else learner
 
         self.unit, self.budget = parse_budget(cfg.budget, len(dataset) / cfg.batch)
         self.passes = passes_of(cfg.batch, cfg.micro, world_size(), pairs)
-        self.loader = self.batches(cfg.workers)
-        self.start_log(gflop_per_image=flops / 1e9)
+        self.load = partial(loader, dataset, cfg.batch, cfg.seed, rank=rank(), world=world_size(),
+                            accumulate=self.passes, repeats=repeats)
+        self.loader = self.load(start_step=self.ledger["steps"], workers=cfg.workers)
+        if rank() == 0:
+            self.start_log(gflop_per_image=flops / 1e9)
         self.bar = tqdm(initial=self.ledger["steps"], desc=str(self.out), disable=rank() > 0, unit="step",
                         dynamic_ncols=True)
+        AT_END.append(self.bar.close)
         self.signals = catch_signals()
         self.unwritten = []                 # lines of the log that a full disk did not take yet
         self.saved = time.time()
+        self.kept = self.ledger["steps"]    # the step that the same command goes on from
         self.skips = 0                      # non-finite steps in a row
 
     def parts(self):
         """What a checkpoint keeps, beside the ledger."""
         return dict(learner=self.learner, optimizer=self.optimizer, scaler=self.scaler)
-
-    def batches(self, workers):
-        """This process's micro-batches, from the step on that is next."""
-        return loader(self.dataset, self.cfg.batch, self.cfg.seed, self.ledger["steps"], rank(), world_size(),
-                      self.passes, self.repeats, workers)
 
     # -- the loop --
 
@@ -2296,7 +2306,7 @@ class Run:
                 if not self.loader.num_workers:
                     raise
                 print(f"a loading process failed ({first_line(error)}); this process goes on alone", file=sys.stderr)
-                self.loader = self.batches(workers=0)
+                self.loader = self.load(start_step=self.ledger["steps"], workers=0)
                 batches = iter(self.loader)
                 continue
             self.waited = time.time() - self.began
@@ -2363,7 +2373,6 @@ class Run:
         self.bar.update(spent["steps"] - self.bar.n)
         if spent["steps"] % self.cfg.log_every and self.fraction < 1:
             return
-        unreadable = count_unreadable(self.dataset, self.device)
         means = summed(torch.stack([value.double() for value in self.losses.values()])) / world_size()
         record = dict(step=spent["steps"])
         for name, mean in zip(self.losses, means.tolist()):
@@ -2373,7 +2382,7 @@ class Run:
         record["data_wait"] = round(spent["waited"] / spent["seconds"], 3)
         record["peak_gb"] = round(spent["peak_gb"], 2)
         record["skipped"] = int(spent["skipped"])
-        record["unreadable"] = unreadable
+        record["unreadable"] = count_unreadable(self.dataset, self.device)
         record["flops"] = spent["flops"]
         record["seconds"] = round(spent["seconds"], 2)
         record["eta_s"] = round(spent["seconds"] * (1 / self.fraction - 1))
@@ -2384,8 +2393,6 @@ class Run:
 
     def start_log(self, **more):
         """Lock the folder; begin a fresh run's log, or cut a resumed one back to its checkpoint's step."""
-        if rank() > 0:
-            return
         self.out.mkdir(parents=True, exist_ok=True)
         self.lock = lock(self.out)
         if times_of(self.out / "last.pt", self.result) != self.found:
@@ -2397,24 +2404,25 @@ class Run:
             write(log, json.dumps(header_of(self.cfg, self.device) | more) + "\n")
 
     def healthy(self):
-        """Whether the weights are of use: two black images have a finite loss."""
-        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
-            return bool(self.probe()["loss"].isfinite())
+        """Whether the weights are of use: two black images have a loss that is not a thousand times the first one."""
+        return loss_of(self.probe) < self.sane
 
     def save_checkpoint(self):
         """Write last.pt, unless a step has ruined the weights: then the one before is worth more."""
         self.saved = time.time()
-        if self.healthy() and rank() == 0:
+        if self.healthy():
+            self.kept = self.ledger["steps"]
             states = {name: part.state_dict() for name, part in self.parts().items()}
-            unreadable = self.dataset.unreadable.nonzero().flatten().tolist()
-            save(self.out / "last.pt", states | dict(spent=self.ledger, contents=self.contents, unreadable=unreadable))
+            more = dict(contents=self.contents, unreadable=self.dataset.unreadable.nonzero().flatten().tolist())
+            if rank() == 0:
+                save(self.out / "last.pt", states | dict(spent=self.ledger) | more)
 
     def leave(self, number):
-        """End after a signal, the step finished and saved; torchrun would kill one that still saves."""
-        largest(0)
+        """End after a signal, the step finished and saved."""
+        largest(0)                          # together: torchrun would kill a process that still saves
         if rank() == 0:
-            print(f"stopped by signal {number} after step {self.ledger['steps']}; the same command goes on from there",
-                  file=sys.stderr)
+            print(f"stopped by signal {number} after step {self.ledger['steps']}; the same command goes on from step "
+                  f"{self.kept}", file=sys.stderr)
         sys.exit(128 + number)
 
     def give_up(self):
@@ -2422,8 +2430,8 @@ class Run:
         draws = self.loader.batch_sampler
         names = [str(self.dataset.samples[draws.index(draw)].image) for draw in self.draws.tolist()]
         kept = f"{self.out}/last.pt holds the weights before them: the same command goes on with the next images"
-        if not self.healthy():
-            kept = f"the weights were ruined before them, so {self.out}/last.pt was left as it was"
+        if self.kept < self.ledger["steps"]:
+            kept = f"the weights were ruined before them, so {self.out}/last.pt was left as it was at step {self.kept}"
         raise UserError(f"{self.skips} steps in a row had non-finite gradients and changed nothing; {kept}. Look at "
                         f"the last images ({', '.join(names[:8])}). A lower --lr or --precision fp32 needs a new --out")
 
@@ -2440,9 +2448,9 @@ class Run:
     def tidy(self):
         """Delete what resuming needed, and files that a kill left half-written."""
         if rank() == 0:
-            halves = [part_of(self.out / name) for name in ("last.pt", "log.jsonl", self.result.name)]
-            for path in [*halves, self.out / "last.pt", self.out / "prev.pt", self.out / "lock"]:  # prev.pt: old runs'
-                path.unlink(missing_ok=True)
+            halves = [f"part.{name}" for name in ("last.pt", "log.jsonl", self.result.name)]
+            for name in [*halves, "last.pt", "prev.pt", "lock"]:    # prev.pt: of older runs
+                (self.out / name).unlink(missing_ok=True)
 
 
 if __name__ == "__main__":

@@ -1204,6 +1204,9 @@ LOSSES = {"qsd": GKD, "mse": MSE, "cwd": CWD, "afdcd": AfDCD, "g2sd": G2SD, "vit
 
 def build_objective(student, teacher, config):
     """The objective that a LossConfig describes, for these two encoders."""
+    hidden = int(config.mask_ratio * student.grid[0] * student.grid[1])
+    if not hidden and (config.mask_loss == "masked_tokens" or config.loss == "proteus"):
+        raise UserError(f"--mask_ratio {config.mask_ratio} hides no patch, but the loss is one of hidden patches alone")
     if config.loss == "qsd" and config.layers == "four":
         return GKDFourLayers(student, teacher, config)
     return LOSSES[config.loss](student, teacher, config)

@@ -269,8 +269,8 @@ class MaskDecoder(nn.Module):
                  pixel="fpn", pixel_layers=6, pixel_ffn=1024, points=12544, oversample=3, importance=0.75,
                  no_object=0.1, weights=(2, 5, 5), void="negative"):
         super().__init__()
-        if width % 32:
-            raise UserError(f"--width {width}: GroupNorm wants a multiple of 32")
+        if width % 32 or width % heads:
+            raise UserError(f"--width {width}: GroupNorm wants a multiple of 32, and attention one of --heads {heads}")
         if queries < num_classes:
             raise UserError(f"{queries} queries for {num_classes} classes: each class needs a query of its own")
         if void not in ("negative", "ignore"):
@@ -732,7 +732,7 @@ def load_segmenter(path, device="cpu"):
         qsd.check_state(path, saved["model"], model.state_dict(), "segmenter")
         model.load_state_dict(saved["model"])
     except Exception as error:  # the zip reader, the unpickler and the missing keys each raise their own
-        raise UserError(f"{path} is no segmenter.pt of this project ({data.first_line(error)})") from None
+        raise UserError(f"{path} is no segmenter.pt of this project ({data.first_line(error, 300)})") from None
     return model.to(device).eval().requires_grad_(False), saved
 
 
@@ -892,6 +892,8 @@ def main(argv=None):
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * (1 - run.fraction) ** cfg.power
         share = normalisers([label for _, label, _ in micro_batches])
+        if not share[1] and not run.ledger["steps"]:
+            run.say("no pixel of the first images has a label: all are 255")
         for images, label, draws in micro_batches:  # gradient accumulation
             with run.sync():
                 losses = losses_of(run.model, images, label, draws, share)

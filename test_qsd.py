@@ -2030,7 +2030,7 @@ OF_MASKS = ("width", "queries", "decoder_layers", "ffn", "pixel", "heads", "poin
 NEEDS_IN_STAGE_2 = dict.fromkeys(OF_MASKS, "--decoder mask") | dict.fromkeys((*LOSS, "teacher"), f"{ONE_STAGE} --kd 1")
 NEEDS_IN_STAGE_2 |= dict.fromkeys(("lr_backbone", "kd", "kd_logits"), ONE_STAGE)
 OTHERS = {"out", "workers", "micro", "log_every", "save_minutes", "max_skips", "compile", "stage"}  # not mathematical
-OTHERS |= {"root", "cache", "pretrained", "official", "classes"}    # refused below: the toy world's data have no use for them
+OTHERS |= {"root", "cache", "pretrained", "official", "classes"}    # below: the toy world has no use for them
 CONSTANTS = [(script, field.name) for script in SCRIPTS for field in dataclasses.fields(SCRIPTS[script].Config)
              if field.name not in OTHERS]
 
