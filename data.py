@@ -1,8 +1,9 @@
 """Every dataset of the paper, read from its original download without conversion, and the augmentations of both stages;
 in the last part what every training script shares: flags, processes, the run with its checkpoints and its log.
 
-An image is a uint8 tensor (3, H, W), a label an int64 tensor (H, W) of class numbers with 255 = ignore. A domain is a
-row of DATASETS; sources join with "+" (gtav+synthia+urbansyn). Check a download, or store it at training size:
+An image is a uint8 tensor (3, H, W), a label an int64 tensor (H, W) of class numbers with 255 = ignore (boxes: as_label
+tells). A domain is a row of DATASETS; sources join with "+" (gtav+synthia+urbansyn). Check a download, or store it at
+training size:
 
     python data.py --data gtav --root /data --out gtav.png  # opens every file; exit status 1 if something is wrong
     python data.py --data gtav --root /data --cache 512     # 25k slow PNGs -> mapped pixels with short side 512
@@ -13,6 +14,7 @@ import datetime
 import fcntl
 import hashlib
 import inspect
+import itertools
 import json
 import math
 import mmap
@@ -31,6 +33,7 @@ import time
 import traceback
 import types
 import typing
+import zlib
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -38,6 +41,7 @@ from fractions import Fraction
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Callable, Literal, NamedTuple
+from xml.etree import ElementTree
 
 import numpy as np
 import torch
@@ -49,8 +53,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
+from torchvision.io import decode_jpeg, encode_jpeg
+from torchvision.ops import box_area
 from torchvision.transforms import InterpolationMode, RandomResizedCrop
-from torchvision.transforms.v2 import functional as TF
+from torchvision.transforms.v2 import Compose, RandomCrop, RandomHorizontalFlip, Resize, functional as TF
+from torchvision.tv_tensors import BoundingBoxes
+from torchvision.utils import draw_bounding_boxes
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent))  # where python -P does not look
@@ -162,10 +170,13 @@ def resize(image, size, mode=InterpolationMode.BILINEAR, antialias=False):
     return TF.resize(image, [height, width], mode, antialias=antialias)
 
 
+LABEL_RESIZE = InterpolationMode.NEAREST_EXACT  # the image's pixel centres; official: NEAREST, up to half a pixel off
+
+
 def resize_label(label, size):
-    """Resize (H, W) to size (width, height): the nearest pixel's class, by the same pixel centres as the image."""
+    """Resize (H, W) to size (width, height): the nearest pixel's class."""
     width, height = size
-    return TF.resize(label[None], [height, width], InterpolationMode.NEAREST_EXACT)[0]
+    return TF.resize(label[None], [height, width], LABEL_RESIZE)[0]
 
 
 def crop(image, box):
@@ -248,6 +259,44 @@ def isprs_label(path, box=None):
     return checked(path, ISPRS_CLASS_OF[red * 4 + green * 2 + blue], np.moveaxis(rgb, 0, 2))
 
 
+# --- Files to boxes: the labels of a detection set ------------------------------------------------------------------
+
+OBJECTS = 100   # rows of a label; no image of VOC shows as many
+
+
+def as_label(objects):
+    """Objects as float32 (OBJECTS, 6): left, top, right, bottom in pixels, class, whether it is difficult (0 or 1).
+
+    Difficult ones are neither learned nor counted. Rows of zeros follow, as images of a batch need equally many."""
+    label = np.zeros((OBJECTS, 6), np.float32)
+    label[:len(objects)] = np.reshape(objects, (-1, 6))
+    return label
+
+
+def objects_of(label):
+    """The rows that are objects: those with an area."""
+    return label[label[:, 2] > label[:, 0]]
+
+
+def voc_boxes(path):
+    """The objects of an annotation, whose pixels are numbered from 1, the last one included."""
+    annotation = ElementTree.parse(path)
+    width, height = [float(annotation.findtext(f"size/{side}", "")) for side in ("width", "height")]
+    objects = []
+    for item in annotation.iterfind("object"):
+        name = item.findtext("name")
+        if name not in VOC_CLASSES:
+            raise UserError(f"{path}: holds an object of class {name}, which is not among the dataset's classes")
+        box = [float(item.findtext(f"bndbox/{border}", "")) for border in ("xmin", "ymin", "xmax", "ymax")]
+        left, top, right, bottom = box  # of the item itself: a person's <part> has a bndbox, too
+        if not (0 < left <= right < width + 1 and 0 < top <= bottom < height + 1):
+            raise UserError(f"{path}: the box {box} of a {name} has no area, or exceeds the image")
+        objects.append([left - 1, top - 1, right, bottom, VOC_CLASSES.index(name), item.findtext("difficult") == "1"])
+    if not 0 < len(objects) <= OBJECTS:
+        raise UserError(f"{path}: holds {len(objects)} objects, but 1 to {OBJECTS} were expected")
+    return as_label(objects)
+
+
 # --- Class names, colours, lookup tables ----------------------------------------------------------------------------
 
 CITYSCAPES_CLASSES = ("road", "sidewalk", "building", "wall", "fence", "pole", "traffic light", "traffic sign",
@@ -266,6 +315,9 @@ CAMVID_CLASSES = ("sky", "building", "pole", "road", "pavement", "tree", "sign",
                   "bicyclist")
 CAMVID_COLORS = ((70, 130, 180), (70, 70, 70), (153, 153, 153), (128, 64, 128), (244, 35, 232), (107, 142, 35),
                  (220, 220, 0), (190, 153, 153), (0, 0, 142), (220, 20, 60), (119, 11, 32))
+VOC_CLASSES = ("aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable",
+               "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor")
+VOC_COLORS = (*CITYSCAPES_COLORS, (255, 140, 0))
 
 TRAIN_IDS = lookup_table(range(19))
 URBANSYN_IDS = lookup_table(range(19), ignored=[19])
@@ -530,6 +582,25 @@ def toy_scene(domain, index, jumble=False, seed=0):
     return image.astype(np.uint8), label.astype(np.uint8)
 
 
+TOY_THINGS = {CAR: "car", POLE: "pole", PERSON: "person"}
+TOY_HIDDEN = 12  # a thing of which fewer pixels are visible is difficult
+
+
+@lru_cache(maxsize=8192)
+def toy_things(domain, index):
+    """The image of toy_scene, and as its label boxes around what is visible of each thing."""
+    image, _ = toy_scene(domain, index)
+    rng = np.random.Generator(np.random.PCG64([0, index, sum(domain.encode())]))  # draws that scene's layout again
+    objects, kinds, distances = toy_layout(rng)
+    found = []
+    for number, kind in enumerate(TOY_THINGS):
+        for distance in np.unique(distances[kinds == kind]):  # only parts of one thing lie at the same distance
+            y, x = np.nonzero((kinds[objects] == kind) & (distances[objects] == distance))
+            if len(x):
+                found.append([x.min(), y.min(), x.max() + 1, y.max() + 1, number, len(x) < TOY_HIDDEN])
+    return image, as_label(found)
+
+
 # --- The datasets: one row each -------------------------------------------------------------------------------------
 # A pattern names files of any image suffix below the dataset's folder: "*" stands for text within one name, "{a,b}" for
 # either, "**/" for any folders, "<split>" for the row's text of that split. Image and label are a pair where "*" and
@@ -541,16 +612,18 @@ class Dataset:
     images: tuple = ()          # patterns
     labels: tuple = ()
     splits: dict = None         # {split: text of "<split>"}; of a generated set {split: range of scene numbers}
-    decode: Callable = None     # label file -> uint8 (H, W)
+    decode: Callable = None     # label file -> uint8 (H, W), or boxes
     classes: tuple = ()
     colors: tuple = ()
     eval_size: tuple = None     # evaluation scales images to fit (long edge, short edge); None: native size
     eval_half: bool = False     # evaluation first halves image and label
     tile: int = None            # images are cut into tiles of this side
     resize_label: bool = False  # labels of another size than their image are known to occur: resized, no error
-    generate: Callable = None   # scene number -> image uint8 (H, W, 3), label uint8 (H, W): a set without files
+    generate: Callable = None   # scene number -> image uint8 (H, W, 3) and a label like decode's: a set without files
     own: bool = False           # one's own pictures: upright as their EXIF data say, and what is left out is named
     converted: tuple = ()       # ends of names of files that converters write beside the labels: no labels of this set
+    boxes: bool = False         # labels are boxes; of a set with files, "splits" are VOC's lists of image names
+    corrupted: bool = False     # every image comes in all CORRUPTIONS at all severities
 
     @property
     def num_classes(self):
@@ -565,9 +638,13 @@ POTSDAM = {"train": "{2_10,2_11,2_12,3_10,3_11,3_12,4_10,4_11,4_12,5_10,5_11,5_1
 VAIHINGEN = {"train": "{1,3,5,7,11,13,15,17,21,23,26,28,30,32,34,37}",
              "val": "{2,4,6,8,10,12,14,16,20,22,24,27,29,31,33,35,38}"}
 ENDOVIS = {"train": "miccai_challenge_2018_release_1/seq_{1,2,3,4}", "val": "miccai_challenge_release_2/seq_{5,6,7}"}
+VOC = {"train": "VOC2007/ImageSets/Main/trainval.txt VOC2012/ImageSets/Main/trainval.txt",
+       "val": "VOC2007/ImageSets/Main/test.txt"}
 street = partial(Dataset, classes=CITYSCAPES_CLASSES, colors=CITYSCAPES_COLORS)
 isprs = partial(Dataset, classes=ISPRS_CLASSES, colors=ISPRS_COLORS, decode=isprs_label, tile=512)
 camvid = partial(Dataset, classes=CAMVID_CLASSES, colors=CAMVID_COLORS, decode=partial(by_value, table=CAMVID_IDS))
+voc = Dataset("VOCdevkit", ("VOC2007/JPEGImages/*",), splits=VOC, decode=voc_boxes, classes=VOC_CLASSES,
+              colors=VOC_COLORS, boxes=True)
 
 
 def acdc(condition):
@@ -586,6 +663,12 @@ def toy(domain, jumble=False, train=0, val=0):
         splits["val"] = range(10 ** 6, 10 ** 6 + val)
     return Dataset("toy", splits=splits, classes=TOY_CLASSES, colors=TOY_COLORS,
                    generate=partial(toy_scene, domain, jumble=jumble))
+
+
+def toy_boxes(domain, corrupted=False, **counts):
+    """A toy domain whose labels are boxes."""
+    return replace(toy(domain, **counts), classes=tuple(TOY_THINGS.values()), generate=partial(toy_things, domain),
+                   colors=tuple(TOY_COLORS[kind] for kind in TOY_THINGS), boxes=True, corrupted=corrupted)
 
 
 DATASETS = {
@@ -625,6 +708,9 @@ DATASETS = {
     "camvid": camvid("camvid", ("<split>/{0006R0,0016E5,Seq05VD}_*",), ("<split>annot/{0006R0,0016E5,Seq05VD}_*",),
                      {"train": "train", "val": "test"}),
     "camvid-dusk": camvid("camvid", ("<split>/0001TP_*",), ("<split>annot/0001TP_*",), {"val": "{train,val,test}"}),
+    # VOC 2007 and 2012, whose labels are boxes; the corruptions of its test images are an unseen domain
+    "voc": voc,
+    "voc-corruptions": replace(voc, corrupted=True),
     # one's own images
     "folder": Dataset("folder", ("images/<split>*",), ("masks/<split>*",), {"train": "{train/,}", "val": "val/"},
                       own=True),
@@ -638,6 +724,9 @@ DATASETS = {
     "toy-diorama": toy("diorama", train=1000, val=100),
     "toy-wide": toy("wide", train=4000, val=100),
     "toy-proxy": toy("wide", jumble=True, train=2000),
+    "toy-boxes": toy_boxes("game", train=1000, val=100),
+    **{f"toy-boxes-{look}": toy_boxes(look, val=100) for look in ("night", "fog", "snow", "rain")},
+    "toy-boxes-corruptions": toy_boxes("game", val=20, corrupted=True),
 }
 ACDC = ("acdc-night", "acdc-snow", "acdc-fog", "acdc-rain")
 JOINED = {"acdc": ACDC}  # short names of several rows
@@ -650,6 +739,9 @@ SETTINGS = {  # labelled source -> domains of the table row
     "endovis18": ("endovis18", ("endovis18",)),  # its val split is the unseen domain: other sequences
     "camvid": ("camvid", ("camvid-dusk",)),
     "toy": ("toy", ("toy-night", "toy-fog", "toy-snow", "toy-rain")),
+    "voc": ("voc", ("voc-corruptions",)),
+    "toy-boxes": ("toy-boxes", ("toy-boxes-night", "toy-boxes-fog", "toy-boxes-snow", "toy-boxes-rain",
+                                "toy-boxes-corruptions")),
 }
 
 
@@ -661,15 +753,18 @@ class Sample(NamedTuple):
     image: object           # Path, or the number of a generated scene
     label: object = None    # Path
     box: tuple = None       # (left, top, right, bottom) of a tile
+    corruption: tuple = None    # a key of CORRUPTIONS and a severity, 1 to 5
 
     def read_image(self):
         """uint8 (3, H, W); UserError names a file that is broken."""
         if self.entry.generate:
-            return torch.from_numpy(self.entry.generate(self.image)[0]).permute(2, 0, 1)
-        return crop(read_image(self.image, upright=self.entry.own), self.box)
+            image = torch.from_numpy(self.entry.generate(self.image)[0]).permute(2, 0, 1)
+        else:
+            image = crop(read_image(self.image, upright=self.entry.own), self.box)
+        return corrupt(image, *self.corruption) if self.corruption else image
 
     def read_label(self):
-        """uint8 (H, W) of class numbers and 255; UserError names a file that is broken or holds other values."""
+        """uint8 (H, W) of class numbers and 255, or boxes; UserError names a file that is broken or holds others."""
         if self.entry.generate:
             return torch.from_numpy(self.entry.generate(self.image)[1])
         try:
@@ -797,6 +892,8 @@ def listing(part, entry, root, split, labelled, cache=None):
         raise UserError(f"--data {part}: has no {split} split, only {' '.join(entry.splits)}")
     if entry.generate:
         return [Sample(entry, number) for number in entry.splits[split]], []
+    if entry.boxes:
+        return listed(part, entry, locate(root, entry), split), []
     if labelled and not entry.decode:
         missing = "say how many --classes" if part == "folder" else "has no labels"
         raise UserError(f"--data {part}: {missing}")
@@ -842,6 +939,18 @@ def preflight_of(part, entry, root):
     return f"python data.py --data {part} --root {shlex.quote(str(root))}{classes}"
 
 
+def listed(part, entry, folder, split):
+    """The samples that VOC's lists name: JPEGImages/NAME.jpg and Annotations/NAME.xml in the folder of the year."""
+    samples = []
+    for file in entry.splits[split].split():
+        if not (folder / file).is_file():
+            raise UserError(f"--data {part}: {folder} holds no {file}")
+        year = folder / file.split("/")[0]
+        for name in (folder / file).read_text().split():
+            samples.append(Sample(entry, year / f"JPEGImages/{name}.jpg", year / f"Annotations/{name}.xml"))
+    return samples
+
+
 def find_some(part, folder, patterns, text, skipped=()):
     """What find finds; UserError if that is nothing."""
     files, others = find(folder, patterns, text, skipped)
@@ -852,7 +961,7 @@ def find_some(part, folder, patterns, text, skipped=()):
 
 
 def gather(name, root, split, labelled, cache, classes=None):
-    """All samples of a name like gtav+synthia, tiles cut; UserError where a file lacks its partner."""
+    """All samples of a name like gtav+synthia, each tile, each corruption; UserError where a file lacks its partner."""
     samples = []
     for part, entry in entries(name, classes, labelled).items():
         found, alone = listing(part, entry, root, split, labelled, cache)
@@ -864,6 +973,8 @@ def gather(name, root, split, labelled, cache, classes=None):
                 with Image.open(sample.image) as header:
                     boxes = tile_boxes(*header.size, entry.tile)
                 samples += [sample._replace(box=box) for box in boxes]
+            elif entry.corrupted:
+                samples += [sample._replace(corruption=pair) for pair in itertools.product(CORRUPTIONS, range(1, 6))]
             else:
                 samples.append(sample)
     return samples
@@ -885,6 +996,7 @@ class Scenes(torch.utils.data.Dataset):
         self.seed = 0  # set by loader
         self.unreadable = torch.frombuffer(mmap.mmap(-1, len(samples)), dtype=torch.bool)  # known to all workers
         entry = samples[0].entry
+        self.boxes = entry.boxes
         self.classes = entry.classes
         self.colors = entry.colors
         self.num_classes = entry.num_classes
@@ -898,7 +1010,7 @@ class Scenes(torch.utils.data.Dataset):
         label = None
         if self.labelled:
             label = sample.read_label()
-            if label.shape != image.shape[1:]:
+            if not self.boxes and label.shape != image.shape[1:]:
                 if not sample.entry.resize_label:
                     raise UserError(mismatch(sample, image, label))
                 label = resize_label(label, (image.shape[2], image.shape[1]))
@@ -907,7 +1019,7 @@ class Scenes(torch.utils.data.Dataset):
                 torch.default_generator.manual_seed(mix(self.seed, draw))  # torch.manual_seed would touch the GPU's too
                 image, label = self.transform(image, label)
         if self.labelled:
-            return image.contiguous(), label.long(), draw
+            return image.contiguous(), label if self.boxes else label.long(), draw
         return image.contiguous(), draw
 
     def read(self, index):
@@ -1290,6 +1402,22 @@ def saturate(image, factor):
     return (brightest - (brightest - image) * factor).round_().to(torch.uint8)
 
 
+def detect_transform(size, visible=0.3):
+    """Image and boxes together: the short edge scaled to size, a square crop, flip; uint8 (3, size, size), boxes.
+
+    A box of which the crop shows less than the share `visible` is dropped."""
+    together = Compose([Resize(size), RandomCrop(size), RandomHorizontalFlip()])
+
+    def transform(image, label):
+        boxes = BoundingBoxes(label[:, :4], format="XYXY", canvas_size=image.shape[1:])
+        scale = size / min(image.shape[1:])
+        image, seen = together(image, boxes)
+        label = torch.cat([seen, label[:, 4:]], 1)
+        label[box_area(seen) < visible * scale ** 2 * box_area(boxes)] = 0
+        return image, label
+    return transform
+
+
 def eval_transform(name):
     """Official test size of a dataset for the image; the label keeps its own (Mapillary's is halved)."""
     (entry,) = entries(name).values()
@@ -1309,6 +1437,82 @@ def eval_transform(name):
     return transform
 
 
+# --- Corruptions: an unseen domain for detectors --------------------------------------------------------------------
+# Ten of the fifteen corruptions of Hendrycks and Dietterich (2019), over which Michaelis et al. (2019) average. The
+# others need further packages or photographs: motion and glass blur, snow, frost, elastic.
+
+CORRUPTIONS = {  # the constants of severity 1 to 5
+    "gaussian_noise": (0.08, 0.12, 0.18, 0.26, 0.38),                                   # standard deviation
+    "shot_noise": (60, 25, 12, 5, 3),                                                   # photons of a white pixel
+    "impulse_noise": (0.03, 0.06, 0.09, 0.17, 0.27),                                    # share of black and white
+    "defocus_blur": ((3, 0.1), (4, 0.5), (6, 0.5), (8, 0.5), (10, 0.5)),                # radius, deviation
+    "zoom_blur": ((1.11, 0.01), (1.16, 0.01), (1.21, 0.02), (1.26, 0.02), (1.31, 0.03)),    # farthest, step
+    "fog": ((1.5, 2), (2, 2), (2.5, 1.7), (2.5, 1.5), (3, 1.4)),                        # strength, decay
+    "brightness": (0.1, 0.2, 0.3, 0.4, 0.5),                                            # added to V of HSV
+    "contrast": (0.4, 0.3, 0.2, 0.1, 0.05),                                             # factor about the mean
+    "pixelate": (0.6, 0.5, 0.4, 0.3, 0.25),                                             # scale
+    "jpeg_compression": (25, 18, 15, 10, 7),                                            # quality
+}
+
+
+def corrupt(image, name, severity):
+    """An image uint8 (3, H, W) under one of CORRUPTIONS; all that is random follows from its pixels."""
+    c = CORRUPTIONS[name][severity - 1]
+    x = image / 255
+    height, width = image.shape[1:]
+    generator = torch.Generator().manual_seed(zlib.crc32(image.contiguous().numpy()))
+    if name == "gaussian_noise":
+        x = x + c * torch.randn(x.shape, generator=generator)
+    elif name == "shot_noise":
+        x = torch.poisson(c * x, generator) / c
+    elif name == "impulse_noise":
+        noise = torch.rand(x.shape, generator=generator)
+        x[noise < c / 2] = 0
+        x[noise > 1 - c / 2] = 1
+    elif name == "defocus_blur":
+        radius, deviation = c
+        reach = torch.arange(-radius, radius + 1) ** 2
+        disk = (reach[:, None] + reach <= radius ** 2).float()
+        padded = F.pad(x[:, None], [radius] * 4, mode="reflect")
+        x = TF.gaussian_blur(F.conv2d(padded, disk[None, None] / disk.sum())[:, 0], 5, deviation)
+    elif name == "zoom_blur":
+        zooms = [TF.affine(x, 0, [0, 0], zoom, [0, 0], InterpolationMode.BILINEAR) for zoom in np.arange(1, *c)]
+        x = torch.stack([x, *zooms]).mean(0)
+    elif name == "fog":
+        strength, decay = c
+        x = (x + strength * clouds(height, width, decay, generator)) * x.max() / (x.max() + strength)
+    elif name == "brightness":
+        value = x.amax(0)
+        brighter = (value + c).clamp(max=1)
+        x = torch.where(value > 0, x * brighter / value.clamp(min=1e-6), brighter)
+    elif name == "contrast":
+        mean = x.mean((1, 2), keepdim=True)
+        x = mean + c * (x - mean)
+    elif name == "pixelate":
+        small = TF.to_pil_image(image).resize((int(c * width), int(c * height)), Image.Resampling.BOX)
+        return TF.pil_to_tensor(small.resize((width, height), Image.Resampling.BOX))
+    elif name == "jpeg_compression":
+        return decode_jpeg(encode_jpeg(image, c))
+    return (255 * x).round_().clamp_(0, 255).to(torch.uint8)
+
+
+def clouds(height, width, decay, generator):
+    """A plasma fractal in 0..1, (H, W): each new point is the mean of four around it, and noise that gets weaker."""
+    x = torch.zeros(1, 1)
+    for octave in range(math.ceil(math.log2(max(height, width)))):
+        noise = decay ** (-2 * octave) * (torch.rand(3, *x.shape, generator=generator) - 0.5)
+        right = x.roll(-1, 1)
+        below = x.roll(-1, 0)
+        centre = (x + right + below + below.roll(-1, 1)) / 4 + noise[0]
+        across = (x + right + centre + centre.roll(1, 0)) / 4 + noise[1]
+        down = (x + below + centre + centre.roll(1, 1)) / 4 + noise[2]
+        top = torch.stack([x, across], 2).flatten(1)
+        bottom = torch.stack([down, centre], 2).flatten(1)
+        x = torch.stack([top, bottom], 1).flatten(0, 1)
+    x = (x - x.min()) / (x.max() - x.min())
+    return x[:height, :width]
+
+
 # --- Storing a set at training size: python data.py --data gtav --root /data --cache 512 ----------------------------
 
 def store(name, root, size, classes=None, workers=0):
@@ -1317,7 +1521,7 @@ def store(name, root, size, classes=None, workers=0):
     The pixels see one bicubic reduction with antialias before the random crop's own: crops smaller than `size` come out
     coarser than from the original. GTAV at 512 takes 36 GB, 3 x 512 x 932 bytes per image. Only "train" is stored."""
     for part, entry in entries(name, classes).items():
-        if entry.generate or entry.tile:
+        if entry.generate or entry.tile or entry.boxes:
             raise UserError(f"--cache {size}: {part} is fast without")
         samples = gather(part, root, "train", bool(entry.decode), None, classes)
         folder = locate(root, entry)
@@ -1449,7 +1653,7 @@ class Finding(NamedTuple):
     """What opening a sample's files showed."""
     problem: str = None  # what is wrong, in a line
     oddity: str = None  # what is odd, but known of this dataset
-    pixels: np.ndarray = np.zeros(256, np.int64)  # how many of each label value
+    counts: np.ndarray = np.zeros(256, np.int64)  # pixels of each label value, or objects of each class
 
 
 def check(sample):
@@ -1461,12 +1665,13 @@ def check(sample):
         label = sample.read_label()
     except UserError as error:
         return Finding(problem=str(error))
-    pixels = np.bincount(label.numpy().ravel(), minlength=256)
-    if label.shape == image.shape[1:]:
-        return Finding(pixels=pixels)
+    values = objects_of(label)[:, 4].int() if sample.entry.boxes else label.flatten()
+    counts = np.bincount(values.numpy(), minlength=256)
+    if sample.entry.boxes or label.shape == image.shape[1:]:
+        return Finding(counts=counts)
     if sample.entry.resize_label:
-        return Finding(oddity=f"{mismatch(sample, image, label)}, will be resized", pixels=pixels)
-    return Finding(problem=mismatch(sample, image, label), pixels=pixels)
+        return Finding(oddity=f"{mismatch(sample, image, label)}, will be resized", counts=counts)
+    return Finding(problem=mismatch(sample, image, label), counts=counts)
 
 
 def preflight(name, root, out=None, classes=None, workers=0):
@@ -1475,7 +1680,7 @@ def preflight(name, root, out=None, classes=None, workers=0):
         check_picture("--out", out)
     count = 0
     shown = []
-    pixels = np.zeros(256, np.int64)
+    counts = np.zeros(256, np.int64)
     for part, entry in entries(name, classes).items():
         for split in splits_at_hand(entry, root):
             samples, alone = listing(part, entry, root, split, bool(entry.labels))
@@ -1488,10 +1693,10 @@ def preflight(name, root, out=None, classes=None, workers=0):
             for line in problems + oddities:
                 print(f"  {line}")
             count += len(problems)
-            pixels += sum(finding.pixels for finding in findings)
+            counts += sum(finding.counts for finding in findings)
             good = [sample for sample, finding in zip(samples, findings) if not finding.problem]
             shown += good[::max(1, math.ceil(len(good) / 4))]  # 4 at most, evenly
-    print(shares(entry.classes, pixels), end="")
+    print(shares(entry.classes, counts, "objects" if entry.boxes else "pixels"), end="")
     if out and shown:
         with whole(Path(out)) as file:
             overview(shown).save(file)
@@ -1507,16 +1712,16 @@ def splits_at_hand(entry, root):
     return found or list(entry.splits)[:1]
 
 
-def shares(classes, pixels):
+def shares(classes, counts, what):
     """The classes' shares of the pixels in percent, as text with a line for each; of a set without labels nothing."""
-    counts = {name: pixels[number] for number, name in enumerate(classes)}
-    counts["ignored"] = pixels[IGNORE]
-    total = sum(counts.values())
+    named = {name: counts[number] for number, name in enumerate(classes)}
+    named["ignored"] = counts[IGNORE]
+    total = sum(named.values())
     if not total:
         return ""
-    width = max(len(name) for name in counts)
-    text = "share of the pixels, %\n"
-    for name, count in counts.items():
+    width = max(len(name) for name in named)
+    text = f"share of the {what}, %\n"
+    for name, count in named.items():
         text += f"  {name:{width}} {100 * count / total:6.2f}\n"
     return text
 
@@ -1528,7 +1733,7 @@ def palette(colors):
 
 
 def overview(samples, width=300, gap=10):
-    """Picture of some samples, each image above its label, four in a row."""
+    """Picture of some samples, each image above its label or with its boxes, four in a row."""
     blocks = [picture_of(sample, width) for sample in samples]
     columns = min(4, len(blocks))
     lines = math.ceil(len(blocks) / columns)
@@ -1542,8 +1747,12 @@ def overview(samples, width=300, gap=10):
 
 
 def picture_of(sample, width):
-    """A sample's image, and below it its label in the classes' colours."""
-    image = Image.fromarray(sample.read_image().permute(1, 2, 0).numpy())
+    """A sample's image, and below it its label in the classes' colours, or on it its boxes."""
+    image = sample.read_image()
+    if sample.entry.boxes:
+        objects = objects_of(sample.read_label())
+        return Image.fromarray(with_boxes(image, objects, sample.entry.classes, sample.entry.colors, width))
+    image = Image.fromarray(image.permute(1, 2, 0).numpy())
     height = min(max(1, round(width * image.height / image.width)), 3 * width)  # a narrow strip is not drawn in full
     if not sample.entry.classes:
         return image.resize((width, height))
@@ -1554,13 +1763,29 @@ def picture_of(sample, width):
     return both
 
 
+def with_boxes(image, objects, classes, colors, width=300, scored=False):
+    """An image (3, H, W) scaled to a width, with the boxes of objects (M, 6); scored: their last number is a score.
+
+    uint8; as an array (., width, 3)."""
+    scale = width / image.shape[2]
+    image = TF.resize(image, [round(scale * image.shape[1]), width])
+    names = []
+    for kind, score in objects[:, 4:].tolist():
+        names.append(f"{classes[int(kind)]} {score:.2f}" if scored else classes[int(kind)])
+    if names:
+        outlines = [tuple(colors[kind]) for kind in objects[:, 4].int()]
+        image = draw_bounding_boxes(image, scale * objects[:, :4], names, outlines, width=2, label_colors="white",
+                                    fill_labels=True)
+    return image.permute(1, 2, 0).numpy()
+
+
 @dataclass
 class Config:
     """Flags of the preflight."""
     data: str = "toy"           # one name of data.DATASETS, or several joined with +
     root: str = "data"          # holds one folder per dataset, or is the dataset's own folder
     classes: qsd.Classes = 0        # how many, for --data folder
-    out: str = "preflight.png"  # picture of some samples, image above label
+    out: str = "preflight.png"  # picture of some samples: image above label, or with boxes
     cache: qsd.PixelsOr0 = 0    # instead store the training split at this short side, pixels
     workers: qsd.Workers = 0    # processes that open files
 
@@ -1576,6 +1801,7 @@ def main(argv=None):
 # --- Flags: every field of a Config is one --------------------------------------------------------------------------
 
 RETIRED = dict(mask_every=2, val_every=0)  # constants that older runs hold and no Config has any more: their defaults
+EARLIER = dict(geometry="centred", no_decay="all")  # what runs had before these constants existed; others: the default
 
 
 def configure(Config, preset=None, argv=None):
@@ -1662,9 +1888,9 @@ def changed(cfg):
 
 
 def known_fields(Config, stored):
-    """A stored Config {name: value} without the constants that Config lacks today."""
+    """A stored Config {name: value} as Config takes it: what it lacks today is left out, EARLIER is filled in."""
     names = {field.name for field in dataclasses.fields(Config)}
-    return {name: value for name, value in stored.items() if name in names}
+    return {name: value for name, value in (EARLIER | stored).items() if name in names}
 
 
 class Lasting:
@@ -1730,7 +1956,7 @@ def cli(main):
         return
     for child in multiprocessing.active_children():     # Python would wait for loading processes, and they for a signal
         child.kill()
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and os.environ.get("RANK") != "0":
+    if "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("RANK") != "0":
         signal.signal(signal.SIGTERM, signal.SIG_DFL)   # which torchrun sends as soon as another process has ended
         time.sleep(2)
     if line:
@@ -1768,15 +1994,14 @@ def launch():
             raise UserError(f"process {local} finds no GPU of its own: --nproc_per_node={torch.cuda.device_count()}")
         torch.cuda.set_device(local)
     device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
+    if os.environ.get("TORCHELASTIC_RUN_ID") or os.environ.get(STARTED_BY):
+        threading.Thread(target=end_with_its_starter, args=[os.getppid()], daemon=True).start()
     if world > 1 and not dist.is_initialized():
         absent = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
         if absent or number >= world:
             raise UserError(f"RANK {number} of WORLD_SIZE {world}, and no {' '.join(absent) or 'such process'}: start "
                             "several processes with torchrun, or one without these variables")
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
-    starter = os.environ.get("TORCHELASTIC_RUN_ID") or os.environ.get(STARTED_BY)
-    if starter:
-        threading.Thread(target=end_with_its_starter, args=[os.getppid()], daemon=True).start()
     return device
 
 
@@ -2037,13 +2262,20 @@ def same_value(a, b):
 
 
 def check_folder(cfg, free):
-    """Refuse --out if it holds another run or foreign files, and leave it as it is."""
+    """Refuse --out if it holds another run or foreign files, and leave it as it is.
+
+    A run that began before a constant of EARLIER existed goes on as it began: cfg is set so.
+    """
     out = Path(cfg.out)
     log = out / "log.jsonl"
     check_place("--out", out)
     if log.exists():
         header = read_header(log)
-        differing = other_constants(cfg, header, free)
+        stored = header["config"]
+        for name, value in EARLIER.items():
+            if hasattr(cfg, name) and name not in stored:
+                setattr(cfg, name, value)
+        differing = other_constants(cfg, header | dict(config=EARLIER | stored), free)
         if differing:
             raise UserError(f"--out {out} holds a run with other constants ({', '.join(differing)}); "
                             "choose another --out")
@@ -2102,7 +2334,7 @@ def times_of(*paths):
 def restore(path, saved, parts, spent, dataset):
     """Bring a run's parts to the state of its checkpoint; returns its ledger. UserError where it is another run's."""
     try:
-        qsd.check_state(path, saved["learner"], parts["learner"].state_dict(), "run")
+        qsd.check_state(f"{path} does not fit the run", saved["learner"], parts["learner"].state_dict())
         for name, part in parts.items():
             part.load_state_dict(saved[name])
         moments = [value for state in parts["optimizer"].state.values() for value in state.values()]

@@ -65,7 +65,7 @@ class Config(qsd.LossConfig):
 
 FREE = {"root", "official", "workers", "micro", "log_every", "save_minutes", "max_skips"}  # may change on resuming
 
-TOY = dict(teacher="runs/toy/0/teacher/segmenter.pt", student="toy_small", size=64, patch=8, batch=16, budget="500",
+TOY = dict(teacher="toy_teacher", student="toy_small", size=64, patch=8, batch=16, budget="500",
            repeats=1, workers=1, lr=2e-3, lr_rule="constant", dcd_pool=1, log_every=20)
 PRESETS = {
     "proxy": dict(size=224, patch=14, hub_offset=0.1, batch=512, budget="100ep"),

@@ -30,6 +30,8 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from torch.utils.data import ConcatDataset, DataLoader, Subset, default_collate
+from torchvision.ops import box_iou
+from torchvision.transforms.v2 import functional as TF
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent))  # where python -P does not look
@@ -69,10 +71,10 @@ class Config:
     tokens: qsd.Count = 10000       # distances in figure 7a (the paper's number)
     # a segmenter at work
     images: str = ""                # segment this image or folder of images with --checkpoint; the results go to --out
-    export: str = ""                # write --checkpoint as a torch.export program to this file, name.pt2
+    export: str = ""                # write --checkpoint as a torch.export program (.pt2) or for mmsegmentation (.pth)
     dynamic: bool = False           # the program takes any number of images, not just one
     # the paper's tables
-    table: str = "none"             # main, clock, 1 to 9, fig6: run what is missing of it and print it
+    table: str = "none"             # main, effects, steps, variants, clock, flops, 1 to 10, fig6: run what is missing
     demo: bool = False              # --table main --data toy with one seed, and a picture
     seed: qsd.Seed = 0              # the first seed of the small worlds' runs
     seeds: qsd.CountOr0 = 0         # how many; 0: 3, and 1 for --demo
@@ -210,21 +212,97 @@ def same_size(items):
     return default_collate(items)
 
 
+# --- AP of boxes -----------------------------------------------------------------------------------------------------
+
+@torch.no_grad()
+def find_objects(model, x, side):
+    """The objects in each of normalised images x (B, 3, H, W) of any size: [(D, 6)], see BoxDecoder.scores.
+
+    The images are scaled as in training: their short edge to `side` pixels, the long one to at most twice that.
+    """
+    H, W = x.shape[2:]
+    x = TF.resize(x, [side], max_size=2 * side)
+    h, w = x.shape[2:]
+    whole = 4 * model.encoder.patch_size  # a pixel of the coarsest map
+    x = F.pad(x, (0, -w % whole, 0, -h % whole))
+    found = model.decoder.scores(model(x), (h, w))
+    for objects in found:
+        objects[:, :4] *= objects.new_tensor([W / w, H / h, W / w, H / h])
+    return found
+
+
+def matched(found, objects):
+    """VOC's verdict on what was found in an image (D, 6), best first, given its objects (M, 6): [(class, score, hit)].
+
+    A box stands for the object of its class that it overlaps most. With an IoU of at least 0.5 it is a hit, if it is
+    the first for this object; a box that stands for a difficult object does not count at all.
+    """
+    ious = box_iou(found[:, :4], objects[:, :4]) * (found[:, 4:5] == objects[:, 4])  # (D, M), 0 between classes
+    largest, nearest = F.pad(ious, (0, 1)).max(1)  # the 0 behind the last object stands for no object
+    verdicts = []
+    taken = set()
+    for (*_, k, score), overlap, n in zip(found.tolist(), largest.tolist(), nearest.tolist()):
+        stands = overlap >= 0.5
+        if not (stands and objects[n, 5]):
+            verdicts.append((k, score, stands and n not in taken))
+        if stands:
+            taken.add(n)
+    return verdicts
+
+
+def average_precision(scores, hits, count):
+    """Area under the precision that is reached at each recall or a higher one (VOC since 2010); NaN without objects."""
+    if not count:
+        return math.nan
+    hits = hits[np.argsort(-scores, kind="stable")]
+    precision = hits.cumsum() / np.arange(1, len(hits) + 1)
+    reached = np.maximum.accumulate(precision[::-1])[::-1]
+    return (reached * hits).sum() / count  # each hit adds 1 / count to the recall
+
+
+def evaluate_boxes(model, dataset, side, device, batch=1, workers=0, title=""):
+    """AP (K,) of each class; of a corrupted set the mean over all corruptions and severities, shared by processes."""
+    numbers = {}  # of the images of each version
+    for i, sample in enumerate(dataset.samples):
+        numbers.setdefault(sample.corruption, []).append(i)
+    total = torch.zeros(dataset.num_classes, dtype=torch.float64)
+    for version in list(numbers)[data.rank()::data.world_size()]:
+        verdicts = []
+        labels = []
+        loader = DataLoader(Subset(dataset, numbers[version]), batch, num_workers=workers,
+                            multiprocessing_context=data.start_method(workers))
+        for images, label, _ in tqdm(loader, f"{title} {version or ''}", disable=data.rank() > 0, leave=False):
+            x = data.normalize(images.to(device), model.encoder.mean, model.encoder.std)
+            for found, objects in zip(find_objects(model, x, side), map(data.objects_of, label)):
+                verdicts += matched(found.cpu(), objects)
+                labels += objects[objects[:, 5] == 0, 4].tolist()
+        k, scores, hits = np.array(verdicts).reshape(-1, 3).T
+        for number in range(dataset.num_classes):
+            total[number] += average_precision(scores[k == number], hits[k == number], labels.count(number))
+    return data.summed(total.to(device)).cpu() / len(numbers)
+
+
 # --- What is measured ------------------------------------------------------------------------------------------------
 
 def measure(title, model, saved, cfg, device):
-    """{domain: mIoU in percent} of a segmenter on cfg.data; title names it where its classes are others."""
+    """{domain: mIoU in percent, or mean AP} of a segmenter on cfg.data; title names it where its classes are others."""
     ious = class_ious(title, model, saved, cfg, device)
     return {name: values.nanmean().item() for name, values in ious.items()}
 
 
 def class_ious(title, model, saved, cfg, device):
-    """{domain: IoU in percent of each class (K,)} of a segmenter on cfg.data; NaN as iou says."""
+    """{domain: IoU in percent of each class (K,), or AP} of a segmenter on cfg.data; NaN as iou says."""
     window = cfg.window or saved["config"]["size"]
     ious = {}
     for name in data.entries(cfg.data):
         dataset = val_split(name, cfg, title, saved)
         with data.autocast(cfg.precision, device):
+            if dataset.boxes:
+                if cfg.mode != "slide" or cfg.flip or scale_list(cfg) != [1]:
+                    raise UserError("--mode, --flip and --scales are for pixels; boxes are found once, in the whole "
+                                    "image")
+                ious[name] = 100 * evaluate_boxes(model, dataset, window, device, cfg.batch, cfg.workers, name)
+                continue
             conf = evaluate(model, dataset, window, device, cfg.stride, whole=cfg.mode == "whole", flip=cfg.flip,
                             batch=cfg.batch, workers=cfg.workers, title=name, scales=scale_list(cfg))
         if not conf.any():
@@ -244,8 +322,13 @@ def val_split(name, cfg, title="", saved=None):
             return data.scenes(name, cfg.root, "val", classes=num_classes)
         return data.images(name, cfg.root, split="val")
     classes = data.DATASETS[name].classes
-    if saved and list(classes) != saved["classes"]:
-        raise UserError(f"--data {name} has the classes {', '.join(classes)}, but {title} was trained on others")
+    if saved:
+        others = list(classes) != saved["classes"]
+        if saved.get("released"):  # its file tells how many classes there are, not which
+            others = len(classes) != len(saved["classes"])
+        if others:
+            raise UserError(f"--data {name} has the {len(classes)} classes {', '.join(classes)}, but {title} was "
+                            f"trained on {len(saved['classes'])} others")
     return data.scenes(name, cfg.root, "val", data.eval_transform(name))
 
 
@@ -328,16 +411,17 @@ class Pair(NamedTuple):
     smaller: str = ""                    # a foundation model of the student's size, for comparison
     proxy: str = "imagenet"              # --data of the proxy stage; "": none, the student is a foundation model (F2F)
     source: str = "gtav"                 # labelled
+    labelled: str = ""                   # --data of the task stage, where that is not the source
     proxy_flags: dict = {}               # of distill.py in the proxy stage
     source_flags: dict = {}              # of distill.py on source images
     one_stage_flags: dict = {}           # of segment.py in the one-stage rows
     tuned: dict = dict(freeze=False)     # the task stage with the encoder trained at a tenth of the decoder's rate
-    before: tuple = ()                   # the runs that make the teacher
     common: dict = {}                    # flags of every command
     shared: str = ""                     # folder of the runs that do not depend on the source
     here: str = ""                       # folder of those that do
 
 
+EVA_PROXY = "imagenet"  # as the official scripts; the paper's text: "", source images only for all of F2F
 F2L_B = Pair("dinov2_vitl14", "deit_base_distilled", smaller="dinov2_vitb14")
 F2L_S = Pair("dinov2_vitb14", "deit_small_distilled", smaller="dinov2_vits14")
 PAIRS = {
@@ -345,8 +429,8 @@ PAIRS = {
     "DINOv2-B -> DeiT-S": F2L_S,
     "DINOv2-L -> DINOv2-B": Pair("dinov2_vitl14", "dinov2_vitb14", proxy=""),
     "DINOv2-B -> DINOv2-S": Pair("dinov2_vitb14", "dinov2_vits14", proxy=""),
-    "EVA02-L -> EVA02-B": Pair("eva02_large", "eva02_base", proxy=""),
-    "EVA02-B -> EVA02-S": Pair("eva02_base", "eva02_small", proxy=""),
+    "EVA02-L -> EVA02-B": Pair("eva02_large", "eva02_base", proxy=EVA_PROXY),
+    "EVA02-B -> EVA02-S": Pair("eva02_base", "eva02_small", proxy=EVA_PROXY),
     "DINOv2-L -> DINO-B": F2L_B._replace(student="dino_vitb16"),
     "DINOv2-B -> DINO-S": F2L_S._replace(student="dino_vits16"),
 }
@@ -361,15 +445,13 @@ def paper_pair(title, source, out, root):
 
 def small_pair(world, out, seed, root):
     """The pair of a small world, one seed of it."""
-    folder = f"{out}/{world}/{seed}"
+    folder = f"{out}/{world.removesuffix('-boxes')}/{seed}"
     common = dict(root=root, seed=seed)
-    if world == "toy":
-        # The teacher is trained on a wide world of looks, the student starts from random weights.
-        wide = command("segment.py", data="toy-wide", encoder="toy_base", freeze=False, decoder="linear", **common,
-                       out=f"{folder}/teacher")
-        return Pair(f"{folder}/teacher/segmenter.pt", "toy_small", proxy="toy-proxy", source="toy",
-                    tuned=dict(freeze=False, lr_backbone=2e-4), before=(wide,), common=common, shared=folder,
-                    here=folder)
+    if world.startswith("toy"):
+        # The teacher was trained on a wide world of looks and is shipped; the student starts from random weights.
+        labelled = "" if world == "toy" else world
+        return Pair("toy_teacher", "toy_small", proxy="toy-proxy", source="toy", labelled=labelled,
+                    tuned=dict(freeze=False, lr_backbone=2e-4), common=common, shared=folder, here=folder)
     # Real images: the teacher is an ImageNet ViT-Ti, the student the first 3 of another one's 12 blocks.
     normed = dict(target_norm="layernorm")
     light = dict(patch=16, batch=16, lr=5e-4, lr_rule="constant", repeats=1, workers=1) | normed
@@ -383,7 +465,7 @@ def distilled(p, name, source=None, source_name=None, proxy=True, **flags):
 
     name: of the runs' folders. flags: of distill.py in both stages.
     """
-    runs = list(p.before)
+    runs = []
     student = dict(student=p.student, student_depth=p.student_depth)
     if proxy and p.proxy:
         out = f"{p.shared}/{name}-proxy"
@@ -398,6 +480,9 @@ def distilled(p, name, source=None, source_name=None, proxy=True, **flags):
 
 def task(p, name, encoder, source=None, **flags):
     """Stage 2, or a one-stage baseline: its command. flags: of segment.py."""
+    if p.labelled:
+        source = p.labelled
+        name = f"{name}-{p.labelled}"
     return command("segment.py", data=source or p.source, encoder=encoder, **flags, **p.common, out=f"{p.here}/{name}")
 
 
@@ -412,22 +497,41 @@ def two_stage(p, loss="qsd", name=None, proxy=True, suffix="", then=None, **flag
 
 
 def one_stage(p, loss, suffix="", **flags):
-    """The runs of task learning and distillation at once, equation 3."""
-    last = task(p, f"one-stage-{loss}{suffix}", p.student, depth=p.student_depth, freeze=False, kd=1, loss=loss,
-                **p.one_stage_flags, teacher=p.teacher, **flags)
-    return [*p.before, last]
+    """The run of task learning and distillation at once, equation 3."""
+    return [task(p, f"one-stage-{loss}{suffix}", p.student, depth=p.student_depth, freeze=False, kd=1, loss=loss,
+                 **p.one_stage_flags, teacher=p.teacher, **flags)]
+
+
+def as_released(encoder, source):
+    """Flags of segment.py for a foundation model as it is: frozen, but for those that the official configs train.
+
+    They train EVA02-B without the smaller rate for encoders, and with drop path 0.15, which is left out here.
+    """
+    if encoder == "eva02_base":
+        return dict(freeze=False, lr_backbone=1e-4)
+    if encoder == "eva02_small" or (encoder in ("dinov2_vits14", "dinov2_vitb14") and source == "cityscapes"):
+        return dict(freeze=False)
+    return {}
 
 
 def no_kd(p, suffix="", **flags):
     """The run of the student alone."""
-    if p.student.startswith(("dinov2", "eva02")):  # a foundation model as it is: frozen, as the paper's teachers
-        return [task(p, f"student-frozen{suffix}", p.student, **flags)]
+    if p.student.startswith(("dinov2", "eva02")):
+        released = as_released(p.student, p.source)
+        state = "tuned" if released else "frozen"
+        return [task(p, f"student-{state}{suffix}", p.student, **released, **flags)]
     return [task(p, f"no-kd{suffix}", p.student, depth=p.student_depth, freeze=False, **flags)]
 
 
-def frozen_teacher(p, suffix="", **flags):
-    """The runs of a decoder on the teacher."""
-    return [*p.before, task(p, f"teacher-frozen{suffix}", p.teacher, **flags)]
+def teacher_alone(p, suffix="", **flags):
+    """The run of a decoder on the teacher.
+
+    The paper gives EVA02-B 46.6 mIoU as a teacher and 56.2 as a student: one command cannot give both, so that EVA02-B
+    stays frozen where it teaches.
+    """
+    released = {} if p.teacher == "eva02_base" else as_released(p.teacher, p.source)
+    state = "tuned" if released else "frozen"
+    return [task(p, f"teacher-{state}{suffix}", p.teacher, **released, **flags)]
 
 
 # --- Rows: the runs that lead to one segmenter, the last of them -----------------------------------------------------
@@ -445,7 +549,7 @@ def main_rows(p):
         Row("one-stage MSE", one_stage(p, "mse")),
         Row("two-stage MSE", two_stage(p, "mse")),
         Row("GKD (QSD)", two_stage(p)),
-        Row("teacher", frozen_teacher(p)),
+        Row("teacher", teacher_alone(p)),
     ]
 
 
@@ -454,9 +558,11 @@ RIVALS = {"mse": "Vanilla KD", "cwd": "CWD", "afdcd": "Af-DCD", "g2sd": "G2SD", 
 
 def rivals(p, losses):
     """GKD beside one-stage distillation by these losses, keys of RIVALS."""
-    rows = [Row("teacher", frozen_teacher(p))]
+    rows = [Row("teacher", teacher_alone(p))]
     if p.smaller:
-        rows.append(Row("foundation model of that size", [task(p, "smaller-frozen", p.smaller)]))
+        released = as_released(p.smaller, p.source)
+        state = "tuned" if released else "frozen"
+        rows.append(Row("foundation model of that size", [task(p, f"smaller-{state}", p.smaller, **released)]))
     rows.append(Row("student", no_kd(p)))
     for loss in losses:
         rows.append(Row(f"+ {RIVALS[loss]}", one_stage(p, loss)))
@@ -499,6 +605,89 @@ def components(p):
     ]
 
 
+def effect_rows(p):
+    """The paper's method step by step; between some two of these rows stands each of EFFECTS."""
+    tuned = dict(suffix="-tuned", then=p.tuned)
+    return [
+        Row("no KD", no_kd(p)),
+        Row("one-stage MSE", one_stage(p, "mse")),
+        Row("MSE on source images", two_stage(p, "mse", name="mse-only", proxy=False, **tuned)),
+        Row("MSE, proxy set first", two_stage(p, "mse", **tuned)),
+        Row("identity attention, no masks",
+            two_stage(p, name="identity-unmasked", attention="identity", beta=0, **tuned)),
+        Row("QSD, no masks", two_stage(p, name="qsd-unmasked", beta=0, **tuned)),
+        Row("QSD, no CLS token", two_stage(p, name="qsd-patches", gamma=0, **tuned)),
+        Row("QSD", two_stage(p, **tuned)),
+        Row("QSD, encoder frozen", two_stage(p)),
+        Row("MSE, encoder frozen", two_stage(p, "mse")),
+        Row("teacher", teacher_alone(p)),
+    ]
+
+
+class Effect(NamedTuple):
+    """One step of the method: what it adds from one row of effect_rows to another, and two rows of the paper for it."""
+    name: str
+    before: str
+    after: str
+    paper: tuple = ()  # (table, row, row) of PAPER, DINOv2-B -> DeiT-S on GTAV; (): it has no such rows
+
+
+EFFECTS = (
+    Effect("distil at all, in one stage", "no KD", "one-stage MSE", ("1", "student", "+ Vanilla KD")),
+    Effect("source stage first, then the task", "one-stage MSE", "MSE on source images",
+           ("5", "one-stage MSE", "MSE on source images")),
+    Effect("proxy stage before it", "MSE on source images", "MSE, proxy set first",
+           ("5", "MSE on source images", "MSE, proxy set first")),
+    Effect("learned attention instead of identity", "identity attention, no masks", "QSD, no masks"),
+    Effect("QSD on CLS and features instead of MSE", "MSE, proxy set first", "QSD, no masks",
+           ("5", "MSE, proxy set first", "QSD: CLS and features")),
+    Effect("masked patches", "QSD, no masks", "QSD", ("5", "QSD: CLS and features", "QSD: with masked patches")),
+    Effect("CLS token", "QSD, no CLS token", "QSD"),
+    Effect("frozen encoder", "QSD", "QSD, encoder frozen", ("5", "QSD: with masked patches", "QSD, encoder frozen")),
+    Effect("GKD instead of two-stage MSE", "MSE, encoder frozen", "QSD, encoder frozen", ("4", "MSE", "QSD")),
+    Effect("GKD instead of no KD", "no KD", "QSD, encoder frozen", ("1", "student", "+ GKD")),
+)
+STUDENT_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # 97.5 % points, 1 to 9 degrees of freedom
+
+
+def interval(differences):
+    """Mean of paired differences and half the width of its 95 % confidence interval, infinite for a single one."""
+    n = len(differences)
+    if n < 2:
+        return np.mean(differences), math.inf
+    t = STUDENT_T[min(n - 1, len(STUDENT_T)) - 1]
+    return np.mean(differences), t * np.std(differences, ddof=1) / math.sqrt(n)
+
+
+def verdict(mean, half, paper):
+    """What a gain here, mean +- half, says about the paper's."""
+    if half >= abs(mean):
+        return "within noise"
+    if paper is None:
+        return "gain" if mean > 0 else "loss"
+    return "reproduced" if mean * paper > 0 else "contradicted"
+
+
+def show_effects(record):
+    """Print EFFECTS, with intervals and the paper's gains, from {row: {"miou": (seeds, domains + 1)}}."""
+    cells = {}
+    effects = {}
+    for effect in EFFECTS:
+        unseen = {row: np.array(record[row]["miou"])[:, -1] for row in (effect.before, effect.after)}  # (seeds,) each
+        mean, half = interval(unseen[effect.after] - unseen[effect.before])
+        paper = None
+        if effect.paper:
+            table, before, after = effect.paper
+            numbers = paper_numbers(table)["DINOv2-B -> DeiT-S"]["gtav"]
+            paper = round(numbers[after][-1] - numbers[before][-1], 1)
+        cells[effect.name] = [f"{mean:+.1f} ± {half:.1f}", "-" if paper is None else f"{paper:+.1f}",
+                              verdict(mean, half, paper)]
+        effects[effect.name] = dict(mean=round(mean, 2), half=round(half, 2), paper=paper)
+    print("\nGain on unseen looks, mean of the paired differences and 95 % interval")
+    show(cells, ["gain", "paper", "verdict"])
+    print(json.dumps({"effects": effects}))
+
+
 def gkd_alone(p):
     return [Row("GKD", two_stage(p))]
 
@@ -513,7 +702,7 @@ def decoders(p):
         rows.append(Row(f"GKD, {kind}", two_stage(p, suffix=suffix, then=flags)))
     if small:
         for kind, (suffix, flags) in kinds.items():
-            rows.append(Row(f"teacher, {kind}", frozen_teacher(p, suffix, **flags)))
+            rows.append(Row(f"teacher, {kind}", teacher_alone(p, suffix, **flags)))
     return rows
 
 
@@ -530,25 +719,72 @@ def more_sources(p):
     return rows
 
 
-def equal_seconds(p, seconds=30):
-    """What each objective makes of the same wall-clock time in each stage; to be run on an idle machine."""
-    variants = {
-        "MSE": dict(loss="mse"),
-        "Proteus": dict(loss="proteus"),
-        "QSD": dict(loss="qsd"),
-        "QSD, scale C^-1/2": dict(loss="qsd", scale="sqrt"),
-        "QSD, identity attention": dict(loss="qsd", attention="identity"),
-        "QSD, teacher's attention": dict(loss="qsd", attention="teacher"),
-        "QSD, four layers": dict(loss="qsd", layers="four"),
-        "QSD, LayerNorm targets": dict(loss="qsd", target_norm="layernorm"),
+def variants(p):
+    """QSD with one thing changed, at equal steps."""
+    changes = {
+        "QSD": {},
+        "QSD, scale C^-1/2": dict(scale="sqrt"),
+        "QSD, identity attention": dict(attention="identity"),
+        "QSD, teacher's attention": dict(attention="teacher"),
+        "QSD, four layers": dict(layers="four"),
+        "QSD, LayerNorm targets": dict(target_norm="layernorm"),
     }
     rows = []
-    for title, flags in variants.items():
-        name = flags["loss"]
+    for title, flags in changes.items():
+        name = "qsd"
         for flag, value in flags.items():
-            if flag != "loss":
-                name += f"-{flag}-{value}"
-        rows.append(Row(title, two_stage(p, name=f"{name}-{seconds}s", **flags, budget=f"{seconds}s")))
+            name += f"-{flag}-{value}"
+        rows.append(Row(title, two_stage(p, name=name, **flags)))
+    return rows
+
+
+EQUAL = {"s": (60, 120, 240), "flop": (2.5e12, 5e12, 1e13)}  # seconds and FLOPs of all training of a student
+ONE_STAGE = RIVALS | {"mse": "one-stage MSE"}
+TWO_STAGE = {"mse": "two-stage MSE", "qsd": "GKD"}
+STAGES = (0.4, 0.4, 0.2)  # shares of the proxy, source and task stages
+
+
+def equal_budgets(p, unit):
+    """What each objective makes of the same seconds or FLOPs (Laube et al., 2026, arXiv 2604.25530).
+
+    What the teacher took, and its decoder for logit distillation, does not count. For seconds the machine must be idle.
+    """
+    judge, = teacher_alone(p)
+    _, _, scores = parsed(judge)
+    rows = []
+    for total in EQUAL[unit]:
+        proxy, source, last = [f"{share * total:g}{unit}".replace("+", "") for share in STAGES]
+        whole = f"{total:g}{unit}".replace("+", "")
+        logits = task(p, f"logits-{whole}", p.student, depth=p.student_depth, freeze=False, kd_logits=1, teacher=scores,
+                      budget=whole)
+        rows.append(Row(f"logit KD, {whole}", [judge, logits]))
+        for loss, title in ONE_STAGE.items():
+            rows.append(Row(f"{title}, {whole}", one_stage(p, loss, f"-{whole}", budget=whole)))
+        for loss, title in TWO_STAGE.items():
+            assert proxy == source  # one budget for both
+            rows.append(Row(f"{title}, {whole}", two_stage(p, loss, f"{loss}-{whole}", budget=proxy,
+                                                           then=dict(budget=last))))
+    return rows
+
+
+STEPS = (250, 500, 1000, 2000, 4000)  # of each stage of distillation
+COURSES = {  # of the figure of mIoU against steps: their runs' name and what they change in GKD
+    "MSE": ("mse", dict(loss="mse")),
+    "identity attention": ("identity", dict(attention="identity")),
+    "QSD": ("qsd", {}),
+    "QSD, no masks": ("qsd-unmasked", dict(beta=0)),
+}
+
+
+def by_steps(p):
+    """Whether a method that loses early wins late."""
+    rows = []
+    for title, (name, flags) in COURSES.items():
+        for steps in STEPS:
+            if steps == 500:  # the toy world's own budget: the run of the other tables
+                rows.append(Row(f"{title}, {steps}", two_stage(p, name=name, **flags)))
+            else:
+                rows.append(Row(f"{title}, {steps}", two_stage(p, name=f"{name}-{steps}", budget=steps, **flags)))
     return rows
 
 
@@ -560,7 +796,11 @@ class Table(NamedTuple):
 
 TABLES = {
     "main": Table("The paper in one table", main_rows),
-    "clock": Table("Equal seconds in each stage of distillation", equal_seconds),
+    "effects": Table("The paper's method step by step", effect_rows),
+    "steps": Table("Unseen mIoU against steps of each stage of distillation", by_steps),
+    "variants": Table("QSD with one thing changed", variants),
+    "clock": Table("Equal seconds", partial(equal_budgets, unit="s")),
+    "flops": Table("Equal FLOPs", partial(equal_budgets, unit="flop")),
     "1": Table("Table 1, foundation to local",
                partial(rivals, losses=("mse", "cwd", "afdcd", "g2sd", "vitkd", "proteus"))),
     "2": Table("Table 2, foundation to foundation", partial(rivals, losses=("mse", "afdcd", "vitkd", "proteus"))),
@@ -571,6 +811,7 @@ TABLES = {
     "7": Table("Table 7, decoders", decoders),
     "8": Table("Table 8, students from DINO", partial(rivals, losses=("mse", "cwd", "afdcd"))),
     "9": Table("Table 9, surgery", lambda p: rivals(p._replace(smaller=""), losses=("cwd", "vitkd"))),
+    "10": Table("Table 10, objects (AP)", lambda p: rivals(p._replace(smaller=""), losses=("cwd", "vitkd"))),
     "fig6": Table("Figure 6, more sources", more_sources),
 }
 
@@ -760,6 +1001,14 @@ student            | 43.3
 + ViTKD            | 45.1
 + GKD              | 51.6
 """,
+    "10": """
+DINOv2-B -> DeiT-S | voc
+teacher            | 79.9
+student            | 49.0
++ CWD              | 56.3
++ ViTKD            | 56.6
++ GKD              | 72.9
+""",
     "fig6": """
 DINOv2-L -> DeiT-B | gtav
 
@@ -789,7 +1038,7 @@ def cells_of(line):
 # --- Tables: what is missing is run, what is there is printed --------------------------------------------------------
 
 def tables(cfg, device):
-    """Print --table, after running what is missing of it; --demo and fig6 also draw a picture."""
+    """Print --table, after running what is missing of it; --demo, fig6 and steps also draw a picture."""
     check_table(cfg)
     for block in blocks(cfg.table, cfg):
         prepare(block, cfg)
@@ -797,6 +1046,8 @@ def tables(cfg, device):
         folder = segmenter_of(block.seeds[0][0]).parent.parent
         if complete and cfg.table == "fig6":
             print(f"picture: {figure_6(block, folder / 'figure-6.png', cfg, device)}")
+        if complete and cfg.table == "steps":
+            print(f"picture: {figure_steps(block, folder / 'steps.png', cfg, device)}")
         if complete and cfg.demo:
             print(f"picture: {demo_picture(block, folder / 'demo.png', cfg)}")
 
@@ -824,7 +1075,7 @@ class Block(NamedTuple):
     """A table as it is printed, for one pair and one setting."""
     title: str
     seeds: list    # its rows, once for each seed
-    source: list   # domains: the source's own val split in a small world, nothing at the paper's scale
+    source: list   # domains: the source's own val split in a small world or before corruption, or nothing
     unseen: list   # domains that nobody trained on
     paper: dict    # what the paper reports, {row name: numbers}
 
@@ -834,13 +1085,16 @@ def blocks(name, cfg):
     title, rows_of = TABLES[name]
     if cfg.data == "paper":
         return paper_blocks(name, cfg)
-    if name == "fig6" and cfg.data != "toy":
-        raise UserError(f"--table fig6 --data {cfg.data}: has no further sources; use --data toy or paper")
-    source, unseen = data.SETTINGS[cfg.data]
+    if name in ("10", "fig6") and cfg.data != "toy":
+        needs = "boxes" if name == "10" else "further sources"
+        raise UserError(f"--table {name} --data {cfg.data}: has no {needs}; use --data toy or paper")
+    world = "toy-boxes" if name == "10" else cfg.data
+    source, unseen = data.SETTINGS[world]
     seeds = []
-    for seed in range(cfg.seed, cfg.seed + (cfg.seeds or 3)):
-        seeds.append(rows_of(small_pair(cfg.data, cfg.out, seed, cfg.root)))
-    numbers = paper_numbers(name).get("DINOv2-B -> DeiT-S", {}).get("gtav", {})
+    several = 5 if name == "effects" else 3
+    for seed in range(cfg.seed, cfg.seed + (cfg.seeds or several)):
+        seeds.append(rows_of(small_pair(world, cfg.out, seed, cfg.root)))
+    numbers = paper_numbers(name).get("DINOv2-B -> DeiT-S", {}).get("voc" if name == "10" else "gtav", {})
     return [Block(f"{title}, in the {cfg.data} world", seeds, [source], list(unseen), numbers)]
 
 
@@ -855,7 +1109,8 @@ def paper_blocks(name, cfg):
             if cfg.setting in ("none", setting):
                 source, unseen = data.SETTINGS[setting]
                 rows = rows_of(paper_pair(pair, source, cfg.out, cfg.root))
-                found.append(Block(f"{title}: {pair}, trained on {setting}", [rows], [], list(unseen), numbers))
+                clean = [source] if setting == "voc" else []
+                found.append(Block(f"{title}: {pair}, trained on {setting}", [rows], clean, list(unseen), numbers))
     if not found:
         has = " ".join(offered) or "no rows at the paper scale: use --data toy"
         raise UserError(f"--table {name} --data paper --setting {cfg.setting}: this table has {has}")
@@ -1076,6 +1331,8 @@ def tabulate(name, block, cfg, device):
     show(cells, columns)
     domains = [*block.source, *block.unseen, "mean"]
     print(json.dumps({"table": name, "title": block.title, "domains": domains, "rows": record}))
+    if complete and name == "effects":
+        show_effects(record)
     return complete
 
 
@@ -1386,13 +1643,20 @@ def compare(predicted, featured, cfg, path, device):
     if loaded:
         names = dataset.classes
         colors = dataset.colors
-        palette = data.palette(colors)
-        columns["label"] = [palette[label] for label in labels]
+        columns["label"] = [label_picture(label, image, saved) for label, image in zip(labels, images)]
         for name, (model, saved) in loaded.items():
-            columns[name] = [palette[classify(model, saved, image, cfg, device)] for image in images]
+            predicted = [classify(model, saved, image, cfg, device) for image in images]
+            columns[name] = [label_picture(*pair, saved, scored=True) for pair in zip(predicted, images)]
     for name, pictures in feature_pictures(encoders(featured, cfg, device), images, device).items():
         columns[f"PCA: {name}"] = pictures
     return sheet(columns, titles, names, colors, path)
+
+
+def label_picture(label, image, saved, **drawing):
+    """A label (H, W) in its classes' colours, or boxes on their image (3, H, W); as an array (., ., 3)."""
+    if saved["config"]["decoder"] != "boxes":
+        return data.palette(saved["colors"])[label]
+    return data.with_boxes(image, data.objects_of(label), saved["classes"], saved["colors"], **drawing)
 
 
 def feature_pictures(vits, images, device):
@@ -1468,12 +1732,28 @@ def figure_5(models, cfg, path, device):
     compare({}, models, cfg, path, device)
 
 
-def figure_6(block, path, cfg, device):
-    """Unseen mIoU against the number of sources, with the labels of all and with those of the first alone."""
+def unseen_means(block, cfg, device):
+    """{row name: mIoU on the unseen domains, mean of the seeds}, of a block whose rows are all there."""
     means = {}
     for versions in zip(*block.seeds):
         values = [measured(row, block, cfg, device).miou[-1] for row in versions]
         means[versions[0].name] = np.mean(values)
+    return means
+
+
+def figure_steps(block, path, cfg, device):
+    """Unseen mIoU of COURSES against the logarithm of the steps."""
+    means = unseen_means(block, cfg, device)
+    lines = {}
+    for title in COURSES:
+        lines[title] = [(math.log2(steps / STEPS[0]), means[f"{title}, {steps}"]) for steps in STEPS]
+    return chart(lines, path, f"doublings of {STEPS[0]} steps in each stage", "mIoU, mean of the unseen domains",
+                 block.title)
+
+
+def figure_6(block, path, cfg, device):
+    """Unseen mIoU against the number of sources, with the labels of all and with those of the first alone."""
+    means = unseen_means(block, cfg, device)
     lines = {}
     for title, labels in {"labels of the first source": "labels of 1", "labels of all": "all labels"}.items():
         lines[title] = [(1, means["1 source"])]
@@ -1682,6 +1962,8 @@ def probes(cfg, device):
         raise UserError("--probe trains on the first of --data: name source and domains there, not with --setting")
     if cfg.data == "paper":
         raise UserError("say on which images with --data")
+    if any(entry.boxes for entry in data.entries(cfg.data).values()):
+        raise UserError(f"--probe learns the classes of pixels, but --data {cfg.data} labels boxes")
     rows = {}
     for name, path in named(cfg.models).items():
         vit = encoders({name: path}, cfg, device)[name]
@@ -1728,11 +2010,20 @@ def probe(vit, cfg, device, ridge=1e-3):
 
 # --- A segmenter at work ---------------------------------------------------------------------------------------------
 
+LEAST_SCORE = 0.5  # of the boxes that are shown
+
+
 def classify(model, saved, image, cfg, device):
-    """The class of each pixel (H, W), uint8, that a segmenter sees in an image uint8 (3, H, W), by cfg's protocol."""
+    """The class of each pixel (H, W), uint8, that a segmenter sees in an image uint8 (3, H, W), by cfg's protocol.
+
+    Of a detector the objects that it finds, (D, 6).
+    """
     window = cfg.window or saved["config"]["size"]
     x = data.normalize(image[None].to(device), model.encoder.mean, model.encoder.std)
     with torch.no_grad(), data.autocast(cfg.precision, device):
+        if saved["config"]["decoder"] == "boxes":
+            found = find_objects(model, x, window)[0].cpu()
+            return found[found[:, 5] >= LEAST_SCORE]
         if cfg.mode == "slide" and not cfg.flip and scale_list(cfg) == [1]:
             # Band by band, as the scores of all classes of a large photograph would fill the memory.
             bands = score_bands(model, x, window, max(1, round(cfg.stride * window)))
@@ -1746,7 +2037,8 @@ def classify(model, saved, image, cfg, device):
 def segment_images(cfg, device):
     """Segment each image of --images: NAME_classes.png holds class numbers, NAME_overlay.png shows them, in --out.
 
-    Other files there are left alone.
+    Of a detector NAME_boxes.json holds lists of left, top, right, bottom, class number and score, NAME_boxes.png shows
+    them. Other files there are left alone.
     """
     files = image_files(Path(cfg.images))
     out = Path(cfg.out)
@@ -1762,7 +2054,13 @@ def segment_images(cfg, device):
     with tqdm(files[data.rank()::data.world_size()], "images", disable=data.rank() > 0, leave=False) as bar:
         for file in bar:
             image = data.read_image(file, mapped=False, upright=True)  # (3, H, W)
-            picture = Image.fromarray(classify(model, saved, image, cfg, device).numpy())
+            found = classify(model, saved, image, cfg, device)
+            if saved["config"]["decoder"] == "boxes":
+                data.write(out / f"{file.stem}_boxes.json", json.dumps(found.tolist()))
+                picture = label_picture(found, image, saved, width=800, scored=True)
+                save_picture(Image.fromarray(picture), out / f"{file.stem}_boxes.png")
+                continue
+            picture = Image.fromarray(found.numpy())
             picture.putpalette(palette)
             save_picture(picture, out / f"{file.stem}_classes.png")
             blend = Image.blend(Image.fromarray(as_array(image)), picture.convert("RGB"), 0.5)
@@ -1808,12 +2106,18 @@ def export(checkpoint, path, dynamic):
     """Write a segmenter as a torch.export program for images of its training crop, the window of the protocol.
 
     It takes one image, or any number if dynamic. Classes, colours, mean and std lie in the file's
-    extra_files["about.json"]. UserError where its scores differ from eager mode.
+    extra_files["about.json"]. UserError where its scores differ from eager mode. A path that ends in .pth gets the
+    weights instead, under the names that they have in mmsegmentation.
     """
-    if path.suffix != ".pt2":
-        raise UserError(f"--export {path}: torch.export names its files .pt2")
+    if path.suffix not in (".pt2", ".pth"):
+        raise UserError(f"--export {path}: torch.export names its files .pt2, mmsegmentation .pth")
     data.check_place("--export", path)
     model, saved = segment.load_segmenter(checkpoint)
+    if saved["config"]["decoder"] == "boxes":
+        raise UserError(f"--export {path}: writes the scores of pixels, but {checkpoint} finds boxes")
+    if path.suffix == ".pth":
+        export_weights(model, saved, path)
+        return
     model.frozen = False  # nothing is trained here, so the encoder needs no gradient mode of its own in the program
     eager = Scores(model)
     size = saved["config"]["size"]
@@ -1835,6 +2139,18 @@ def export(checkpoint, path, dynamic):
     images = "any number of images" if dynamic else "one image"
     print(f"{path}: {images} (3, {size}, {size}) to {len(saved['classes'])} scores a pixel; largest difference from "
           f"eager mode {difference:.1e}")
+
+
+def export_weights(model, saved, path):
+    """Write a segmenter's weights as a checkpoint of mmsegmentation; read again, they are the same."""
+    meta = dict(dataset_meta=dict(classes=saved["classes"], palette=saved["colors"]))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    data.save(path, dict(state_dict=segment.official_state_dict(model), meta=meta))
+    again, _ = segment.load_segmenter(path)
+    for name, tensor in again.state_dict().items():
+        assert torch.equal(tensor, model.state_dict()[name]), name
+    print(f"{path}: {len(model.state_dict())} tensors under mmsegmentation's names, for an EncoderDecoder with "
+          f"Mask2FormerHead; images in 0..1, normalised by mean {model.encoder.mean} and std {model.encoder.std}")
 
 
 def report(cfg, device):

@@ -1,14 +1,15 @@
 """The method of GKD: the encoders (ViTs that load the official weights), QSD, and the distillation losses."""
-import argparse
 import hashlib
 import math
 import os
+import pickle
 import re
 import stat
 import time
 import types
 import typing
 import zipfile
+from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
@@ -159,9 +160,10 @@ ENCODERS = {                # size, patch, image, official file, its SHA-256, wh
     "eva02_tiny":           Encoder(*TI, 14, 224, EVA + "eva02_Ti_pt_in21k_p14.pt", **EVA02),
     "eva02_small":          Encoder(*S, 14, 224, EVA + "eva02_S_pt_in21k_p14.pt", **EVA02),
     "eva02_base":           Encoder(*B, 14, 224, EVA + "eva02_B_pt_in21k_p14.pt", sub_ln=True, **EVA02),
-    "eva02_large":          Encoder(*L, 14, 224, EVA + "eva02_L_pt_in21k_p14.pt", sub_ln=True, **EVA02),
+    "eva02_large":          Encoder(*L, 14, 224, EVA + "eva02_L_pt_m38m_p14.pt", sub_ln=True, **EVA02),
     "toy_small":            Encoder(64, 4, 2, 8, 64),        # for the built-in toy world: no official file
     "toy_base":             Encoder(128, 4, 4, 8, 64),
+    "toy_teacher":          Encoder(128, 4, 4, 8, 64, "assets/toy_teacher.pt", "49a3b23f"),  # shipped
 }
 
 
@@ -528,7 +530,8 @@ def find_file(name, row):
     file = file_name(row)
     place = Path(WEIGHTS, file)
     cached = Path(torch.hub.get_dir(), "checkpoints", file)
-    for path in [place, Path(WEIGHTS, f"{bare(file)}.pth"), Path(WEIGHTS, f"{name}.pth"), cached]:
+    shipped = Path(__file__).parent / row.url  # of the toy teacher
+    for path in [place, Path(WEIGHTS, f"{bare(file)}.pth"), Path(WEIGHTS, f"{name}.pth"), cached, shipped]:
         if path.is_file():
             return path
     if row.url == ON_REQUEST:
@@ -587,6 +590,9 @@ def read_encoder(path, name, row):
         values = stored_values(path, saved)
     else:
         values, guess = infer_values(path, state)
+        if prefix.endswith("backbone."):                                        # official GKD: so for EVA-02, too
+            values |= IMAGENET
+            guess = []
         notes += guess
     inner_attn_ln = any("inner_attn_ln" in key for key in state)                # EVA-02 exists with and without
     if dropped:
@@ -609,18 +615,17 @@ def open_checkpoint(path):
                 damaged = parts.testzip()
             if damaged:
                 raise ValueError(f"the bytes of {damaged} have changed")
-        with torch.serialization.safe_globals([argparse.Namespace]):            # DeiT-style training saves its flags
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        try:
+            saved = torch.load(path, map_location="cpu", weights_only=True)
+        except pickle.UnpicklingError:                                          # it holds other things than tensors
+            saved = read_foreign(path)
     except Exception as error:                                                  # damaged bytes raise nearly anything
-        if "GLOBAL" in str(error) or "Unsupported operand" in str(error):
-            raise UserError(f"{path} holds Python objects, which could run code, beside or instead of tensors, and is "
-                            "not opened: save its state dict alone")
         reason = next(iter(str(error).splitlines()), type(error).__name__)[:80]
-        raise UserError(f"{path} is truncated, damaged or no checkpoint ({path.stat().st_size} bytes: {reason}): fetch "
-                        "it again")
-    if not isinstance(checkpoint, dict):
-        raise UserError(f"{path} holds a {type(checkpoint).__name__}, not the dict that a checkpoint is")
-    return checkpoint
+        raise UserError(f"{path} is truncated, damaged or no checkpoint ({path.stat().st_size} bytes; {reason}): fetch "
+                        "it again") from None
+    if not isinstance(saved, dict):
+        raise UserError(f"{path} holds no dict of tensors, but {type(saved).__name__}: save the state dict")
+    return saved
 
 
 def check_file(path):
@@ -640,6 +645,79 @@ def check_file(path):
         there = 512 * found.st_blocks / 1e9
         raise UserError(f"{path} has {found.st_size / 1e9:.0f} GB, of which {there:.1f} are there: no checkpoint that "
                         "this machine could load; fetch it again")
+
+
+class Foreign(dict):
+    """Stands for every class and function that a file names: can be called and filled, and does nothing."""
+
+    def __init__(self, *args, **kwargs):
+        pass
+
+    def __call__(self, *args, **kwargs):
+        return self
+
+    def __setstate__(self, state):
+        pass
+
+    def append(self, item):
+        pass
+
+    def add(self, item):
+        pass
+
+    __hash__ = object.__hash__                                                  # it may be a key
+
+
+def rebuild_tensor(storage, offset, size, stride, *unused):
+    return storage.as_strided(size, stride, offset).clone()
+
+
+def rebuild_parameter(tensor, *unused):
+    return tensor
+
+
+KNOWN = {  # all that a file may name and get; a storage's type is taken for its dtype
+    ("collections", "OrderedDict"): OrderedDict,
+    ("torch._utils", "_rebuild_tensor_v2"): rebuild_tensor,
+    ("torch._utils", "_rebuild_parameter"): rebuild_parameter,
+    ("torch", "FloatStorage"): torch.float32,
+    ("torch", "DoubleStorage"): torch.float64,
+    ("torch", "HalfStorage"): torch.float16,
+    ("torch", "BFloat16Storage"): torch.bfloat16,
+    ("torch", "LongStorage"): torch.int64,
+    ("torch", "IntStorage"): torch.int32,
+    ("torch", "ByteStorage"): torch.uint8,
+    ("torch", "BoolStorage"): torch.bool,
+}
+
+
+class ForeignUnpickler(pickle.Unpickler):
+    """Reads the pickle in a file of torch.save: tensors and plain values as they are, all else as Foreign."""
+
+    def __init__(self, archive, folder):
+        super().__init__(archive.open(f"{folder}/data.pkl"))
+        self.archive = archive
+        self.folder = folder
+
+    def find_class(self, module, name):
+        return KNOWN.get((module, name), Foreign)
+
+    def persistent_load(self, saved_id):
+        _, dtype, name, _, _ = saved_id                                         # "storage", type, file, device, length
+        content = bytearray(self.archive.read(f"{self.folder}/data/{name}"))
+        if not content or dtype is Foreign:
+            return torch.empty(0)
+        return torch.frombuffer(content, dtype=dtype)
+
+
+def read_foreign(path):
+    """The content of a file of torch.save that pickles objects beside its tensors, as mmengine's do.
+
+    No class or function that it names is imported or called, so that a file made to run code runs none.
+    """
+    with zipfile.ZipFile(path) as archive:
+        folder = archive.namelist()[0].split("/")[0]
+        return ForeignUnpickler(archive, folder).load()
 
 
 def encoder_tensors(path, checkpoint):
@@ -739,9 +817,9 @@ def stored_values(path, saved):
             wrong.append(f"{key} is unknown to this version")
         elif not fits(kinds[key], value):
             wrong.append(f"{key} is {value!r}"[:80])
-    for key in ("mean", "std"):
-        numbers = saved.get(key, IMAGENET[key])
-        if len(numbers) != 3 or not all(fits(Positive, number) for number in numbers):
+    for key, count, kind in (("mean", 3, Positive), ("std", 3, Positive), ("img_size", 2, Pixels)):
+        numbers = saved.get(key)
+        if isinstance(numbers, (tuple, list)) and (len(numbers) != count or not all(fits(kind, n) for n in numbers)):
             wrong.append(f"{key} is {numbers!r}"[:80])
     if not wrong and saved["embed_dim"] % saved["num_heads"]:
         wrong.append(f"{saved['num_heads']} heads do not share a width of {saved['embed_dim']}")
@@ -780,7 +858,7 @@ def fit(path, state, values, wanted, offset):
     with torch.device("meta"):                                                  # shapes only: no memory, no draws
         old = ViT(**values)
         vit = ViT(**wanted)
-    check_state(path, state, old.state_dict())
+    check_state(f"{path} does not fit the encoder", state, old.state_dict())
 
     notes = []
     if vit.pos_embed is not None and old.grid != vit.grid:
@@ -797,8 +875,8 @@ def fit(path, state, values, wanted, offset):
     return vit, notes
 
 
-def check_state(path, state, expected, what="encoder"):
-    """Refuses a state dict whose names, shapes or numbers are not those that are expected, naming them."""
+def check_state(complaint, state, expected):
+    """Refuses a state dict whose names, shapes or numbers are not those expected: UserError, the complaint and them."""
     wrong = [f"{key} is missing" for key in expected if key not in state]
     wrong += [f"{key} is not expected" for key in state if key not in expected]
     for key in expected:
@@ -810,7 +888,7 @@ def check_state(path, state, expected, what="encoder"):
             wrong.append(f"{key} holds numbers that are not finite")
     if wrong:
         more = f" and {len(wrong) - 6} more" if len(wrong) > 6 else ""
-        raise UserError(f"{path} does not fit the {what}: {', '.join(wrong[:6])}{more}")
+        raise UserError(f"{complaint}: {', '.join(wrong[:6])}{more}")
 
 
 # --- The objectives' constants --------------------------------------------------------------------------------------
@@ -1215,7 +1293,7 @@ def build_objective(student, teacher, config):
 def load_heads(objective, heads, path):
     """Continue with the heads that a student's checkpoint holds, instead of fresh ones (--keep_heads)."""
     try:
-        check_state(path, heads or {}, objective.state_dict(), "objective")
+        check_state(f"{path} does not fit the objective", heads or {}, objective.state_dict())
         objective.load_state_dict(heads)
     except (UserError, AttributeError, RuntimeError) as error:
         raise UserError(f"--keep_heads: {path} holds no heads of this --loss, teacher and student ({error})"

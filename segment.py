@@ -1,11 +1,13 @@
 """Stage 2 of GKD: train a decoder on labelled source images, the encoder frozen. Also the one-stage baselines.
 
     python segment.py --data gtav --root /data --encoder runs/source/student.pt --out runs/gtav
+    python segment.py --data voc --decoder boxes --root /data --encoder runs/source/student.pt --out runs/voc
     python segment.py --data folder --root my_images --classes 5 --encoder dinov2_vits14 --out runs/mine
 
 The same command resumes. With --kd or --kd_logits a rival of the paper is trained: task loss and distillation at once.
 """
 import math
+import re
 import sys
 import warnings
 from dataclasses import dataclass
@@ -17,6 +19,9 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection.faster_rcnn import FasterRCNN, FastRCNNPredictor, TwoMLPHead
+from torchvision.models.detection.image_list import ImageList
 
 sys.path.insert(0, str(Path(__file__).parent))  # where python -P does not look
 import data
@@ -59,32 +64,52 @@ def centres(size, device):
     return torch.stack([x, y], -1).flatten(0, 1)
 
 
-def sine_position(size, width, device):
-    """Sine and cosine of x and y at geometric frequencies, (h w, width)."""
+def sine_position(size, width, device, geometry="mmdet"):
+    """Sines and cosines at geometric frequencies of each place of an (h, w) grid, (h w, width).
+
+    mmdet counts pixels from 1 and has first y, then x, each with sine and cosine by turns. "centred": pixel centres.
+    """
     frequency = 2 * math.pi * 10000 ** (-4 * torch.arange(width // 4, device=device) / width)
-    angle = centres(size, device)[:, :, None] * frequency  # (h w, 2, width / 4)
-    return torch.cat([angle.sin(), angle.cos()], -1).flatten(1)
+    if geometry == "centred":
+        angle = centres(size, device)[:, :, None] * frequency  # (h w, 2, width / 4)
+        return torch.cat([angle.sin(), angle.cos()], -1).flatten(1)
+    h, w = size
+    y = torch.arange(1, h + 1, device=device) / (h + 1e-6)
+    x = torch.arange(1, w + 1, device=device) / (w + 1e-6)
+    y, x = torch.meshgrid(y, x, indexing="ij")  # (h, w) each
+    angle = torch.stack([y, x], -1).flatten(0, 1)[:, :, None] * frequency  # (h w, 2, width / 4)
+    return torch.stack([angle.sin(), angle.cos()], -1).flatten(1)
 
 
-def sample(x, points):
-    """Bilinear values of maps x (B, C, h, w) at points (B, P, 2), (x, y) in 0..1 -> (B, C, P)."""
+def sample(x, points, padding):
+    """Bilinear values of maps x (B, C, h, w) at points (B, P, 2), (x, y) in 0..1 -> (B, C, P).
+
+    Within half a pixel of the border a value is mixed with the padding: "zeros", or the pixel itself ("border").
+    """
     points = 2 * points[:, :, None] - 1  # (B, P, 1, 2), in -1..1 as grid_sample counts
-    return F.grid_sample(x, points, padding_mode="border", align_corners=False)[..., 0]
+    return F.grid_sample(x, points, padding_mode=padding, align_corners=False)[..., 0]
 
 
-def linear(dim_in, dim_out):
-    layer = nn.Linear(dim_in, dim_out)
+# Initial weights as mmdet draws them; each function returns the layer.
+
+def xavier_uniform(layer):
     nn.init.xavier_uniform_(layer.weight)
     nn.init.zeros_(layer.bias)
     return layer
 
 
-def mlp(*widths):
-    """Linear layers between these widths, a ReLU between each two of them."""
-    layers = []
-    for dim_in, dim_out in zip(widths, widths[1:]):
-        layers += [linear(dim_in, dim_out), nn.ReLU()]
-    return nn.Sequential(*layers[:-1])
+def caffe2_xavier(layer):
+    nn.init.kaiming_uniform_(layer.weight, a=1)  # uniform within sqrt(3 / fan_in)
+    if layer.bias is not None:
+        nn.init.zeros_(layer.bias)
+    return layer
+
+
+def feed_forward(width, hidden):
+    ffn = nn.Sequential(nn.Linear(width, hidden), nn.ReLU(), nn.Linear(hidden, width))
+    nn.init.xavier_normal_(ffn[0].weight)
+    nn.init.xavier_normal_(ffn[2].weight)
+    return ffn
 
 
 # --- Pixel decoder: the levels learn from each other -----------------------------------------------------------------
@@ -99,8 +124,8 @@ class DeformableAttention(nn.Module):
         self.heads = heads
         self.levels = levels
         self.points = points
-        self.value = linear(width, width)
-        self.proj = linear(width, width)
+        self.value = xavier_uniform(nn.Linear(width, width))
+        self.proj = xavier_uniform(nn.Linear(width, width))
         self.weights = nn.Linear(width, heads * levels * points)
         self.offsets = nn.Linear(width, heads * levels * points * 2)
         nn.init.zeros_(self.weights.weight)
@@ -140,7 +165,7 @@ class DeformableLayer(nn.Module):
         super().__init__()
         self.attn = DeformableAttention(width, heads)
         self.norm1 = nn.LayerNorm(width)
-        self.ffn = mlp(width, ffn, width)
+        self.ffn = feed_forward(width, ffn)
         self.norm2 = nn.LayerNorm(width)
 
     def forward(self, x, pos, sizes):
@@ -154,21 +179,25 @@ class PixelDecoder(nn.Module):
     feats 4 x (B, dim, ., .), finest first -> maps 3 x (B, width, ., .), coarsest first, and pixels (B, width, h, w).
     The three mix by deformable attention (kind "deform", as in Mask2Former) or by a top-down sum ("fpn", light).
     """
-    def __init__(self, dim, width, kind, layers, heads, ffn):
+    def __init__(self, dim, width, kind, layers, heads, ffn, geometry="mmdet"):
         super().__init__()
         if kind not in ("fpn", "deform"):
             raise ValueError(f"pixel decoder {kind!r} is unknown: use 'fpn' or 'deform'")
         self.deform = kind == "deform"
-        self.laterals = nn.ModuleList()
-        for _ in range(4):
-            self.laterals.append(nn.Sequential(nn.Conv2d(dim, width, 1), nn.GroupNorm(32, width)))
+        self.geometry = geometry
+        finest = caffe2_xavier(nn.Conv2d(dim, width, 1, bias=geometry == "centred"))
+        self.laterals = nn.ModuleList([nn.Sequential(finest, nn.GroupNorm(32, width))])
+        for _ in range(3):
+            conv = xavier_uniform(nn.Conv2d(dim, width, 1))
+            self.laterals.append(nn.Sequential(conv, nn.GroupNorm(32, width)))
         if self.deform:
             self.level_embed = nn.Parameter(torch.randn(3, width))
             self.layers = nn.ModuleList(DeformableLayer(width, heads, ffn) for _ in range(layers))
         # The finest map costs the most, so the light decoder filters it depthwise.
         groups = 1 if self.deform else width
-        smooth = nn.Conv2d(width, width, 3, padding=1, groups=groups, bias=False)
-        self.embed = nn.Sequential(smooth, nn.GroupNorm(32, width), nn.ReLU(), nn.Conv2d(width, width, 1))
+        smooth = caffe2_xavier(nn.Conv2d(width, width, 3, padding=1, groups=groups, bias=False))
+        pixels = caffe2_xavier(nn.Conv2d(width, width, 1))
+        self.embed = nn.Sequential(smooth, nn.GroupNorm(32, width), nn.ReLU(), pixels)
 
     def forward(self, feats):
         finest, *maps = [lateral(x) for lateral, x in zip(self.laterals, feats, strict=True)]
@@ -183,7 +212,7 @@ class PixelDecoder(nn.Module):
         sizes = [x.shape[-2:] for x in maps]
         positions = []
         for size, level in zip(sizes, self.level_embed):
-            positions.append(sine_position(size, len(level), level.device) + level)
+            positions.append(sine_position(size, len(level), level.device, self.geometry) + level)
         positions = torch.cat(positions)  # (N, width), N tokens in all three maps
         x = torch.cat([x.flatten(2) for x in maps], 2).transpose(1, 2)  # (B, N, width)
         for layer in self.layers:
@@ -208,10 +237,15 @@ class Attention(nn.Module):
     def __init__(self, width, heads):
         super().__init__()
         self.heads = heads
-        self.q = linear(width, width)
-        self.k = linear(width, width)
-        self.v = linear(width, width)
-        self.proj = linear(width, width)
+        self.q = nn.Linear(width, width)
+        self.k = nn.Linear(width, width)
+        self.v = nn.Linear(width, width)
+        self.proj = nn.Linear(width, width)
+        for layer in (self.q, self.k, self.v, self.proj):
+            nn.init.zeros_(layer.bias)
+        for layer in (self.q, self.k, self.v):
+            nn.init.normal_(layer.weight, std=(2 / (4 * width)) ** 0.5)  # xavier for q, k, v as one (3 width, width)
+        nn.init.xavier_normal_(self.proj.weight)
 
     def forward(self, query, key, value, mask=None):
         q = self.by_head(self.q(query))
@@ -232,7 +266,7 @@ class MaskLayer(nn.Module):
         self.norm1 = nn.LayerNorm(width)
         self.talk = Attention(width, heads)
         self.norm2 = nn.LayerNorm(width)
-        self.ffn = mlp(width, ffn, width)
+        self.ffn = feed_forward(width, ffn)
         self.norm3 = nn.LayerNorm(width)
 
     def forward(self, x, pos, tokens, tokens_pos, mask):
@@ -267,7 +301,7 @@ class MaskDecoder(nn.Module):
     """
     def __init__(self, dim, num_classes, width=64, queries=32, layers=3, heads=4, ffn=256,
                  pixel="fpn", pixel_layers=6, pixel_ffn=1024, points=12544, oversample=3, importance=0.75,
-                 no_object=0.1, weights=(2, 5, 5), void="negative"):
+                 no_object=0.1, weights=(2, 5, 5), void="negative", geometry="mmdet"):
         super().__init__()
         if width % 32 or width % heads:
             raise UserError(f"--width {width}: GroupNorm wants a multiple of 32, and attention one of --heads {heads}")
@@ -281,14 +315,17 @@ class MaskDecoder(nn.Module):
         self.importance = importance  # share of the points that are the most uncertain candidates
         self.weights = weights        # of cross-entropy, BCE and dice
         self.void = void              # what a pixel labelled 255 is
-        self.pixel_decoder = PixelDecoder(dim, width, pixel, pixel_layers, heads, pixel_ffn)
+        self.geometry = geometry
+        self.padding = "border" if geometry == "centred" else "zeros"  # around the maps from which points are read
+        self.pixel_decoder = PixelDecoder(dim, width, pixel, pixel_layers, heads, pixel_ffn, geometry)
         self.layers = nn.ModuleList(MaskLayer(width, heads, ffn) for _ in range(layers))
         self.query = nn.Parameter(torch.randn(queries, width))
         self.query_pos = nn.Parameter(torch.randn(queries, width))
         self.level_embed = nn.Parameter(torch.randn(3, width))
         self.norm = nn.LayerNorm(width)
         self.classify = nn.Linear(width, num_classes + 1)
-        self.mask_embed = mlp(width, width, width, width)
+        self.mask_embed = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(),
+                                        nn.Linear(width, width))
         class_weight = torch.tensor([1.0] * num_classes + [no_object])
         self.register_buffer("class_weight", class_weight, persistent=False)
 
@@ -298,7 +335,7 @@ class MaskDecoder(nn.Module):
         for x, level in zip(maps, self.level_embed):
             size = x.shape[-2:]
             tokens = x.flatten(2).transpose(1, 2) + level  # (B, N, width)
-            pos = sine_position(size, x.shape[1], x.device)  # (N, width)
+            pos = sine_position(size, x.shape[1], x.device, self.geometry)  # (N, width)
             # Masks are linear in the pixels, so the masks of small pixels are the small versions of the full masks.
             small = resize(pixels, size).flatten(2)  # (B, width, N)
             levels.append((tokens, pos, small))
@@ -391,9 +428,9 @@ class MaskDecoder(nn.Module):
             keep = wanted.keep.view(B, 1, 1, -1)
         else:
             points = self.uncertain_points(x, generator)  # (B S R, P, 2)
-            x = sample(x, points).view(B, S, R, -1)
-            t = sample(wanted.masks.view(B * S, 1, H, W), points.view(B * S, -1, 2)).view_as(x)
-            keep = sample(wanted.keep, points.view(B, -1, 2)).view_as(x)
+            x = sample(x, points, self.padding).view(B, S, R, -1)
+            t = sample(wanted.masks.view(B * S, 1, H, W), points.view(B * S, -1, 2), self.padding).view_as(x)
+            keep = sample(wanted.keep, points.view(B, -1, 2), "border").view_as(x)
 
         # The BCE of a logit x is softplus(x) - t x. In void t = 0: a negative if keep = 1, nothing if keep = 0.
         p = x.sigmoid()  # (B, S, R, P)
@@ -428,9 +465,9 @@ class MaskDecoder(nn.Module):
             points = centres((h, w), pixels.device).expand(B, -1, -1)
         else:
             points = torch.rand(B, self.points, 2, generator=generator, device=pixels.device)
-        x = embed.transpose(0, 1).flatten(1, 2) @ sample(pixels, points)  # (B, R Q, P), mask logits
-        t = sample(wanted.masks, points).transpose(1, 2)  # (B, P, S)
-        keep = sample(wanted.keep, points).transpose(1, 2)  # (B, P, 1)
+        x = embed.transpose(0, 1).flatten(1, 2) @ sample(pixels, points, self.padding)  # (B, R Q, P), mask logits
+        t = sample(wanted.masks, points, self.padding).transpose(1, 2)  # (B, P, S)
+        keep = sample(wanted.keep, points, "border").transpose(1, 2)  # (B, P, 1)
 
         # As in mask_losses, but for all pairs of a query and a mask: (B, R Q, S).
         p = x.sigmoid()
@@ -454,7 +491,7 @@ class MaskDecoder(nn.Module):
         candidates = self.oversample * self.points
         hard = int(self.importance * self.points)
         points = torch.rand(len(x), candidates + self.points - hard, 2, generator=generator, device=x.device)
-        distance = sample(x, points[:, :candidates])[:, 0].abs()  # (n, candidates)
+        distance = sample(x, points[:, :candidates], self.padding)[:, 0].abs()  # (n, candidates)
         chosen = distance.topk(hard, largest=False).indices[..., None].expand(-1, -1, 2)
         return torch.cat([points.gather(1, chosen), points[:, candidates:]], 1)
 
@@ -604,6 +641,81 @@ class SemFPN(PixelClassifier):
         return self.classify(total)
 
 
+# --- Boxes for pixels, the same interface: all that changes with the task (Table 10) ---------------------------------
+
+class BoxDecoder(nn.Module):
+    """torchvision's Faster R-CNN (Ren et al., 2015) on the simple feature pyramid of ViTDet (Li et al., 2022).
+
+    Of the four feats the map of the token grid's own size is read -> maps {level: (B, width, ., .)} of 4, 2, 1, 0.5 and
+    0.25 times that size. The box head learns from `rois` boxes of an image; when it predicts it sees `proposals` boxes.
+    """
+    def __init__(self, dim, num_classes, patch=16, width=256, ffn=1024, rois=512, proposals=1000):
+        super().__init__()
+        if patch % 4:
+            raise UserError(f"--patch {patch}: the finest map of --decoder boxes wants a multiple of 4")
+        self.patch = patch
+        self.lateral = nn.Sequential(nn.Conv2d(dim, width, 1), nn.GroupNorm(32, width))
+        twice = partial(nn.ConvTranspose2d, width, width, kernel_size=2, stride=2)
+        four_times = nn.Sequential(twice(), nn.GroupNorm(32, width), nn.GELU(), twice())
+        self.scales = nn.ModuleList([four_times, twice(), nn.Identity(), nn.MaxPool2d(2)])
+        self.smooth = nn.ModuleList()
+        for _ in self.scales:
+            self.smooth.append(nn.Sequential(nn.Conv2d(width, width, 3, padding=1), nn.GroupNorm(32, width)))
+
+        pyramid = nn.Identity()  # only says how many channels its maps have
+        pyramid.out_channels = width
+        anchors = AnchorGenerator([[2 * patch * 2 ** level] for level in range(5)], [[0.5, 1.0, 2.0]] * 5)
+        parts = FasterRCNN(
+            pyramid, rpn_anchor_generator=anchors, box_head=TwoMLPHead(7 * 7 * width, ffn),
+            box_predictor=FastRCNNPredictor(ffn, num_classes + 1), box_batch_size_per_image=rois,
+            rpn_pre_nms_top_n_train=2 * proposals, rpn_post_nms_top_n_train=2 * proposals,
+            rpn_pre_nms_top_n_test=proposals, rpn_post_nms_top_n_test=proposals)  # all else as published
+        self.propose = parts.rpn
+        self.judge = parts.roi_heads
+
+    def forward(self, feats):
+        x = self.lateral(feats[2])
+        maps = {}
+        for level, (scale, smooth) in enumerate(zip(self.scales, self.smooth)):
+            maps[str(level)] = smooth(scale(x))  # the names by which torchvision knows them
+        maps["pool"] = F.max_pool2d(maps["3"], 1, stride=2)
+        return maps
+
+    def loss(self, maps, label, generator=None, share=None):
+        """torchvision's four losses, "loss" being their sum; label (B, OBJECTS, 6), see data.as_label.
+
+        The generator seeds which anchors and boxes are compared; share is for the decoders of pixels.
+        """
+        targets = []
+        for objects in label:
+            objects = data.objects_of(objects)
+            objects = objects[objects[:, 5] == 0]  # not the difficult ones
+            targets.append({"boxes": objects[:, :4], "labels": objects[:, 4].long() + 1})  # 0 is the background
+        with torch.random.fork_rng(devices=[]):
+            if generator:
+                torch.manual_seed(generator.initial_seed())  # torchvision draws from the global generator
+            _, losses = self.both_stages(maps, None, targets)
+        return losses | {"loss": sum(losses.values())}
+
+    def scores(self, maps, size=None):
+        """The objects found in each image of size (H, W), [(D, 6)], best first: box in pixels, class, score."""
+        found, _ = self.both_stages(maps, size)
+        columns = [(image["boxes"], image["labels"][:, None] - 1, image["scores"][:, None]) for image in found]
+        return [torch.cat(parts, 1) for parts in columns]
+
+    def both_stages(self, maps, size, targets=None):
+        """Proposals, then their classes and boxes, in fp32 -> found objects, or with targets the losses."""
+        self.train(targets is not None)  # decides which of the two torchvision returns
+        maps = {level: x.float() for level, x in maps.items()}
+        B, _, h, w = maps["0"].shape
+        padded = (h * self.patch // 4, w * self.patch // 4)
+        images = ImageList(torch.empty(B, 3, *padded, device="meta"), [size or padded] * B)  # only sizes count
+        with torch.autocast(maps["0"].device.type, enabled=False):
+            boxes, of_proposals = self.propose(images, maps, targets)
+            found, of_boxes = self.judge(maps, boxes, images.image_sizes, targets)
+        return found, of_proposals | of_boxes
+
+
 # --- Stage 2: the constants ------------------------------------------------------------------------------------------
 
 @dataclass
@@ -622,16 +734,19 @@ class Config(qsd.LossConfig):
     freeze: bool = True             # the paper's stage 2; no: the encoder is trained, too (a row of Table 5)
     out: str = "runs/segment"       # log.jsonl, last.pt, segmenter.pt
     # decoder
-    decoder: Literal["mask", "fpn", "linear"] = "mask"  # Mask2Former's; SemFPN (supplement, Table 7); one linear layer
+    decoder: Literal["mask", "fpn", "linear", "boxes"] = "mask"  # Mask2Former; SemFPN; one layer; Faster R-CNN
     blocks: Literal["four", "last"] = "four"  # encoder blocks it reads: official [3, 5, 7, 11] of 12; or 4 x the last
-    width: qsd.Count = 256          # channels of the mask decoder
+    width: qsd.Count = 256          # channels of the mask and box decoders
     queries: qsd.Count = 100        # masks it proposes
     decoder_layers: qsd.CountOr0 = 9    # its transformer layers
-    ffn: qsd.Count = 2048           # their hidden width
+    ffn: qsd.Count = 2048           # their hidden width, and that of the box decoder's head
     pixel: Literal["fpn", "deform"] = "deform"  # its pixel decoder: Mask2Former's; fpn: light
     heads: qsd.Count = 8            # attention heads of both
     points: qsd.Count = 12544       # pixels on which its masks are compared
     void: Literal["negative", "ignore"] = "negative"  # pixels labelled 255: outside every mask (official) or left out
+    geometry: Literal["mmdet", "centred"] = "mmdet"  # positions, padding, finest lateral: official, or of older runs
+    rois: qsd.Count = 512           # boxes of an image from which the head of the box decoder learns
+    proposals: qsd.Count = 1000     # boxes of an image that it sees when it predicts; twice as many in training
     # one-stage distillation (equation 3)
     kd: qsd.Weight = 0.0            # weight of the objective --loss, in units of its published weight; 0 = no teacher
     kd_logits: qsd.Weight = 0.0     # weight of Hinton's logit distillation; its teacher is a segmenter.pt
@@ -649,7 +764,8 @@ class Config(qsd.LossConfig):
     lr: qsd.Positive = 1e-4         # of the decoder
     lr_backbone: qsd.Weight = 1e-5  # of the encoder where it is trained (the paper's 1e-5)
     power: qsd.Weight = 0.9         # of the polynomial decay to 0
-    weight_decay: qsd.Weight = 0.05 # not on norms and embeddings
+    weight_decay: qsd.Weight = 0.05 # of all parameters but the next line's
+    no_decay: Literal["decoder", "all"] = "decoder"  # whose norms and embeddings do not decay: official, the decoder's
     # running
     seed: qsd.Seed = 42             # as the official code
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "fp32"  # official: fp32
@@ -665,10 +781,13 @@ POINTS = data.MASKS + 1  # the points on which masks are compared have random nu
 LIGHT = dict(width=64, queries=32, decoder_layers=3, ffn=256, heads=4, pixel="fpn")
 TOY = LIGHT | dict(encoder="toy_small", size=64, patch=8, batch=8, micro=8, budget="200", lr=2e-3, lr_backbone=1e-3,
                    workers=1, seed=0, log_every=20, cat_max_ratio=1.0, blocks="last", dcd_pool=1)
-WIDE = TOY | dict(batch=16, micro=16, budget="700", lr=1.5e-3, lr_backbone=1.5e-3)
+WIDE = TOY | dict(batch=16, micro=16, budget="16000", lr=1.5e-3, lr_backbone=1.5e-3, no_decay="all")  # the teacher's
 CAMVID = LIGHT | dict(size=224, points=2048, batch=8, micro=8, budget="250", lr=1e-3, lr_backbone=1e-4,
                       workers=1, seed=0, log_every=20, dcd_pool=1)
+VOC = dict(decoder="boxes", blocks="last", ffn=1024, batch=16, micro=16, budget="12ep")
+TOY_BOXES = TOY | dict(decoder="boxes", width=32, rois=32, proposals=100)
 PRESETS = dict.fromkeys(data.TOY_SOURCES, TOY) | {"toy-wide": WIDE, "camvid": CAMVID}
+PRESETS |= {"voc": VOC, "toy-boxes": TOY_BOXES}
 
 
 def preset(given):
@@ -717,23 +836,198 @@ def build_decoder(dim, num_classes, cfg):
         return Linear(dim, num_classes)
     if cfg.decoder == "fpn":
         return SemFPN(dim, num_classes)
+    if cfg.decoder == "boxes":
+        return BoxDecoder(dim, num_classes, cfg.patch, cfg.width, cfg.ffn, cfg.rois, cfg.proposals)
     return MaskDecoder(dim, num_classes, width=cfg.width, queries=cfg.queries, layers=cfg.decoder_layers,
-                       heads=cfg.heads, ffn=cfg.ffn, pixel=cfg.pixel, points=cfg.points, void=cfg.void)
+                       heads=cfg.heads, ffn=cfg.ffn, pixel=cfg.pixel, points=cfg.points, void=cfg.void,
+                       geometry=cfg.geometry)
 
 
 def load_segmenter(path, device="cpu"):
-    """A trained segmenter from segmenter.pt, ready to predict, and the checkpoint it came from."""
+    """A trained segmenter, ready to predict, and what its file holds: a segmenter.pt, or a released checkpoint.
+
+    A released one is mmsegmentation's, of the authors' own training; a segmenter.pt's content is made of it. UserError
+    if the file is neither.
+    """
+    saved = qsd.open_checkpoint(Path(path))
     try:
-        saved = qsd.open_checkpoint(path)
-        encoder = qsd.ViT(**qsd.stored_values(path, saved["encoder"]))
-        cfg = Config(**data.known_fields(Config, saved["config"]))
-        decoder = build_decoder(encoder.embed_dim, len(saved["classes"]), cfg)
-        model = Segmenter(encoder, decoder, blocks=cfg.blocks)
-        qsd.check_state(path, saved["model"], model.state_dict(), "segmenter")
-        model.load_state_dict(saved["model"])
-    except Exception as error:  # the zip reader, the unpickler and the missing keys each raise their own
-        raise UserError(f"{path} is no segmenter.pt of this project ({data.first_line(error, 300)})") from None
+        if "classes" in saved:
+            model = own_segmenter(saved)
+        else:
+            model, saved = released_segmenter(saved)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    except Exception as error:  # values of a wrong kind raise anything
+        raise UserError(f"{path} is no segmenter ({data.first_line(error)})") from None
     return model.to(device).eval().requires_grad_(False), saved
+
+
+def own_segmenter(saved):
+    """The Segmenter in a segmenter.pt."""
+    encoder = qsd.ViT(**qsd.stored_values("its encoder", saved["encoder"]))
+    cfg = Config(**data.known_fields(Config, saved["config"]))
+    decoder = build_decoder(encoder.embed_dim, len(saved["classes"]), cfg)
+    model = Segmenter(encoder, decoder, blocks=cfg.blocks)
+    qsd.check_state("not the parameters of a segmenter", saved["model"], model.state_dict())
+    model.load_state_dict(saved["model"])
+    return model
+
+
+# --- Released segmenters: mmsegmentation's checkpoints ---------------------------------------------------------------
+
+# Each parameter of mmsegmentation's Mask2Former (its names start with decode_head.), and what it is called here (under
+# decoder.). A star is a layer's number; after a name that ends in a dot the same weight or bias follows on both sides.
+OFFICIAL_NAMES = {
+    "pixel_decoder.input_convs.0.conv.": "pixel_decoder.laterals.3.0.",
+    "pixel_decoder.input_convs.0.gn.": "pixel_decoder.laterals.3.1.",
+    "pixel_decoder.input_convs.1.conv.": "pixel_decoder.laterals.2.0.",
+    "pixel_decoder.input_convs.1.gn.": "pixel_decoder.laterals.2.1.",
+    "pixel_decoder.input_convs.2.conv.": "pixel_decoder.laterals.1.0.",
+    "pixel_decoder.input_convs.2.gn.": "pixel_decoder.laterals.1.1.",
+    "pixel_decoder.lateral_convs.0.conv.": "pixel_decoder.laterals.0.0.",
+    "pixel_decoder.lateral_convs.0.gn.": "pixel_decoder.laterals.0.1.",
+    "pixel_decoder.level_encoding.weight": "pixel_decoder.level_embed",
+    "pixel_decoder.encoder.layers.*.self_attn.sampling_offsets.": "pixel_decoder.layers.*.attn.offsets.",
+    "pixel_decoder.encoder.layers.*.self_attn.attention_weights.": "pixel_decoder.layers.*.attn.weights.",
+    "pixel_decoder.encoder.layers.*.self_attn.value_proj.": "pixel_decoder.layers.*.attn.value.",
+    "pixel_decoder.encoder.layers.*.self_attn.output_proj.": "pixel_decoder.layers.*.attn.proj.",
+    "pixel_decoder.encoder.layers.*.norms.0.": "pixel_decoder.layers.*.norm1.",
+    "pixel_decoder.encoder.layers.*.ffn.layers.0.0.": "pixel_decoder.layers.*.ffn.0.",
+    "pixel_decoder.encoder.layers.*.ffn.layers.1.": "pixel_decoder.layers.*.ffn.2.",
+    "pixel_decoder.encoder.layers.*.norms.1.": "pixel_decoder.layers.*.norm2.",
+    "pixel_decoder.output_convs.0.conv.": "pixel_decoder.embed.0.",
+    "pixel_decoder.output_convs.0.gn.": "pixel_decoder.embed.1.",
+    "pixel_decoder.mask_feature.": "pixel_decoder.embed.3.",
+    "query_feat.weight": "query",
+    "query_embed.weight": "query_pos",
+    "level_embed.weight": "level_embed",
+    "transformer_decoder.layers.*.cross_attn.attn.in_proj_": "layers.*.read.qkv.",
+    "transformer_decoder.layers.*.cross_attn.attn.out_proj.": "layers.*.read.proj.",
+    "transformer_decoder.layers.*.norms.0.": "layers.*.norm1.",
+    "transformer_decoder.layers.*.self_attn.attn.in_proj_": "layers.*.talk.qkv.",
+    "transformer_decoder.layers.*.self_attn.attn.out_proj.": "layers.*.talk.proj.",
+    "transformer_decoder.layers.*.norms.1.": "layers.*.norm2.",
+    "transformer_decoder.layers.*.ffn.layers.0.0.": "layers.*.ffn.0.",
+    "transformer_decoder.layers.*.ffn.layers.1.": "layers.*.ffn.2.",
+    "transformer_decoder.layers.*.norms.2.": "layers.*.norm3.",
+    "transformer_decoder.post_norm.": "norm.",
+    "cls_embed.": "classify.",
+    "mask_embed.": "mask_embed.",
+}
+OUR_NAMES = {ours: official for official, ours in OFFICIAL_NAMES.items()}
+RELEASED_CLASSES = {19: "cityscapes", 6: "potsdam-rgb"}  # number of classes: the data set whose names they have
+
+
+def renamed(key, names):
+    """A decoder parameter's other name, by a table {its name: the other name}; None if the table lacks it."""
+    for name, other in names.items():
+        pattern = re.escape(name).replace(r"\*", r"(\d+)")
+        open_end = name.endswith((".", "_"))
+        found = re.match(pattern if open_end else pattern + "$", key)
+        if found:
+            layer = found[1] if found.groups() else ""
+            return other.replace("*", layer) + key[found.end():]
+    return None
+
+
+def join_qkv(state):
+    """q, k and v of each attention, which are layers of their own here, as the one matrix that they are in mmdet."""
+    joined = {}
+    for key, tensor in state.items():
+        layer, _, kind = key.rpartition(".")
+        attention, _, part = layer.rpartition(".")
+        if part == "q":
+            parts = [state[f"{attention}.{one}.{kind}"] for one in "qkv"]
+            joined[f"{attention}.qkv.{kind}"] = torch.cat(parts)
+        elif part not in ("k", "v"):
+            joined[key] = tensor
+    return joined
+
+
+def split_qkv(state):
+    """The inverse of join_qkv."""
+    split = {}
+    for key, tensor in state.items():
+        if ".qkv." in key:
+            for one, part in zip("qkv", tensor.chunk(3)):
+                split[key.replace(".qkv.", f".{one}.")] = part.clone()
+        else:
+            split[key] = tensor
+    return split
+
+
+def official_state_dict(segmenter):
+    """A Segmenter's tensors under mmsegmentation's names; UserError unless its decoder is Mask2Former's."""
+    decoder = segmenter.decoder
+    if not isinstance(decoder, MaskDecoder) or not decoder.pixel_decoder.deform or decoder.geometry != "mmdet":
+        raise UserError("mmsegmentation has names for segmenters of --decoder mask --pixel deform --geometry mmdet "
+                        "only")
+    state = {}
+    for key, tensor in segmenter.encoder.state_dict().items():
+        state[f"backbone.{key}"] = tensor
+    for key, tensor in join_qkv(decoder.state_dict()).items():
+        state[f"decode_head.{renamed(key, OUR_NAMES)}"] = tensor
+    return state
+
+
+def released_segmenter(saved):
+    """The Segmenter in a checkpoint of mmsegmentation, and the content of a segmenter.pt with it.
+
+    Its sizes follow from the shapes of its tensors, which must fit without one missing or left over: UserError. They
+    do not say what the classes mean: 19 are taken to be those of Cityscapes, 6 those of Potsdam, others get numbers.
+    """
+    state = saved.get("state_dict", saved)
+    if not any(str(key).startswith("decode_head.") for key in state):
+        raise UserError("neither a segmenter.pt of this project nor a checkpoint of mmsegmentation")
+    encoder_state = {}
+    decoder_state = {}
+    for key, tensor in state.items():
+        part, _, name = key.partition(".")
+        ours = renamed(name, OFFICIAL_NAMES)
+        if part == "backbone":
+            encoder_state[name] = tensor
+        elif part == "decode_head" and ours:
+            decoder_state[ours] = tensor
+        else:
+            raise UserError(f"{key} has no place in a segmenter")
+    for name in ("pos_embed", "patch_embed.proj.weight"):
+        if name not in encoder_state:
+            raise UserError(f"backbone.{name} is missing")
+    values, _ = qsd.infer_values(Path("released"), encoder_state)
+    values |= qsd.IMAGENET  # the authors normalise the images of every encoder so, EVA-02's, too
+    try:
+        sizes = decoder_sizes(decoder_state)
+    except KeyError as error:
+        raise UserError(f"decode_head.{renamed(error.args[0], OUR_NAMES)} is missing") from None
+
+    name = RELEASED_CLASSES.get(sizes["num_classes"], "folder")
+    entry = data.entries(name, sizes["num_classes"] if name == "folder" else None)[name]
+    cfg = Config(data=name, size=values["img_size"], patch=values["patch_size"], width=sizes["width"],
+                 queries=sizes["queries"], decoder_layers=sizes["layers"], ffn=sizes["ffn"], heads=sizes["heads"])
+    with torch.device("meta"):  # names and shapes only
+        empty = Segmenter(qsd.ViT(**values), build_decoder(values["embed_dim"], sizes["num_classes"], cfg))
+    qsd.check_state("not the parameters of a segmenter", state, official_state_dict(empty))
+    encoder = qsd.ViT(**values)
+    decoder = build_decoder(values["embed_dim"], sizes["num_classes"], cfg)
+    encoder.load_state_dict(encoder_state)
+    decoder.load_state_dict(split_qkv(decoder_state))
+    model = Segmenter(encoder, decoder)
+    content = dict(model=model.state_dict(), encoder=encoder.config, config=data.as_plain(cfg), released=True,
+                   classes=list(entry.classes), colors=[list(color) for color in entry.colors], ledger=[])
+    return model, content
+
+
+def decoder_sizes(state):
+    """The sizes of a MaskDecoder with such parameters; KeyError if one that tells them is missing."""
+    queries, width = state["query"].shape
+    weights_per_head = 3 * 4  # levels x points of deformable attention
+    return dict(
+        num_classes=len(state["classify.weight"]) - 1,
+        width=width,
+        queries=queries,
+        layers=len({key.split(".")[1] for key in state if key.startswith("layers.")}),
+        heads=len(state["pixel_decoder.layers.0.attn.weights.weight"]) // weights_per_head,
+        ffn=len(state["layers.0.ffn.0.weight"]))
 
 
 # --- The training step -----------------------------------------------------------------------------------------------
@@ -748,7 +1042,7 @@ class Learner(nn.Module):
         self.cfg = cfg
 
     def forward(self, x, label, generator, share, t=None, noise=None, teacher_scores=None):
-        """The losses of normalised images x (B, 3, H, W) and labels (B, H, W), as a dict; "loss" is minimised.
+        """The losses of normalised images x (B, 3, H, W) and their labels, as a dict; "loss" is minimised.
 
         generator and share as in MaskDecoder.loss. t and noise: the teacher's tokens and the random numbers of the
         objective; teacher_scores (B, K, H, W): what a teacher with a decoder says of each pixel.
@@ -784,12 +1078,13 @@ def probabilities(votes):
 
 
 EMBEDDINGS = ("query", "query_pos", "level_embed", "gamma")  # parameters that do not decay; gamma: LayerScale
+DECAYING = ("segmenter.encoder", "segmenter.decoder.pixel_decoder.level_embed")  # official: these do, all of them
 
 
 def parameter_groups(learner, cfg):
     """AdamW's groups: the encoder at lr_backbone, all else at lr.
 
-    Norms and embeddings do not decay; biases do, as in the official code.
+    Norms and embeddings do not decay, but for those that cfg.no_decay leaves out; biases do, as in the official code.
     """
     norms = set()
     for module in learner.modules():
@@ -802,6 +1097,8 @@ def parameter_groups(learner, cfg):
             continue
         lr = cfg.lr_backbone if name.startswith("segmenter.encoder") else cfg.lr
         decays = p not in norms and name.rpartition(".")[2] not in EMBEDDINGS
+        if cfg.no_decay == "decoder" and name.startswith(DECAYING):
+            decays = True
         if (lr, decays) not in groups:
             weight_decay = cfg.weight_decay if decays else 0.0
             groups[lr, decays] = {"params": [], "lr": lr, "peak": lr, "weight_decay": weight_decay}
@@ -813,7 +1110,7 @@ def describe(segmenter, cfg, device):
     """Print how large encoder and decoder are, and what the decoder costs on one image of the training crop."""
     with torch.no_grad():
         maps = segmenter.features(torch.zeros(1, 3, cfg.size, cfg.size, device=device))
-    multiply_adds = data.count_flops(lambda: segmenter.decoder(maps)) / 2
+        multiply_adds = data.count_flops(lambda: segmenter.decoder.scores(segmenter.decoder(maps))) / 2
     decoder_size = sum(p.numel() for p in segmenter.decoder.parameters())
     encoder_size = sum(p.numel() for p in segmenter.encoder.parameters())
     state = "frozen" if cfg.freeze else "trained"
@@ -835,7 +1132,13 @@ def main(argv=None):
     torch.manual_seed(cfg.seed)
     device = run.device
     transform = data.segment_transform(cfg.size, cat_max_ratio=cfg.cat_max_ratio)
+    if cfg.decoder == "boxes":
+        transform = data.detect_transform(cfg.size)
     dataset = data.scenes(cfg.data, cfg.root, cfg.split, transform, cfg.labels, cfg.classes or None, cfg.cache or None)
+    if dataset.boxes != (cfg.decoder == "boxes"):
+        raise UserError(f"--decoder {cfg.decoder}: --data {cfg.data} labels {'boxes' if dataset.boxes else 'pixels'}")
+    if dataset.boxes and cfg.kd_logits:
+        raise UserError("--kd_logits compares the classes of pixels; --decoder boxes has --kd")
     load_vit = partial(qsd.load_vit, img_size=cfg.size, patch_size=cfg.patch, official=cfg.official)
     encoder = load_vit(cfg.encoder, depth=cfg.depth, pretrained=cfg.pretrained)
     decoder = build_decoder(encoder.embed_dim, dataset.num_classes, cfg)
@@ -857,7 +1160,7 @@ def main(argv=None):
     N = (cfg.size // cfg.patch) ** 2  # patches of an image
 
     def losses_of(model, images, label, draws, share):
-        """The losses of one batch: images uint8 (B, 3, H, W), label (B, H, W), draws (B,) naming all randomness."""
+        """The losses of one batch: images uint8 (B, 3, H, W), their label, draws (B,) naming all randomness."""
         x = data.normalize(images.to(device, non_blocking=True), encoder.mean, encoder.std)
         label = label.to(device, non_blocking=True)
         seed = data.mix(cfg.seed, POINTS, draws[0].item())
@@ -879,6 +1182,8 @@ def main(argv=None):
     # Two images through one step tell what it costs; the parameters it does not touch are not trained.
     images, draws = data.two_images(cfg.size)
     label = torch.zeros(2, cfg.size, cfg.size, dtype=torch.int64)
+    if dataset.boxes:
+        label = torch.zeros(2, data.OBJECTS, 6)  # no objects
     probe = partial(losses_of, learner, images, label, draws, share=None)
     flops = data.dry_run(learner, probe)
     if data.rank() == 0:

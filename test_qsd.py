@@ -5,6 +5,7 @@ import colorsys
 import contextlib
 import dataclasses
 import hashlib
+import io
 import itertools
 import json
 import math
@@ -19,7 +20,9 @@ import struct
 import subprocess
 import sys
 import time
+import types
 import zlib
+from collections import OrderedDict
 from functools import cache, partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -527,8 +530,9 @@ BAD_FILES = [        # how small.pth, of path p and state s, is made wrong; opti
     (lambda p, s: torch.save({KEY: s[KEY]}, p), {}, "small.pth holds no encoder: no key in it ends in patch_embed"),
     (lambda p, s: torch.save(s | {"pos_embed": s[KEY]}, p), {}, "small.pth: the architecture is unclear, as pos_embed"),
     (lambda p, s: p.write_bytes(p.read_bytes()[:5000]), {}, r"small.pth is truncated, damaged or .* \(5000 bytes"),
-    (lambda p, s: torch.save({"model": Path("x")}, p), {}, "small.pth holds Python objects, which could run code"),
-    (lambda p, s: p.write_bytes(pickle.dumps(Path("x"), protocol=2)), {}, "small.pth holds Python objects, which"),
+    (lambda p, s: torch.save({"model": Path("x")}, p), {}, "small.pth holds no encoder: no key in it ends in patch"),
+    (lambda p, s: torch.save([Path("x")], p), {}, "small.pth holds no dict of tensors, but list: save the state dict"),
+    (lambda p, s: p.write_bytes(pickle.dumps(Path("x"), protocol=2)), {}, "small.pth is truncated, damaged or no"),
     (lambda p, s: p.write_text("\n<!DOCTYPE html><html>404</html>"), {}, "small.pth is a web page, not a checkpoint"),
     (lambda p, s: None, dict(depth=3), "depth must be 1 to 2 for small, not 3"),
     (lambda p, s: None, dict(img_size=30), "30x30 pixels does not divide into patches of 8"),
@@ -1072,7 +1076,8 @@ def test_every_dataset_has_a_colour_per_class_and_every_row_of_the_papers_tables
         "gtav": "gtav cityscapes bdd100k mapillary", "gtav-acdc": f"gtav {weather}",
         "cityscapes": f"cityscapes {weather}", "potsdam-rgb": "potsdam-rgb potsdam-irrg vaihingen-irrg",
         "endovis18": "endovis18 endovis18", "camvid": "camvid camvid-dusk",
-        "toy": "toy toy-night toy-fog toy-snow toy-rain"}
+        "toy": "toy toy-night toy-fog toy-snow toy-rain", "voc": "voc voc-corruptions",
+        "toy-boxes": "toy-boxes toy-boxes-night toy-boxes-fog toy-boxes-snow toy-boxes-rain toy-boxes-corruptions"}
 
 
 def test_potsdam_and_vaihingen_are_split_into_the_papers_tiles_and_areas():
@@ -1213,7 +1218,7 @@ WRONG_FILES = [  # set (with --classes) and split, the files of its folder, the 
     ("folder train", OWN_FOLDER, "--data folder: say how many --classes"),
     ("folder:2 train", OWN_FOLDER, r"a.png: label values \[2\] are not"),
     ("folder:255 train", OWN_FOLDER, "--classes 255: is for --data folder, and at most 254"),
-    ("folder:3 val", OWN_FOLDER, "--data folder: .* holds no files like images/val/"),  # a flat folder holds nothing out
+    ("folder:3 val", OWN_FOLDER, "--data folder: .* holds no files like images/val/"),  # flat: nothing is held out
     ("bdd100k val", f"{BDD}=D0", "a_train_id.png: 16x12, but its image is 8x6"),
     ("bdd100k val", f"{BDD}=0-0-0", "a_train_id.png: .* one 8-bit channel was expected"),
     ("bdd100k val", "seg/images/val/a.jpg=! seg/labels/val/a_train_id.png=0", r"a.jpg: cannot be read as .*\)$"),
@@ -1562,9 +1567,6 @@ def test_toy_training_never_meets_a_scene_or_a_domain_that_is_evaluated(name, do
         assert (image.permute(1, 2, 0).numpy() == scene).all() and (label.numpy() == classes).all()
 
 
-OFFICIAL = hasattr(segment, "official_segmenter")  # positions and padding are those of mmdet and mmcv
-
-
 def features(grid, batch=2):
     """What a decoder reads: 4 x (batch, 32, ., .) in float64, finest first."""
     return pyramid([torch.randn(batch, grid[0] * grid[1], 32).double() for _ in range(4)], grid)
@@ -1777,20 +1779,21 @@ def slow_mask_decoder(decoder, maps, pixels):
 def test_maps_are_read_between_their_pixels():
     x = torch.tensor([[1.0, 2], [3, 4]]).view(1, 1, 2, 2)
     points = torch.tensor([[[0.25, 0.25], [0.75, 0.25], [0.25, 0.75], [0.5, 0.25], [0.5, 0.5], [0, 0], [1, 0.75]]])
-    at_border = [0.25, 2] if OFFICIAL else [1, 4]  # mixed with zeros, or the border's pixel
-    assert sample(x, points).flatten().tolist() == [1, 2, 3, 1.5, 2.5, *at_border]
+    for padding, at_border in (("zeros", [0.25, 2]), ("border", [1, 4])):
+        assert sample(x, points, padding).flatten().tolist() == [1, 2, 3, 1.5, 2.5, *at_border]
 
 
-def test_positions_are_sines_and_cosines_of_x_and_y_at_geometric_frequencies():
-    found = sine_position((3, 5), 16, "cpu").view(3, 5, 16)
-    start = 1 if OFFICIAL else 0.5  # the last pixel is at 1, or the pixels' centres count
+def test_positions_are_sines_and_cosines_of_y_and_x_at_geometric_frequencies():
+    official = sine_position((3, 5), 16, "cpu").view(3, 5, 16)
+    centred = sine_position((3, 5), 16, "cpu", "centred").view(3, 5, 16)
     for i, j, k in np.ndindex(3, 5, 4):
         frequency = 2 * math.pi * 10000 ** (-k / 4)
-        x = (j + start) / 5 * frequency
-        y = (i + start) / 3 * frequency
-        channels = [8 + 2 * k, 9 + 2 * k, 2 * k, 2 * k + 1] if OFFICIAL else [k, 4 + k, 8 + k, 12 + k]
-        expected = [math.sin(x), math.cos(x), math.sin(y), math.cos(y)]
-        assert found[i, j, channels].tolist() == pytest.approx(expected, abs=1e-5)
+        for found, start, channels in ((official, 1, [8 + 2 * k, 9 + 2 * k, 2 * k, 2 * k + 1]),
+                                       (centred, 0.5, [k, 4 + k, 8 + k, 12 + k])):
+            x = (j + start) / 5 * frequency
+            y = (i + start) / 3 * frequency
+            expected = [math.sin(x), math.cos(x), math.sin(y), math.cos(y)]
+            assert found[i, j, channels].tolist() == pytest.approx(expected, abs=1e-5)
 
 
 def test_in_a_mask_layer_queries_read_under_their_masks_then_each_other_then_think():
@@ -2006,6 +2009,394 @@ def same_runs(a, b):
     return only and records(a) == records(b) and weights(a / result) == weights(b / result)
 
 
+# --- Released segmenters: equal to the authors' code ------------------------------------------------------------------
+# The numbers were recorded from mmsegmentation 1.2.2, mmdet 3.3.0 and mmcv 2.1.0 with the authors' configuration for
+# DeiT-S, its backbone of width 64, one head, 12 blocks, patch 16, images of 64 pixels and 5 classes, in float64. All
+# weights and inputs are rebuilt from their names.
+
+WIDTH, CLASSES = 256, 5
+FEATURE_NORMS = [226.09876592180808, 151.88408705451118, 102.68754686292367, 51.13837601831395]
+CROP_NORM = 575.5542514495163
+CROP = {(0, 0, 0): 0.5745638404603529, (1, 10, 20): 9.0187292008049, (2, 31, 63): 3.9379276580964504,
+        (3, 63, 5): 1.624291414226956, (4, 40, 40): 2.5463195009047466}
+SLIDE_NORM = 821.2294028203435
+SLIDE = {(0, 0, 0): 0.8595307808175633, (1, 10, 20): 6.787133105731442, (2, 31, 63): 3.370055302344709,
+         (3, 63, 5): 0.8882775287196047, (4, 40, 40): 0.8006591065745017}
+
+
+def released_shapes():
+    """Every key of a released segmenter's state dict, with its shape."""
+    shapes = {}
+
+    def add(name, *shape, bias=True):
+        shapes[f"{name}.weight"] = shape
+        if bias:
+            shapes[f"{name}.bias"] = shape[:1]
+
+    shapes["backbone.cls_token"] = (1, 1, 64)
+    shapes["backbone.pos_embed"] = (1, 17, 64)
+    shapes["backbone.mask_token"] = (1, 64)
+    add("backbone.patch_embed.proj", 64, 3, 16, 16)
+    for i in range(12):
+        block = f"backbone.blocks.{i}"
+        add(f"{block}.norm1", 64)
+        add(f"{block}.attn.qkv", 192, 64)
+        add(f"{block}.attn.proj", 64, 64)
+        add(f"{block}.norm2", 64)
+        add(f"{block}.mlp.fc1", 256, 64)
+        add(f"{block}.mlp.fc2", 64, 256)
+    add("backbone.norm", 64)
+
+    pixel = "decode_head.pixel_decoder"
+    for i in range(3):
+        add(f"{pixel}.input_convs.{i}.conv", WIDTH, 64, 1, 1)
+        add(f"{pixel}.input_convs.{i}.gn", WIDTH)
+    for i in range(6):
+        layer = f"{pixel}.encoder.layers.{i}"
+        add(f"{layer}.self_attn.sampling_offsets", 192, WIDTH)
+        add(f"{layer}.self_attn.attention_weights", 96, WIDTH)
+        add(f"{layer}.self_attn.value_proj", WIDTH, WIDTH)
+        add(f"{layer}.self_attn.output_proj", WIDTH, WIDTH)
+        add(f"{layer}.ffn.layers.0.0", 1024, WIDTH)
+        add(f"{layer}.ffn.layers.1", WIDTH, 1024)
+        add(f"{layer}.norms.0", WIDTH)
+        add(f"{layer}.norms.1", WIDTH)
+    add(f"{pixel}.level_encoding", 3, WIDTH, bias=False)
+    add(f"{pixel}.lateral_convs.0.conv", WIDTH, 64, 1, 1, bias=False)
+    add(f"{pixel}.lateral_convs.0.gn", WIDTH)
+    add(f"{pixel}.output_convs.0.conv", WIDTH, WIDTH, 3, 3, bias=False)
+    add(f"{pixel}.output_convs.0.gn", WIDTH)
+    add(f"{pixel}.mask_feature", WIDTH, WIDTH, 1, 1)
+
+    for i in range(9):
+        layer = f"decode_head.transformer_decoder.layers.{i}"
+        for attention in ("self_attn", "cross_attn"):
+            shapes[f"{layer}.{attention}.attn.in_proj_weight"] = (3 * WIDTH, WIDTH)
+            shapes[f"{layer}.{attention}.attn.in_proj_bias"] = (3 * WIDTH,)
+            add(f"{layer}.{attention}.attn.out_proj", WIDTH, WIDTH)
+        add(f"{layer}.ffn.layers.0.0", 2048, WIDTH)
+        add(f"{layer}.ffn.layers.1", WIDTH, 2048)
+        for norm in range(3):
+            add(f"{layer}.norms.{norm}", WIDTH)
+    add("decode_head.transformer_decoder.post_norm", WIDTH)
+    add("decode_head.query_embed", 100, WIDTH, bias=False)
+    add("decode_head.query_feat", 100, WIDTH, bias=False)
+    add("decode_head.level_embed", 3, WIDTH, bias=False)
+    add("decode_head.cls_embed", CLASSES + 1, WIDTH)
+    for i in (0, 2, 4):
+        add(f"decode_head.mask_embed.{i}", WIDTH, WIDTH)
+    return shapes
+
+
+def z(name, shape):
+    """Normal random numbers that follow from a name, float64."""
+    return np.random.RandomState(zlib.crc32(name.encode())).standard_normal(shape)
+
+
+def recorded_value(key, shape):
+    """The tensor that the numbers were recorded with."""
+    values = z(f"segmenter {key}", shape)
+    fan_in = math.prod(shape[1:])
+    if len(shape) == 1 and key.endswith("weight"):
+        values = 1 + 0.2 * values
+    elif "sampling_offsets" in key:  # the biases, too
+        values = 0.5 * values / math.sqrt(shape[-1])
+    elif len(shape) == 1:
+        values = 0.1 * values
+    elif "pos_embed" in key or "token" in key:
+        values = 0.3 * values
+    elif "query_" in key or "level_" in key:
+        values = 3 * values
+    elif key.endswith("cls_embed.weight"):
+        values = 1.5 * values / math.sqrt(fan_in)
+    elif ".attn.out_proj" in key:
+        values = 0.7 * values / math.sqrt(fan_in)
+    else:
+        values = values / math.sqrt(fan_in)
+    return torch.from_numpy(values.astype(np.float32))
+
+
+@pytest.fixture(scope="session")
+def released():
+    """A released segmenter's state dict."""
+    return OrderedDict((key, recorded_value(key, shape)) for key, shape in released_shapes().items())
+
+
+def save_as_mmengine(path, state):
+    """Write a checkpoint as mmengine does, with objects of classes that are not there when it is read."""
+    package = types.ModuleType("mmengine_not_installed")
+
+    class HistoryBuffer:
+        def __init__(self):
+            self._log_history = np.arange(3.0)
+            self._statistics_methods = {"mean": np.mean}
+
+    class ConfigDict(dict):
+        pass
+
+    class Stage(str):
+        pass
+
+    for kind in (HistoryBuffer, ConfigDict, Stage):
+        kind.__module__ = package.__name__
+        kind.__qualname__ = kind.__name__
+        setattr(package, kind.__name__, kind)
+    config = ConfigDict(model=ConfigDict(type="EncoderDecoder"), hooks=[ConfigDict(type="LoggerHook")])
+    config.__dict__["filename"] = "config.py"
+    optimizer = dict(state={0: dict(step=torch.tensor(3.0), exp_avg=torch.zeros(2, 2))}, param_groups=[dict(lr=1e-4)])
+    checkpoint = dict(
+        meta=dict(iter=40000, cfg=config, dataset_meta=dict(classes=("road",), palette=[[128, 64, 128]])),
+        state_dict=state,
+        message_hub=dict(log_scalars=OrderedDict({"train/loss": HistoryBuffer()}), runtime_info={"iter": np.int64(3)}),
+        optimizer=optimizer, stages={Stage("train"): {1, 2}})
+    sys.modules[package.__name__] = package
+    try:
+        torch.save(checkpoint, path)
+    finally:
+        del sys.modules[package.__name__]
+    return path
+
+
+@pytest.fixture(scope="session")
+def file(released, tmp_path_factory):
+    return save_as_mmengine(tmp_path_factory.mktemp("released") / "iter_40000.pth", released)
+
+
+def test_a_released_segmenter_computes_what_the_official_code_computes(file):
+    with pytest.raises(Exception, match="Weights only load failed"):
+        torch.load(file, weights_only=True)  # the file does hold objects
+    model, saved = segment.load_segmenter(file)
+    model = model.double()
+    crop = torch.from_numpy(z("crop", (1, 3, 64, 64))).float().double()
+    image = torch.from_numpy(z("image", (1, 3, 80, 96))).float().double()
+    with torch.no_grad():
+        feats = model.features(crop)
+        scores = model.decoder.scores(model(crop), (64, 64))[0]
+        slid = evaluation.slide(model, image, 64, 43)[0]
+    assert [x.shape[2] for x in feats] == [16, 8, 4, 2]
+    assert [x.norm().item() for x in feats] == pytest.approx(FEATURE_NORMS, rel=1e-5)
+    assert scores.norm().item() == pytest.approx(CROP_NORM, rel=1e-5)
+    assert {at: scores[at].item() for at in CROP} == pytest.approx(CROP, rel=1e-5)
+    assert slid.norm().item() == pytest.approx(SLIDE_NORM, rel=1e-5)  # one bit of one attention mask would be 3e-5
+    assert {at: slid[at].item() for at in SLIDE} == pytest.approx(SLIDE, rel=1e-5)
+    assert saved["classes"] == ["0", "1", "2", "3", "4"] and len(saved["colors"]) == 5
+    assert (saved["config"]["size"], saved["config"]["patch"]) == (64, 16)
+    assert (tuple(model.encoder.mean), tuple(model.encoder.std)) == tuple(qsd.IMAGENET.values())
+
+
+def test_what_was_loaded_becomes_a_segmenter_of_this_project_and_an_official_one_again(file, released, tmp_path):
+    model, saved = segment.load_segmenter(file)
+    back = segment.official_state_dict(model)
+    assert back.keys() == released.keys()
+    assert all(torch.equal(back[key], released[key]) for key in released)
+
+    torch.save(saved, tmp_path / "segmenter.pt")
+    again, _ = segment.load_segmenter(tmp_path / "segmenter.pt")
+    x = torch.randn(1, 3, 64, 64)
+    assert torch.equal(again(x)["logits"], model(x)["logits"])
+
+    torch.save(released, tmp_path / "bare.pth")  # tensors alone, without the rest of the checkpoint
+    bare, _ = segment.load_segmenter(tmp_path / "bare.pth")
+    assert torch.equal(bare(x)["logits"], model(x)["logits"])
+
+
+def test_only_mask2former_has_official_names():
+    for decoder in (segment.Linear(64, 3), segment.MaskDecoder(64, 3)):  # the second has the light pixel decoder
+        model = segment.Segmenter(qsd.load_vit("toy_small"), decoder)
+        with pytest.raises(qsd.UserError, match="--decoder mask --pixel deform --geometry mmdet only"):
+            segment.official_state_dict(model)
+
+
+@pytest.mark.parametrize("count, name", [(19, "cityscapes"), (6, "potsdam-rgb")])
+def test_the_classes_are_those_of_the_set_that_it_was_trained_on(released, tmp_path, count, name):
+    state = released | {"decode_head.cls_embed.weight": torch.zeros(count + 1, WIDTH),
+                        "decode_head.cls_embed.bias": torch.zeros(count + 1)}
+    torch.save(dict(state_dict=state), tmp_path / "a.pth")
+    _, saved = segment.load_segmenter(tmp_path / "a.pth")
+    assert saved["classes"] == list(data.DATASETS[name].classes)
+    assert saved["colors"] == [list(color) for color in data.DATASETS[name].colors]
+
+
+def test_layer_scale_is_loaded_where_a_file_has_it(released):
+    scales = {}
+    for i in range(12):
+        scales[f"backbone.blocks.{i}.ls1.gamma"] = torch.full((64,), 0.5)
+        scales[f"backbone.blocks.{i}.ls2.gamma"] = torch.full((64,), 0.5)
+    model, _ = segment.released_segmenter(released | scales)
+    assert model.encoder.blocks[3].ls1.gamma[0] == 0.5
+
+
+def without(state, key):
+    return OrderedDict((name, tensor) for name, tensor in state.items() if name != key)
+
+
+HEAD = "decode_head.transformer_decoder.layers"
+WRONG = {
+    f"{HEAD}.3.norms.1.bias is missing": lambda s: without(s, f"{HEAD}.3.norms.1.bias"),
+    "decode_head.query_feat.weight is missing": lambda s: without(s, "decode_head.query_feat.weight"),
+    "decode_head.cls_embed.weight is missing": lambda s: without(s, "decode_head.cls_embed.weight"),
+    "decode_head.pixel_decoder.lateral_convs.0.conv.weight is missing":
+        lambda s: without(s, "decode_head.pixel_decoder.lateral_convs.0.conv.weight"),
+    "backbone.pos_embed is missing": lambda s: without(s, "backbone.pos_embed"),
+    "backbone.blocks.11.mlp.fc2.bias is missing": lambda s: without(s, "backbone.blocks.11.mlp.fc2.bias"),
+    "decode_head.conv_seg.weight has no place": lambda s: s | {"decode_head.conv_seg.weight": torch.zeros(5, 256)},
+    "backbone.head.weight is not expected": lambda s: s | {"backbone.head.weight": torch.zeros(5, 64)},
+    "auxiliary_head.conv.weight has no place": lambda s: s | {"auxiliary_head.conv.weight": torch.zeros(5)},
+    "decode_head.level_embed.weight has shape (4, 256) instead of (3, 256)":
+        lambda s: s | {"decode_head.level_embed.weight": torch.zeros(4, 256)},
+    "decode_head.mask_embed.2.weight has shape (256, 128) instead of (256, 256)":
+        lambda s: s | {"decode_head.mask_embed.2.weight": torch.zeros(256, 128)},
+    "decode_head.cls_embed.bias has shape (6,) instead of (20,)":
+        lambda s: s | {"decode_head.cls_embed.weight": torch.zeros(20, 256)},
+    "100 queries for 150 classes": lambda s: s | {"decode_head.cls_embed.weight": torch.zeros(151, 256)},
+    "neither a segmenter.pt of this project nor a checkpoint of mmsegmentation":
+        lambda s: {key: tensor for key, tensor in s.items() if key.startswith("backbone.")},
+}
+
+
+@pytest.mark.parametrize("words", WRONG)
+def test_a_released_state_dict_that_does_not_fit_is_refused_in_one_line(released, words):
+    with pytest.raises(qsd.UserError, match=re.escape(words)) as error:
+        segment.released_segmenter(WRONG[words](released))
+    assert "\n" not in str(error.value) and len(str(error.value)) < 400
+
+
+def test_other_classes_than_those_of_the_images_are_refused(file, tmp_path):
+    command = f"--data toy --encoder toy_small --freeze no --kd_logits 1 --teacher {file} --out {tmp_path}/a"
+    with pytest.raises(qsd.UserError, match="iter_40000.pth was trained on other classes than those of --data toy"):
+        segment.main(command.split())
+
+
+def test_no_file_and_damaged_files_are_refused_in_one_line(file, tmp_path):
+    (tmp_path / "text.pth").write_text("no checkpoint")
+    (tmp_path / "half.pth").write_bytes(file.read_bytes()[:1000000])
+    torch.save([1, 2], tmp_path / "list.pth")
+    torch.save({"decode_head.conv_seg.weight": torch.zeros(5)}, tmp_path / "other.pth")
+    for name, words in (("none.pth", "no such file"), ("text.pth", "damaged or no checkpoint"),
+                        ("half.pth", "damaged or no checkpoint"), ("list.pth", "holds no dict"),
+                        ("other.pth", "other.pth: decode_head.conv_seg.weight has no place")):
+        with pytest.raises(qsd.UserError, match=words) as error:
+            segment.load_segmenter(tmp_path / name)
+        assert "\n" not in str(error.value)
+
+
+class Command:
+    """Pickled, it runs a command when it is read by pickle."""
+
+    def __init__(self, function, *arguments):
+        self.call = function, arguments
+
+    def __reduce__(self):
+        return self.call
+
+
+@pytest.mark.filterwarnings("ignore:.*TorchScript", "ignore:.*torch.jit")
+def test_a_file_made_to_run_code_runs_none(tmp_path):
+    mark = tmp_path / "mark"
+    calls = [Command(os.system, f"touch {mark}"), Command(eval, f"open({str(mark)!r}, 'w')"),
+             Command(exec, f"open({str(mark)!r}, 'w')"), Command(os.mkdir, str(mark)),
+             Command(getattr, str, "upper")]
+    tensors = {"norm.weight": torch.arange(3.0), "norm.bias": torch.nn.Parameter(torch.ones(2))}
+    torch.save(dict(state_dict=tensors, calls=calls, key={Command(os.mkdir, str(mark)): 1}), tmp_path / "evil.pth")
+    found = qsd.read_foreign(tmp_path / "evil.pth")
+    assert all(type(call) is qsd.Foreign for call in found["calls"])
+    assert all(torch.equal(found["state_dict"][key], tensors[key]) for key in tensors)  # beside that it is only data
+    torch.save(Command(os.mkdir, str(mark)), tmp_path / "alone.pth")
+    torch.jit.script(torch.nn.Linear(2, 2)).save(tmp_path / "program.pth")
+    for name in ("evil", "alone", "program"):
+        with pytest.raises(qsd.UserError):
+            segment.load_segmenter(tmp_path / f"{name}.pth")
+        with pytest.raises(qsd.UserError):
+            qsd.load_vit(tmp_path / f"{name}.pth")
+    assert not mark.exists()
+
+    torch.load(tmp_path / "alone.pth", weights_only=False)  # the file was dangerous
+    assert mark.exists()
+
+
+def test_points_at_the_border_are_mixed_with_zeros_and_still_count_in_full(monkeypatch):
+    points = torch.tensor([[[0.0, 0.0], [0.5, 0.0], [0.5, 0.5], [1.0, 1.0]]])
+    shares = [0.25, 0.5, 1, 0.25]  # of the image in what is read there
+    assert segment.sample(torch.ones(1, 1, 4, 4), points, "zeros").flatten().tolist() == shares
+    decoder = segment.MaskDecoder(32, 2, width=32, points=4)
+    monkeypatch.setattr(decoder, "uncertain_points", lambda x, generator: points)
+    wanted = decoder.targets(torch.zeros(1, 32, 32, dtype=torch.int64))
+    embed = torch.full((1, 1, 1, 32), 4 / 32)  # logits of 4 on pixels of 1
+    bce, _ = decoder.mask_losses(embed, torch.ones(1, 32, 8, 8), wanted)
+    want = [math.log1p(math.exp(4 * share)) - share * 4 * share for share in shares]
+    assert bce.item() == pytest.approx(sum(want) / 4, rel=1e-5)
+
+
+def test_initial_weights_are_drawn_as_mmdet_draws_them():
+    torch.manual_seed(0)
+    width = 256
+    decoder = segment.MaskDecoder(384, 19, width=width, queries=100, layers=1, heads=8, ffn=2048, pixel="deform",
+                                  pixel_layers=1)
+    layer, pixel = decoder.layers[0], decoder.pixel_decoder
+
+    def uniform(weight, bound):
+        assert weight.abs().max() <= bound and weight.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.03)
+
+    def normal(weight, std):
+        assert weight.std().item() == pytest.approx(std, rel=0.03) and weight.abs().max() > 3 * std
+
+    for attention in (layer.read, layer.talk):
+        for part in (attention.q, attention.k, attention.v):
+            normal(part.weight, math.sqrt(2 / (4 * width)))  # a third of one matrix (3 width, width)
+        normal(attention.proj.weight, math.sqrt(2 / (2 * width)))
+        assert attention.q.bias.abs().sum() == attention.k.bias.abs().sum() == attention.v.bias.abs().sum() == 0
+        assert attention.proj.bias.abs().sum() == 0
+    for ffn, hidden in ((layer.ffn, 2048), (pixel.layers[0].ffn, 1024)):
+        for linear in (ffn[0], ffn[2]):
+            normal(linear.weight, math.sqrt(2 / (width + hidden)))
+            assert 0 < linear.bias.abs().max() <= linear.weight.shape[1] ** -0.5  # as torch draws it
+    for linear in (decoder.mask_embed[0], decoder.mask_embed[2], decoder.mask_embed[4], decoder.classify):
+        uniform(linear.weight, width ** -0.5)
+        assert 0 < linear.bias.abs().max() <= width ** -0.5
+    for conv in (pixel.laterals[0][0], pixel.embed[0], pixel.embed[3]):
+        uniform(conv.weight, math.sqrt(3 / conv.weight[0].numel()))
+    for lateral in pixel.laterals[1:]:
+        uniform(lateral[0].weight, math.sqrt(6 / (384 + width)))
+        assert lateral[0].bias.abs().sum() == 0
+    assert pixel.laterals[0][0].bias is None and pixel.embed[0].bias is None and pixel.embed[3].bias.abs().sum() == 0
+    for linear in (pixel.layers[0].attn.value, pixel.layers[0].attn.proj):
+        uniform(linear.weight, math.sqrt(6 / (2 * width)))
+        assert linear.bias.abs().sum() == 0
+    assert pixel.layers[0].attn.weights.weight.abs().sum() == pixel.layers[0].attn.offsets.weight.abs().sum() == 0
+
+
+def test_the_command_line_takes_a_released_file_where_it_takes_a_segmenter(released, tmp_path, monkeypatch, capfd):
+    monkeypatch.setitem(data.DATASETS, "toy-fog", data.toy("fog", val=1))
+    head = {"decode_head.cls_embed.weight": torch.randn(9, WIDTH), "decode_head.cls_embed.bias": torch.zeros(9)}
+    file = save_as_mmengine(tmp_path / "eight.pth", released | head)
+    evaluation.main(f"--checkpoint {file} --data toy-fog".split())  # as many classes as the toy world has
+    assert 0 <= json.loads(capfd.readouterr().out.splitlines()[-1])["miou"]["toy-fog"] <= 100
+    five = save_as_mmengine(tmp_path / "five.pth", released)
+    with pytest.raises(qsd.UserError, match="--data toy-fog has the 8 classes .* was trained on 5 others"):
+        evaluation.main(f"--checkpoint {five} --data toy-fog".split())
+
+    evaluation.main(f"--checkpoint {file} --export {tmp_path}/new/again.pth".split())
+    again = torch.load(tmp_path / "new/again.pth", weights_only=True)["state_dict"]
+    assert again.keys() == released.keys()
+    assert all(torch.equal(again[key], (released | head)[key]) for key in released)
+
+    vit = qsd.load_vit(file)  # its encoder alone
+    assert torch.equal(vit.blocks[11].mlp.fc2.weight, released["backbone.blocks.11.mlp.fc2.weight"])
+    assert (vit.mean, vit.std) == tuple(qsd.IMAGENET.values())
+
+
+def test_a_segmenter_from_before_the_official_positions_keeps_its_own(tmp_path):
+    cfg = segment.Config(data="toy", **segment.LIGHT, geometry="centred")
+    model = segment.Segmenter(qsd.load_vit("toy_small"), segment.build_decoder(64, 8, cfg)).eval()
+    before = dataclasses.asdict(cfg)
+    del before["geometry"], before["no_decay"]  # constants that it did not know
+    torch.save(dict(model=model.state_dict(), encoder=model.encoder.config, config=before, ledger=[],
+                    classes=list(data.TOY_CLASSES), colors=[]), tmp_path / "segmenter.pt")
+    again, _ = segment.load_segmenter(tmp_path / "segmenter.pt")
+    x = torch.randn(1, 3, 64, 64)
+    assert torch.equal(again(x)["logits"], model(x)["logits"])
+
+
 # --- Runs: every setting reaches the weights --------------------------------------------------------------------------
 
 # another value of each constant, which a new one needs, too, and the flags without which it would not matter
@@ -2019,16 +2410,18 @@ STAGE_1 = LOSS | {
     "seed": "1", "precision": "fp16"}
 STAGE_2 = LOSS | {
     "data": "toy-arcade", "split": "val", "labels": "1/16", "encoder": "toy_small", "depth": "2", "freeze": "no",
-    "decoder": "mask", "blocks": "four", "width": "32", "queries": "16", "decoder_layers": "2", "ffn": "128",
-    "pixel": "deform", "heads": "2", "points": "50", "void": "ignore", "kd": "1", "kd_logits": "1",
+    "decoder": "mask", "rois": "4", "proposals": "10", "blocks": "four", "width": "32", "queries": "16",
+    "decoder_layers": "2", "ffn": "128", "pixel": "deform", "heads": "2", "points": "50", "void": "ignore",
+    "geometry": "centred", "kd": "1", "kd_logits": "1", "no_decay": "all",
     "teacher": "toy_base", "size": "32", "patch": "16", "cat_max_ratio": "0.3", "batch": "8", "budget": "3",
     "lr": "0.01", "lr_backbone": "0.01", "power": "2", "weight_decay": "0.1", "seed": "1", "precision": "bf16"}
 NEEDS = {"temperature": "--scale cosine", "dcd_pool": "--loss afdcd", "keep_heads": "--student {student}",
          "hub_offset": "--size 48 --teacher {teacher.parent.parent}/dinov2.pt"}
 ONE_STAGE = "--freeze no --teacher {teacher}"
-OF_MASKS = ("width", "queries", "decoder_layers", "ffn", "pixel", "heads", "points", "void")
+OF_MASKS = ("width", "queries", "decoder_layers", "ffn", "pixel", "heads", "points", "void", "geometry")
 NEEDS_IN_STAGE_2 = dict.fromkeys(OF_MASKS, "--decoder mask") | dict.fromkeys((*LOSS, "teacher"), f"{ONE_STAGE} --kd 1")
-NEEDS_IN_STAGE_2 |= dict.fromkeys(("lr_backbone", "kd", "kd_logits"), ONE_STAGE)
+NEEDS_IN_STAGE_2 |= dict.fromkeys(("lr_backbone", "no_decay", "kd", "kd_logits"), ONE_STAGE)
+NEEDS_IN_STAGE_2 |= dict.fromkeys(("rois", "proposals"), "--data toy-boxes --decoder boxes --ffn 16")
 OTHERS = {"out", "workers", "micro", "log_every", "save_minutes", "max_skips", "compile", "stage"}  # not mathematical
 OTHERS |= {"root", "cache", "pretrained", "official", "classes"}    # below: the toy world has no use for them
 CONSTANTS = [(script, field.name) for script in SCRIPTS for field in dataclasses.fields(SCRIPTS[script].Config)
@@ -2090,7 +2483,8 @@ def test_student_and_teachers_see_the_same_pixels_each_normalised_as_it_was_trai
 
 
 STILL = {"distill": r"bias$|norm|^objective\.\w+\.\w+\.0\.",        # the parameters that do not decay, officially
-         "segment": r"norm|query|level_embed|laterals\.\d\.1\.|\.embed\.1\."}
+         "segment": r"^segmenter\.decoder\.(query|level_embed|norm|layers.*norm"
+                    r"|pixel_decoder\.(layers.*norm|laterals\.\d\.1\.|embed\.1\.))"}
 POLYNOMIAL = "--decoder mask --pixel deform --lr 0.004 --lr_backbone 0.001 --power 2 --budget 8flop"     # 2 a step
 
 
@@ -2308,6 +2702,18 @@ def test_a_run_of_another_version_or_spelling_goes_on_and_its_result_is_read_unl
             assert "is finished; nothing to do" in capfd.readouterr().out
 
 
+def test_a_dinov3_teacher_distils_and_resumes_to_the_bits_and_is_given_a_decoder_itself(flags, tmp_path):
+    path, _ = dinov3_file(tmp_path, "dinov3_vits16", depth=1)
+    more = f"--teacher {path} --patch 16"
+    train("distill", flags("distill", tmp_path / "whole", more))
+    interrupt("distill", flags("distill", tmp_path / "parts", more))
+    assert train("distill", flags("distill", tmp_path / "parts", more)) == 1
+    assert same_runs(tmp_path / "whole", tmp_path / "parts")
+    assert train("segment", flags("segment", tmp_path / "decoder", f"--encoder {path} --patch 16")) == 2
+    model, _ = segment.load_segmenter(tmp_path / "decoder/segmenter.pt")
+    assert (model.encoder.rope, model.encoder.depth) == ("dinov3", 1)
+
+
 REFUSALS = {
     "segment.py --freeze maybe": "--freeze: 'maybe' is none of yes, no",
     "distill.py {t} --seed -1": "--seed: 0 to 1e+18 was expected, not -1",
@@ -2324,11 +2730,11 @@ REFUSALS = {
     "distill.py {t} --budget 1.2.3": "--budget 1.2.3 is not one of",
     "distill.py {t} --batch 3": "--batch 3 does not divide into pairs of images over 1 processes",
     "segment.py {t} --kd 1": "add --freeze no",
-    "segment.py --data toy --kd_logits 1 --freeze no --teacher {student}": "student.pt is no segmenter.pt",
+    "segment.py --data toy --kd_logits 1 --freeze no --teacher {student}": "student.pt: neither a segmenter.pt",
     "distill.py {t} --out {tmp}": "is not empty and holds no log.jsonl",
     "segment.py --data toy --out {tmp}/a": "a holds a run with other constants (",
     f"distill.py {{t}} {QUICK} --data toy-proxy --budget 3 --out {{tmp}}/a": "a/last.pt cannot be read (",
-    "eval.py --checkpoint {tmp}/a/last.pt --data toy": "last.pt is no segmenter.pt",
+    "eval.py --checkpoint {tmp}/a/last.pt --data toy": "last.pt is truncated, damaged or no checkpoint",
     "data.py --data gtva": "--data gtva: not one of",
 }
 
@@ -2608,7 +3014,8 @@ def test_processes_share_an_odd_number_of_images_and_none_is_counted_twice(tmp_p
 # --- Evaluation: tables are lists of runs -----------------------------------------------------------------------------
 
 WORLDS = ("toy", "camvid", "paper")
-NOT_THERE = [("fig6", "camvid"), ("main", "paper"), ("clock", "paper")]
+NOT_THERE = [("10", "camvid"), ("fig6", "camvid")]
+NOT_THERE += [(table, "paper") for table in ("main", "effects", "steps", "variants", "clock", "flops")]
 
 
 def rows_of(table, world):
@@ -2659,6 +3066,60 @@ def test_table_5_adds_one_component_a_row():
     masked = [("imagenet", "qsd", 1), ("gtav", "qsd", 1)]
     assert found == [([], 1, False), (mse[1:], 0, False), (mse, 0, False), (unmasked, 0, False), (masked, 0, False),
                      (masked, 0, True)]
+
+
+def test_an_effect_is_one_change_between_two_rows_and_the_papers_gain_for_it():
+    rows = {row.name: row.runs for _, row in rows_of("effects", "toy")}
+    changed = []
+    for effect in evaluation.EFFECTS:
+        configs = []
+        for name in (effect.before, effect.after):
+            last = evaluation.parsed(rows[name][-1])[1]
+            stages = [evaluation.parsed(text)[1] for text in rows[name][:-1]]
+            stage_1 = {(cfg.loss, cfg.attention, cfg.beta, cfg.gamma) for cfg in stages}
+            configs.append((last.kd, len(stages), *stage_1, last.freeze))
+        changed.append(configs)
+    mse = ("mse", "learned", 1, 1)
+    qsd_1 = ("qsd", "learned", 1, 1)
+    unmasked = ("qsd", "learned", 0, 1)
+    assert changed == [
+        [(0, 0, False), (1, 0, False)],
+        [(1, 0, False), (0, 1, mse, False)],
+        [(0, 1, mse, False), (0, 2, mse, False)],
+        [(0, 2, ("qsd", "identity", 0, 1), False), (0, 2, unmasked, False)],
+        [(0, 2, mse, False), (0, 2, unmasked, False)],
+        [(0, 2, unmasked, False), (0, 2, qsd_1, False)],
+        [(0, 2, ("qsd", "learned", 1, 0), False), (0, 2, qsd_1, False)],
+        [(0, 2, qsd_1, False), (0, 2, qsd_1, True)],
+        [(0, 2, mse, True), (0, 2, qsd_1, True)],
+        [(0, 0, False), (0, 2, qsd_1, True)]]
+
+
+def test_effects_are_means_of_paired_differences_with_students_interval_beside_the_papers_gains(capsys):
+    record = {}
+    for effect in evaluation.EFFECTS:
+        for name in (effect.before, effect.after):
+            record[name] = dict(miou=[[60.0, 10.0], [70.0, 20.0], [80.0, 60.0]])
+    record["QSD, encoder frozen"] = dict(miou=[[60.0, 11.0], [70.0, 22.0], [80.0, 63.0]])    # 1, 2 and 3 more
+    evaluation.show_effects(record)
+    found = {name: cells for name, *cells in printed_table(capsys.readouterr().out)}
+    half = 4.303 / math.sqrt(3)
+    assert found["frozen encoder"] == [f"+2.0 ± {half:.1f}", "+0.1", "within noise"]
+    assert found["GKD instead of two-stage MSE"] == [f"+2.0 ± {half:.1f}", "+1.0", "within noise"]
+    assert found["masked patches"][:2] == ["+0.0 ± 0.0", "+0.6"] and found["CLS token"][1] == "-"
+    assert found["distil at all, in one stage"][1] == "+9.2" and found["proxy stage before it"][1] == "+2.2"
+    cases = ((3, 1, 2), (-3, 1, 2), (1, 3, 2), (3, 1, None), (-3, 1, None))
+    verdicts = ["reproduced", "contradicted", "within noise", "gain", "loss"]
+    assert [evaluation.verdict(*case) for case in cases] == verdicts
+
+
+def test_students_t_has_975_thousandths_of_its_mass_below_each_point():
+    for df, point in enumerate(evaluation.STUDENT_T, start=1):
+        x = torch.linspace(0, point, 200001, dtype=torch.float64)
+        constant = math.gamma((df + 1) / 2) / (math.sqrt(df * math.pi) * math.gamma(df / 2))
+        density = constant * (1 + x ** 2 / df) ** (-(df + 1) / 2)
+        assert torch.trapezoid(density, x).item() == pytest.approx(0.475, abs=2e-5)
+    assert evaluation.interval([3.0]) == (3, math.inf)
 
 
 def test_a_table_at_the_papers_scale_says_what_it_needs_and_runs_nothing(tmp_path, capsys, monkeypatch):
@@ -3121,8 +3582,8 @@ def test_the_probe_is_a_ridge_regression_from_tokens_to_the_share_of_each_class_
 BAD_EVALUATIONS = {
     "--figure 8 --data toy-fog": "--models: say which",
     "--figure 8 --data toy-fog --models a={teacher},a={teacher}": "two are called a",
-    "--figure 8 --data toy-fog --models a={student}": "student.pt is no segmenter.pt",
-    "--figure 8 --data camvid --root {tmp} --models a={teacher}": "camvid has the classes",
+    "--figure 8 --data toy-fog --models a={student}": "student.pt: neither a segmenter.pt",
+    "--figure 8 --data camvid --root {tmp} --models a={teacher}": "camvid has the 11 classes",
     "--figure 5 --data toy-fog --models {teacher} --examples 0": "--examples: 1 to 1e+09 was expected, not 0",
     "--figure 3b --models a={teacher},b={tmp}": "holds no log.jsonl",
     "--figure 7a --data toy-fog --models a={teacher}": "wants the teacher, then its students",
@@ -3146,6 +3607,438 @@ def test_a_mistake_with_models_or_files_is_told_in_one_line(command, teacher, st
     with pytest.raises(qsd.UserError) as error:
         evaluation.main(command.format(tmp=tmp_path, teacher=teacher, student=student).split())
     assert BAD_EVALUATIONS[command] in str(error.value) and "\n" not in str(error.value)
+
+
+# --- Boxes: files, toy world, transforms, corruptions -----------------------------------------------------------------
+
+DOG = "<object><name>dog</name><bndbox><xmin>3</xmin><ymin>2</ymin><xmax>7</xmax><ymax>6</ymax></bndbox></object>"
+LARGE_DOG = DOG.replace(">3<", ">1<").replace(">2<", ">1<").replace(">7<", ">8<")
+PERSON = """<object><name>person</name><part><name>head</name><bndbox><xmin>1</xmin><ymin>1</ymin><xmax>2</xmax>
+    <ymax>2</ymax></bndbox></part><difficult>1</difficult><bndbox><xmax>8</xmax><xmin>1</xmin><ymin>1.5</ymin>
+    <ymax>6</ymax></bndbox></object>"""  # the order of tags differs between the releases
+
+
+def save_voc(root, objects=DOG, side=(8, 6), names=("VOC2007 000005 trainval", "VOC2007 000001 test",
+                                                     "VOC2012 2008_000002 trainval")):
+    """VOC as its archives unpack, an image of this size (width, height) with these objects in each list."""
+    for number, line in enumerate(names):
+        year, name, part = line.split()
+        folder = root / "VOCdevkit" / year
+        for path in ("JPEGImages", "Annotations", "ImageSets/Main"):
+            (folder / path).mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", side, (20 * number,) * 3).save(folder / f"JPEGImages/{name}.jpg")
+        size = f"<size><width>{side[0]}</width><height>{side[1]}</height><depth>3</depth></size>"
+        (folder / f"Annotations/{name}.xml").write_text(f"<annotation>{size}{objects}</annotation>")
+        (folder / f"ImageSets/Main/{part}.txt").write_text(f"{name}\n")
+        (folder / f"ImageSets/Main/dog_{part}.txt").write_text(f"{name} -1\n")
+
+
+def test_voc_is_read_as_downloaded_its_boxes_without_parts_and_its_test_images_in_every_corruption(tmp_path, capsys):
+    save_voc(tmp_path, DOG + PERSON)
+    for root in (tmp_path, tmp_path / "VOCdevkit"):
+        for split, greys in dict(train=(0, 40), val=(20,)).items():
+            for (image, label, _), grey in zip(data.scenes("voc", root, split), greys, strict=True):
+                assert image.shape == (3, 6, 8) and abs(image[0, 0, 0].item() - grey) < 3
+                assert data.objects_of(label).tolist() == [[2, 1, 7, 6, 11, 0], [0, 0.5, 8, 6, 14, 1]]
+                assert label.shape == (100, 6) and label.dtype == torch.float32
+    assert [image.shape for image, _ in data.images("voc", tmp_path)] == [(3, 6, 8)] * 2
+    samples = data.scenes("voc-corruptions", tmp_path, "val").samples
+    assert [sample.corruption for sample in samples] == [(name, s) for name in data.CORRUPTIONS for s in range(1, 6)]
+    image = samples[0]._replace(corruption=None).read_image()
+    assert torch.equal(samples[33].read_image(), data.corrupt(image, "brightness", 4))
+    data.main(["--data", "voc", "--root", str(tmp_path), "--out", str(tmp_path / "out.png")])
+    text = capsys.readouterr().out
+    assert "voc train: 2 pairs, 0 problems" in text
+    assert re.search(r"objects, %\n[\s\S]* dog +50.00[\s\S]* person +50", text)
+    picture = np.asarray(Image.open(tmp_path / "out.png").convert("RGB"))[10:235, 10:310]  # 8 x 6 pixels at 300 x 225
+    assert (picture[int(4 * 37.5), 75] == data.VOC_COLORS[11]).all()  # the left border of the dog, below its name
+
+
+WRONG_BOXES = {
+    "": "holds 0 objects, but 1 to 100", 101 * DOG: "holds 101 objects",
+    DOG.replace("dog", "dgo"): "of class dgo, which",
+    DOG.replace(">7<", ">2<"): r"the box \[3.0, 2.0, 2.0, 6.0\] of a dog has no area",
+    DOG.replace(">7<", ">9<"): "of a dog has no area, or exceeds", DOG.replace(">3<", ">0<"): "or exceeds the image",
+    DOG.replace("<ymax>6</ymax>", ""): "cannot be read as a label",
+    DOG.replace("</object>", ""): "cannot be read as a label"}
+
+
+@pytest.mark.parametrize("objects", WRONG_BOXES)
+def test_an_annotation_that_makes_no_sense_is_one_line_that_names_it(objects, tmp_path):
+    save_voc(tmp_path, objects)
+    with pytest.raises(data.UserError, match=f"000001.xml: .*{WRONG_BOXES[objects]}") as error:
+        data.scenes("voc", tmp_path, "val")[0]
+    assert "\n" not in str(error.value)
+
+
+def test_a_missing_image_of_voc_is_named_and_replaced_only_in_training_a_missing_list_or_annotation_is_told(
+        tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(data, "BAD_SHARE", 0.5)
+    save_voc(tmp_path)
+    for path in (tmp_path / "VOCdevkit").glob("VOC2007/JPEGImages/*"):
+        path.unlink()
+    assert data.scenes("voc", tmp_path)[0][0].float().mean() > 30
+    assert "000005.jpg: cannot be read as an image" in capfd.readouterr().err
+    for split, gone, line in (("val", "", "000001.jpg: cannot be read"),
+                              ("train", "VOC2012/Annotations/2008_000002.xml", "2008_000002.xml: cannot be read as"),
+                              ("train", "VOC2012/ImageSets/Main/trainval.txt", "no VOC2012/ImageSets/Main/trainval")):
+        if gone:
+            (tmp_path / "VOCdevkit" / gone).unlink()
+        with pytest.raises(data.UserError, match=line):
+            data.scenes("voc", tmp_path, split)[0]
+
+
+def test_toy_boxes_lie_around_the_visible_pixels_of_each_thing(monkeypatch):
+    spans = []
+    draw = data.ToyCanvas.thing
+
+    def noted(canvas, kind, *more, **where):
+        first = len(canvas.kinds)
+        draw(canvas, kind, *more, **where)
+        spans.append((kind, first, len(canvas.kinds)))
+    monkeypatch.setattr(data.ToyCanvas, "thing", noted)
+    hidden = 0
+    for look, number in itertools.product(("game", "night"), range(40)):
+        image, label = data.toy_things.__wrapped__(look, number)
+        spans.clear()
+        seed = np.random.PCG64([0, number, sum(look.encode())])
+        objects, *_ = data.toy_layout(np.random.Generator(seed))
+        expected = set()
+        for kind, first, last in spans:
+            y, x = np.nonzero((objects >= first) & (objects < last))
+            if kind in (5, 6, 7) and len(x):
+                expected.add((x.min(), y.min(), x.max() + 1, y.max() + 1, kind - 5, len(x) < 12))
+        assert set(map(tuple, data.objects_of(label))) == expected
+        assert (image == data.toy_scene(look, number)[0]).all()
+        hidden += sum(row[5] for row in expected)
+    assert hidden > 2 and data.DATASETS["toy-boxes-night"].classes == ("car", "pole", "person")
+
+
+def test_images_and_boxes_are_scaled_cropped_and_flipped_together_and_cut_boxes_dropped():
+    flips = kept = 0
+    for height, width, size in [(40, 64, 40), (50, 30, 30), (20, 31, 40)] * 30:
+        image = torch.zeros(3, height, width, dtype=torch.uint8)
+        image[1] = torch.linspace(50, 200, width)               # grows to the right, unless flipped
+        left, top = torch.randint(width - 12, ()).item(), torch.randint(height - 8, ()).item()
+        image[0, top:top + 8, left:left + 12] = 255
+        label = torch.from_numpy(data.as_label([(left, top, left + 12, top + 8, 3, 1)]))
+        found, label = data.detect_transform(size)(image, label)
+        assert found.shape == (3, size, size) and label.shape == (100, 6)
+        flips += found[1, 0, 0] > found[1, 0, -1]
+        y, x = np.nonzero(found[0].numpy() > 127)
+        scale = size / min(height, width)
+        share = len(x) / (8 * 12 * scale ** 2)
+        objects = data.objects_of(label)
+        if len(objects):
+            assert objects[0].numpy() == pytest.approx([x.min(), y.min(), x.max() + 1, y.max() + 1, 3, 1], abs=1.1)
+        assert len(objects) == (share > 0.3) or abs(share - 0.3) < 0.05
+        kept += len(objects)
+    assert 25 < flips < 65 and 45 < kept < 88
+
+
+def test_corruptions_grow_with_severity_and_follow_from_the_image_alone():
+    images = [torch.from_numpy(data.toy_scene("game", i)[0]).permute(2, 0, 1) for i in range(80)]
+    assert len(data.CORRUPTIONS) == 10
+    for name in data.CORRUPTIONS:
+        few = images if name == "fog" else images[:8]           # whose clouds are as random as its severities
+        errors = np.zeros(5)
+        for image, severity in itertools.product([*few, smooth_image(70, 81)], range(1, 6)):
+            before = image.clone()
+            found = data.corrupt(image, name, severity)
+            assert found.dtype == torch.uint8 and found.shape == image.shape and torch.equal(image, before)
+            errors[severity - 1] += ((found.float() - image) ** 2).mean()
+        torch.rand(1)                                           # another state of the generator that all share
+        assert torch.equal(found, data.corrupt(image.contiguous(), name, severity))
+        assert (np.diff(errors) > 0).all() and errors[0] > 0, (name, errors)
+
+
+def test_corruptions_have_the_published_constants():
+    grey = torch.full((3, 200, 200), 128, dtype=torch.uint8)
+    colors = torch.randint(0, 256, (3, 60, 80), generator=seeded(0)).to(torch.uint8)
+    noise = [data.corrupt(grey, "gaussian_noise", s).float().std() / 255 for s in (1, 2, 3)]
+    assert noise == pytest.approx([0.08, 0.12, 0.18], rel=0.02)
+    for severity, rate in enumerate((60, 25, 12, 5), start=1):
+        assert data.corrupt(grey // 4, "shot_noise", severity).float().var() == pytest.approx(255 * 32 / rate, rel=0.05)
+    extreme = [data.corrupt(grey, "impulse_noise", s) for s in (1, 5)]
+    for value in (0, 255):
+        assert [(x == value).float().mean().item() for x in extreme] == pytest.approx([0.015, 0.135], rel=0.06)
+    pixels = colors.permute(1, 2, 0).reshape(-1, 3)[:200] / 255
+    hsv = [colorsys.rgb_to_hsv(*rgb) for rgb in pixels.tolist()]
+    brighter = torch.tensor([colorsys.hsv_to_rgb(h, s, min(v + 0.3, 1)) for h, s, v in hsv])
+    found = data.corrupt(colors, "brightness", 3).permute(1, 2, 0).reshape(-1, 3)[:200]
+    assert (found - 255 * brighter).abs().max() <= 0.51
+    mean = colors.float().mean((1, 2), keepdim=True)
+    assert (data.corrupt(colors, "contrast", 2) - (0.3 * (colors - mean) + mean)).abs().max() <= 0.51
+    assert len(data.corrupt(colors, "pixelate", 5).flatten(1).unique(dim=1).T) <= 15 * 20
+    spot = torch.zeros(3, 41, 41, dtype=torch.uint8)
+    spot[:, 20, 20] = 255
+    disk = data.corrupt(spot, "defocus_blur", 1)[0].numpy()
+    inside = np.add.outer(np.arange(-20, 21) ** 2, np.arange(-20, 21) ** 2) <= 9
+    assert ((disk > 0) == inside).all() and disk.max() == round(255 / inside.sum())
+    zoomed = data.corrupt(spot, "zoom_blur", 5)[0] / 255                        # 1 + 11 zooms, by up to 1.3
+    assert zoomed[20, 20] == pytest.approx(1, abs=0.01) and zoomed.argmax() == 20 * 41 + 20
+    fog = data.corrupt(grey, "fog", 5).float()
+    assert 18 <= fog.min() < fog.max() <= 128                                   # 128 (x + 3 clouds) / (x + 3)
+    jpeg = io.BytesIO()
+    Image.fromarray(colors.permute(1, 2, 0).numpy()).save(jpeg, "JPEG", quality=7)
+    assert (data.corrupt(colors, "jpeg_compression", 5).float() - pil_to_tensor(Image.open(jpeg))).abs().mean() < 1
+
+
+# --- Boxes: Faster R-CNN as a decoder, and AP -------------------------------------------------------------------------
+
+class Same(torch.nn.Module):
+    """Of torchvision's own FasterRCNN: images and boxes that are left as they are."""
+    def forward(self, images, targets=None):
+        return segment.ImageList(torch.stack(images), [image.shape[1:] for image in images]), targets
+
+    def postprocess(self, found, sizes, original):
+        return found
+
+
+def box_labels(*images):
+    return torch.stack([torch.from_numpy(data.as_label(objects)) for objects in images])
+
+
+def test_losses_and_boxes_of_the_box_decoder_are_those_of_torchvisions_faster_rcnn_as_published():
+    decoder = segment.BoxDecoder(32, 3, width=32, ffn=16)
+    for p in decoder.judge.box_predictor.parameters():
+        p.data.normal_()
+    feats = [x.float() for x in features((4, 8))]
+    maps = decoder(feats)
+    assert [tuple(x.shape[2:]) for x in maps.values()] == [(16, 32), (8, 16), (4, 8), (2, 4), (1, 2)]
+    anchors = segment.AnchorGenerator(((32,), (64,), (128,), (256,), (512,)), ((0.5, 1.0, 2.0),) * 5)
+    backbone = torch.nn.Module()
+    backbone.out_channels = 32
+    backbone.forward = lambda x: maps
+    head = segment.TwoMLPHead(32 * 49, 16)
+    official = segment.FasterRCNN(backbone, rpn_anchor_generator=anchors, box_head=head,
+                                  box_predictor=segment.FastRCNNPredictor(16, 4))
+    official.transform = Same()
+    official.rpn.load_state_dict(decoder.propose.state_dict())
+    official.roi_heads.load_state_dict(decoder.judge.state_dict())
+    label = box_labels([(3, 5, 60, 40, 2, 0), (50, 2, 120, 60, 0, 0), (0, 0, 9, 9, 1, 1)], [])
+    targets = [dict(boxes=label[0, :2, :4], labels=torch.tensor([3, 1])),
+               dict(boxes=torch.zeros(0, 4), labels=torch.zeros(0, dtype=torch.int64))]
+    images = [torch.zeros(3, 64, 128)] * 2
+
+    torch.manual_seed(7)
+    expected = official(images, targets)
+    found = decoder.loss(maps, label, torch.Generator().manual_seed(7))
+    assert found.keys() - expected.keys() == {"loss"} and len(expected) == 4
+    for name, loss in expected.items():
+        torch.testing.assert_close(found[name], loss)
+    torch.testing.assert_close(found["loss"], sum(expected.values()))
+    official.eval()
+    for one, other in zip(decoder.scores(maps, (64, 128)), official(images), strict=True):
+        torch.testing.assert_close(one[:, :4], other["boxes"])
+        torch.testing.assert_close(one[:, 4:], torch.stack([other["labels"] - 1.0, other["scores"]], 1))
+        assert len(one) > 20 and len(one[:, 4].unique()) > 1
+    small, = decoder.scores({level: x[:1] for level, x in maps.items()}, (50, 100))
+    assert small[:, [0, 2]].max() == 100 and small[:, [1, 3]].max() == 50     # what was padded holds no objects
+
+
+def test_the_box_decoder_trains_all_its_parameters_in_fp32_and_repeats_its_draws():
+    decoder = segment.BoxDecoder(32, 3, patch=8, width=32, ffn=16, rois=8, proposals=20)
+    label = box_labels([(3, 5, 30, 20, 2, 0)], [])
+    with torch.autocast("cpu", torch.bfloat16):
+        maps = decoder([x.float() for x in features((4, 4))])
+        losses = [decoder.loss(maps, label, torch.Generator().manual_seed(seed))["loss"] for seed in (0, 0, 1)]
+        nothing = decoder.loss(maps, torch.zeros(2, 100, 6))["loss"]
+        found = decoder.scores(maps)
+    assert losses[0] == losses[1] != losses[2] and losses[0].dtype == found[0].dtype == torch.float32
+    nothing.backward(retain_graph=True)
+    assert nothing.isfinite() and all(p.grad is not None for p in decoder.parameters())  # those that DDP waits for
+    losses[0].backward()
+    assert all(p.grad.isfinite().all() and p.grad.any() for p in decoder.parameters())
+
+
+def slow_ap(images, k):
+    """VOC's own loop for class k over images of (found rows, object rows)."""
+    count = sum(row[4] == k and not row[5] for _, objects in images for row in objects)
+    if not count:
+        return math.nan
+    detections = [(row[5], i, row) for i, (found, _) in enumerate(images) for row in found if row[4] == k]
+    seen = set()
+    true = false = 0
+    curve = []
+    for score, i, (left, top, right, bottom, *_) in sorted(detections, key=lambda d: -d[0]):
+        best, which = -1, None
+        for j, (l, t, r, b, kind, difficult) in enumerate(images[i][1]):
+            common = max(0, min(right, r) - max(left, l)) * max(0, min(bottom, b) - max(top, t))
+            iou = common / ((right - left) * (bottom - top) + (r - l) * (b - t) - common)
+            if kind == k and iou > best:
+                best, which = iou, j
+        if best >= 0.5 and images[i][1][which][5]:
+            continue
+        if best >= 0.5 and (i, which) not in seen:
+            seen.add((i, which))
+            true += 1
+        else:
+            false += 1
+        curve.append((true / count, true / (true + false)))
+    area = before = 0
+    for recall in sorted({r for r, _ in curve}):
+        area += (recall - before) * max(p for r, p in curve if r >= recall)
+        before = recall
+    return area
+
+
+def random_boxes(rng, count):
+    """Rows of boxes with one of three classes; class 3 never occurs."""
+    corner = rng.uniform(0, 40, (count, 2))
+    kinds = rng.integers(0, 3, (count, 1))
+    return np.concatenate([corner, corner + rng.uniform(4, 24, (count, 2)), kinds], 1)
+
+
+def test_ap_equals_the_slow_loop_of_voc_with_difficult_objects_duplicates_and_empty_images(monkeypatch):
+    rng = np.random.default_rng(0)
+    aps = []
+    for case in range(30):
+        images = []
+        for _ in range(rng.integers(1, 6)):
+            objects = random_boxes(rng, rng.integers(0, 6))
+            near = objects[rng.integers(0, len(objects), rng.integers(0, 12))] if len(objects) else objects
+            near[:, :4] += rng.normal(0, 1.5, near[:, :4].shape)                # also several for one object
+            found = np.concatenate([near, random_boxes(rng, rng.integers(0, 4))])
+            scores = -np.sort(-rng.random(len(found)))
+            images.append((np.column_stack([found, scores]).astype(np.float32),
+                           np.column_stack([objects, rng.random(len(objects)) < 0.25]).astype(np.float32)))
+        samples = [SimpleNamespace(corruption=None)] * len(images)
+        items = [(torch.full((3, 1, 1), i, dtype=torch.uint8), torch.from_numpy(data.as_label(objects)), i)
+                 for i, (_, objects) in enumerate(images)]
+        dataset = type("Items", (list,), dict(samples=samples, num_classes=4))(items)
+        encoder = SimpleNamespace(mean=(0, 0, 0), std=(1 / 255,) * 3)           # "normalised", an image is its number
+        monkeypatch.setattr(evaluation, "find_objects", lambda model, x, side: [
+            torch.from_numpy(images[round(number.item())][0]) for number in x[:, 0, 0, 0]])
+        found = evaluation.evaluate_boxes(SimpleNamespace(encoder=encoder), dataset, 1, CPU, batch=2)
+        expected = [slow_ap([(f.tolist(), o.tolist()) for f, o in images], k) for k in range(4)]
+        assert found.tolist() == pytest.approx(expected, nan_ok=True)
+        aps += expected[:3]
+    assert 0.2 < np.nanmean(aps) < 0.8 and np.isnan(aps).any()
+
+
+# --- Boxes: runs and what is made of them -----------------------------------------------------------------------------
+
+FEW = "--ffn 16 --rois 8 --proposals 20"
+
+
+@pytest.fixture(scope="session")
+def detector(teacher, tmp_path_factory):
+    """A segmenter.pt that finds boxes, after two steps in the toy world."""
+    out = tmp_path_factory.mktemp("runs") / "detector"
+    train("segment", f"--data toy-boxes {QUICK} {FEW} --out {out}".split())
+    return out / "segmenter.pt"
+
+
+def test_a_detector_learns_two_scenes_by_heart(monkeypatch, tmp_path, capsys):
+    monkeypatch.setitem(data.DATASETS, "toy-boxes", dataclasses.replace(
+        data.DATASETS["toy-boxes"], splits=dict(train=range(2), val=range(2))))
+    train("segment", f"--data toy-boxes --freeze no --batch 4 --budget 60 --workers 0 --out {tmp_path}/a".split())
+    evaluation.main(f"--checkpoint {tmp_path}/a/segmenter.pt --data toy-boxes".split())
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["miou"]["toy-boxes"] > 80
+
+
+@pytest.mark.parametrize("more", ["", "--freeze no --kd 1 --loss cwd --teacher {teacher}"])
+def test_voc_trains_resumes_to_the_bits_and_is_evaluated(more, teacher, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(data, "CORRUPTIONS", {name: data.CORRUPTIONS[name] for name in ("fog", "contrast")})
+    everything = partial(segment.FasterRCNN, box_score_thresh=0, box_detections_per_img=1000)   # after two steps only
+    monkeypatch.setattr(segment, "FasterRCNN", everything)
+    save_voc(tmp_path, LARGE_DOG + PERSON)
+    begin = f"--data voc --decoder boxes --root {tmp_path} --encoder toy_small --width 32 --size 64 --patch 8"
+    begin = f"{begin} --ffn 16 --rois 8 --proposals 100 {QUICK} {more}".format(teacher=teacher)
+    train("segment", f"{begin} --out {tmp_path}/whole".split())
+    interrupt("segment", f"{begin} --out {tmp_path}/parts".split())
+    assert train("segment", f"{begin} --out {tmp_path}/parts".split()) == 1
+    assert same_runs(tmp_path / "whole", tmp_path / "parts")
+    assert {"loss_objectness", "loss_box_reg", "loss"} <= records(tmp_path / "whole")[0].keys()
+    evaluation.main(f"--checkpoint {tmp_path}/whole/segmenter.pt --data voc+voc-corruptions --root {tmp_path}".split())
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])["miou"]
+    model, _ = segment.load_segmenter(tmp_path / "whole/segmenter.pt")
+    expected = []
+    for corruption in (None, *itertools.product(("fog", "contrast"), range(1, 6))):
+        sample = data.scenes("voc", tmp_path, "val").samples[0]._replace(corruption=corruption)
+        x = data.normalize(sample.read_image()[None], model.encoder.mean, model.encoder.std)    # 6 x 8 pixels
+        x = TF.resize(x, [64, 85], antialias=True)
+        boxes, = model.decoder.scores(model(F.pad(x, (0, 11))), (64, 85))
+        boxes[:, :4] *= torch.tensor([8 / 85, 6 / 64, 8 / 85, 6 / 64])
+        expected.append(slow_ap([(boxes.tolist(), data.objects_of(sample.read_label()).tolist())], 11))
+    assert found["voc"] == pytest.approx(100 * expected[0]) and max(expected) > 0     # the person is difficult
+    assert found["voc-corruptions"] == pytest.approx(100 * np.mean(expected[1:]))
+
+
+def test_processes_share_the_corruptions_of_a_detectors_domain(detector, monkeypatch):
+    monkeypatch.setattr(data, "CORRUPTIONS", {"contrast": data.CORRUPTIONS["contrast"]})
+    monkeypatch.setitem(data.DATASETS, "toy-boxes-few", data.toy_boxes("game", val=2, corrupted=True))
+    model, _ = segment.load_segmenter(detector)
+    dataset = data.scenes("toy-boxes-few", "", "val")
+    monkeypatch.setattr(evaluation, "average_precision", lambda scores, hits, count: count + scores.sum())
+    alone = evaluation.evaluate_boxes(model, dataset, 64, CPU)
+    monkeypatch.setattr(data, "world_size", lambda: 2)
+    shares = []
+    for rank in (0, 1):
+        monkeypatch.setattr(data, "rank", lambda: rank)
+        shares.append(evaluation.evaluate_boxes(model, dataset, 64, CPU))
+    torch.testing.assert_close(shares[0] + shares[1], alone)
+    assert all(0 < share.sum() < alone.sum() for share in shares)
+
+
+def test_a_detectors_boxes_are_drawn_with_class_and_score_by_images_and_figure_8(detector, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    found = torch.tensor([[16, 8, 48, 32, 1, 0.875], [2, 2, 9, 9, 0, 0.4]])
+    monkeypatch.setattr(evaluation, "find_objects", lambda model, x, side: [found * len(x) * (side == 64)])
+    texts = []
+    draw = data.draw_bounding_boxes
+    monkeypatch.setattr(data, "draw_bounding_boxes", lambda image, boxes, names, *more, **how: (
+        texts.append(names), draw(image, boxes, names, *more, **how))[1])
+    (tmp_path / "in").mkdir()
+    Image.new("RGB", (64, 64)).save("in/a.png")
+    evaluation.main(f"--checkpoint {detector} --images in --out out".split())
+    assert json.loads(Path("out/a_boxes.json").read_text()) == [[16, 8, 48, 32, 1, 0.875]] and texts == [["pole 0.88"]]
+    picture = np.asarray(Image.open("out/a_boxes.png"))
+    assert picture.shape == (800, 800, 3) and len(list(Path("out").iterdir())) == 2
+    assert (picture[250:390, [200, 600]] == data.TOY_COLORS[6]).all() and not picture[250:390, [190, 300, 610]].any()
+    evaluation.main(f"--figure 8 --models a={detector} --data toy-boxes-night --examples 1 --out b.png".split())
+    objects = data.objects_of(data.toy_things("night", 10 ** 6)[1])
+    classes = [data.DATASETS["toy-boxes"].classes[int(row[4])] for row in objects]
+    assert texts[1:] == [classes, ["pole 0.88"]] and Image.open("b.png").width > 3 * 136
+
+
+def test_table_10_distils_on_the_source_and_replaces_the_decoder_and_its_labels():
+    for world, source, labels in (("toy", "toy", "toy-boxes"), ("paper", "voc", "voc")):
+        rows = {row.name: [evaluation.parsed(text)[1] for text in row.runs] for _, row in rows_of("10", world)}
+        assert list(rows) == ["teacher", "student", "+ CWD", "+ ViTKD", "+ GKD"]
+        for row in rows.values():
+            assert (row[-1].data, row[-1].decoder, row[-1].blocks) == (labels, "boxes", "last")
+        assert [cfg.data for cfg in rows["+ GKD"][-3:-1]] == ["toy-proxy" if world == "toy" else "imagenet", source]
+        assert rows["+ GKD"][-1].freeze and not rows["+ CWD"][-1].freeze and rows["+ CWD"][-1].loss == "cwd"
+    block, = evaluation.blocks("10", evaluation.Config())
+    assert block.source + block.unseen == ["voc", "voc-corruptions"] and block.paper["+ GKD"] == [72.9]
+
+
+BOX_MISTAKES = {
+    "segment.py --data toy-boxes --decoder linear": "--decoder linear: --data toy-boxes labels boxes",
+    "segment.py --data toy --decoder boxes": "--decoder boxes: --data toy labels pixels",
+    "segment.py --data toy-boxes --kd_logits 1 --freeze no --teacher {teacher}": "compares the classes of pixels",
+    "segment.py --data toy-boxes --patch 14 --size 56": "--patch 14: the finest map",
+    "segment.py --data toy-boxes --labels 0": "--labels 0: a fraction",
+    "eval.py --checkpoint {detector} --data toy-boxes --flip": "--mode, --flip and --scales are for pixels",
+    "eval.py --checkpoint {detector} --data toy": "--data toy has the 8 classes",
+    "eval.py --checkpoint {teacher} --data toy-boxes": "--data toy-boxes has the 3 classes car, pole, person",
+    "eval.py --checkpoint {detector} --export a.pt2": "finds boxes",
+    "eval.py --probe --models toy_small --data toy-boxes": "learns the classes of pixels",
+    "eval.py --table 10 --data camvid": "has no boxes; use --data toy or paper",
+    "data.py --data voc --cache 512": "voc is fast without",
+}
+
+
+@pytest.mark.parametrize("command", BOX_MISTAKES)
+def test_a_mistake_with_boxes_is_told_in_one_line(command, teacher, detector, tmp_path):
+    script, *argv = command.format(teacher=teacher, detector=detector).split()
+    argv += ["--out", str(tmp_path / "a")]
+    main = {"segment.py": segment.main, "eval.py": evaluation.main, "data.py": data.main}[script]
+    with pytest.raises(qsd.UserError, match=re.escape(BOX_MISTAKES[command])) as error:
+        main(argv)
+    assert "\n" not in str(error.value) and not (tmp_path / "a").exists()
 
 
 if __name__ == "__main__":  # as torchrun starts it
