@@ -14,6 +14,7 @@ import datetime
 import fcntl
 import hashlib
 import inspect
+import io
 import itertools
 import json
 import math
@@ -35,6 +36,7 @@ import types
 import typing
 import zlib
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from fractions import Fraction
@@ -53,7 +55,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
-from torchvision.io import decode_jpeg, encode_jpeg
 from torchvision.ops import box_area
 from torchvision.transforms import InterpolationMode, RandomResizedCrop
 from torchvision.transforms.v2 import Compose, RandomCrop, RandomHorizontalFlip, Resize, functional as TF
@@ -1492,7 +1493,9 @@ def corrupt(image, name, severity):
         small = TF.to_pil_image(image).resize((int(c * width), int(c * height)), Image.Resampling.BOX)
         return TF.pil_to_tensor(small.resize((width, height), Image.Resampling.BOX))
     elif name == "jpeg_compression":
-        return decode_jpeg(encode_jpeg(image, c))
+        with io.BytesIO() as file:
+            TF.to_pil_image(image).save(file, "jpeg", quality=c)
+            return torch.from_numpy(read_rgb(file)).permute(2, 0, 1)
     return (255 * x).round_().clamp_(0, 255).to(torch.uint8)
 
 
@@ -1889,8 +1892,12 @@ def changed(cfg):
 
 def known_fields(Config, stored):
     """A stored Config {name: value} as Config takes it: what it lacks today is left out, EARLIER is filled in."""
-    names = {field.name for field in dataclasses.fields(Config)}
-    return {name: value for name, value in (EARLIER | stored).items() if name in names}
+    kinds = {field.name: field.type for field in dataclasses.fields(Config)}
+    known = {name: value for name, value in (EARLIER | stored).items() if name in kinds}
+    for name, value in known.items():
+        if not qsd.fits(kinds[name], value):
+            raise UserError(f"its {name} is {value!r}, which is none")
+    return known
 
 
 class Lasting:
@@ -1921,7 +1928,7 @@ def open_streams():
         pass
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name) or open(os.devnull, "w")
-        if not isinstance(stream, Lasting):
+        if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
             setattr(sys, name, Lasting(stream))
 
@@ -1976,6 +1983,8 @@ def reason_of(error):
         return f"{error.filename}: {error.strerror}" if error.filename else text
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in text:
         return f"not enough memory ({text}); lower --micro, --batch or --size"
+    if isinstance(error, BrokenProcessPool) or "DataLoader worker" in text:
+        return "a process that reads images was killed, perhaps for its memory; use fewer --workers"
     closed = dist.is_initialized() and ("Connection closed" in text or "Connection reset" in text or "gloo" in text)
     return "" if closed or isinstance(error, dist.DistError) else None
 

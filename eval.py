@@ -1249,9 +1249,10 @@ def log_of(text):
 
 
 def failure(text, status, cfg):
-    lines = [line for line in log_of(text).read_text(errors="replace").splitlines() if line.strip()] or [""]
     script = text.split()[0]
-    reasons = [line for line in lines if re.match(rf"{script}: |[\w.]*(Error|Exception)\b", line)]    # not torchrun's
+    output = log_of(text).read_text(errors="replace")
+    lines = [line for line in output.splitlines() if line.strip()] or [""]
+    reasons = re.findall(rf"{script}: .*|^\w*(?:Error|Exception).*", output, re.M)     # and not what torchrun adds
     return f"{typed(text, cfg)} ended with status {status}: {(reasons or lines)[-1]} (see {log_of(text)})"
 
 

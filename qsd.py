@@ -514,8 +514,13 @@ def checked_ledger(path, ledger):
     return ledger
 
 
+def is_first(variable):
+    """Whether this process is alone, or the one whose RANK, or LOCAL_RANK, is 0 of those that torchrun started."""
+    return os.environ.get("WORLD_SIZE", "1") == "1" or os.environ.get(variable, "0") == "0"
+
+
 def say(line):
-    if os.environ.get("RANK", "0") == "0":                                      # torchrun's: one process speaks for all
+    if is_first("RANK"):                                                        # one process speaks for all
         print(line, flush=True)
 
 
@@ -536,7 +541,7 @@ def find_file(name, row):
             return path
     if row.url == ON_REQUEST:
         raise UserError(f"{name}: its weights are given on request only: ask at {row.url} and put the file at {place}")
-    if os.environ.get("LOCAL_RANK", "0") != "0":                                # one process of a machine downloads
+    if not is_first("LOCAL_RANK"):                                              # one process of a machine downloads
         while not cached.is_file():                                             # if it fails, torchrun ends all
             time.sleep(1)
         return cached
@@ -580,6 +585,8 @@ def read_encoder(path, name, row):
     notes = [f"keys under {prefix} only"] if prefix else []
     saved = checkpoint.get("encoder")
     ours = isinstance(saved, dict) and not saved.keys().isdisjoint(Encoder._fields)     # a checkpoint of this project
+    if "encoder" in checkpoint and not isinstance(saved, dict):
+        raise UserError(f"{path}: its \"encoder\" describes no encoder: it is a {type(saved).__name__}")
     if ours and torch.is_tensor(checkpoint.get("mask_token")):
         state["mask_token"] = checkpoint["mask_token"]
     state, dropped = official_to_ours(path, state)
@@ -587,7 +594,7 @@ def read_encoder(path, name, row):
     if row is not None:
         values = constructor_values(name, row)
     elif ours:
-        values = stored_values(path, saved)
+        values = stored_values(f'{path}: its "encoder"', saved)
     else:
         values, guess = infer_values(path, state)
         if prefix.endswith("backbone."):                                        # official GKD: so for EVA-02, too
@@ -807,8 +814,8 @@ def infer_values(path, state):
     return values | dict(name=bare(path)) | statistics, [f"normalisation taken to be {family}'s"]
 
 
-def stored_values(path, saved):
-    """The "encoder" of one of this project's checkpoints, what ViT is built from; UserError where it is none."""
+def stored_values(what, saved):
+    """The "encoder" of one of this project's checkpoints, of which ViT is built; UserError where it is none."""
     kinds = typing.get_type_hints(Encoder, include_extras=True) | dict(name=str)
     required = set(kinds) - set(Encoder._field_defaults)
     wrong = [f"{key} is missing" for key in sorted(required - saved.keys())]
@@ -824,7 +831,7 @@ def stored_values(path, saved):
     if not wrong and saved["embed_dim"] % saved["num_heads"]:
         wrong.append(f"{saved['num_heads']} heads do not share a width of {saved['embed_dim']}")
     if wrong:
-        raise UserError(f"{path}: its \"encoder\" describes no encoder: {', '.join(wrong[:4])}")
+        raise UserError(f"{what} describes no encoder: {', '.join(wrong[:4])}")
     return saved
 
 

@@ -864,8 +864,10 @@ def load_segmenter(path, device="cpu"):
 
 def own_segmenter(saved):
     """The Segmenter in a segmenter.pt."""
-    encoder = qsd.ViT(**qsd.stored_values("its encoder", saved["encoder"]))
+    encoder = qsd.ViT(**qsd.stored_values('its "encoder"', saved["encoder"]))
     cfg = Config(**data.known_fields(Config, saved["config"]))
+    if np.shape(saved["colors"]) != (len(saved["classes"]), 3):
+        raise UserError(f"its {len(saved['classes'])} classes have other colours: {saved['colors']!r}"[:80])
     decoder = build_decoder(encoder.embed_dim, len(saved["classes"]), cfg)
     model = Segmenter(encoder, decoder, blocks=cfg.blocks)
     qsd.check_state("not the parameters of a segmenter", saved["model"], model.state_dict())
