@@ -613,12 +613,14 @@ def read_encoder(path, name, row):
 def open_checkpoint(path):
     """The dict in a checkpoint, of whatever kind: here alone one is opened.
 
-    UserError where it is damaged, could run code, or is no checkpoint at all."""
+    UserError where it is damaged or none."""
     path = Path(path)
     check_file(path)
     try:
         if zipfile.is_zipfile(path):                                            # torch.load does not check the sums
             with zipfile.ZipFile(path) as parts:
+                if sum(part.file_size for part in parts.infolist()) > path.stat().st_size:
+                    raise ValueError("it claims to hold more than its own size")
                 damaged = parts.testzip()
             if damaged:
                 raise ValueError(f"the bytes of {damaged} have changed")

@@ -13,7 +13,9 @@ import multiprocessing
 import os
 import pickle
 import re
+import resource
 import runpy
+import shlex
 import shutil
 import signal
 import struct
@@ -2758,6 +2760,464 @@ def test_a_users_mistake_is_one_line_and_exit_status_2_and_nothing_is_begun(
     error = capfd.readouterr().err
     assert error.startswith(f"{script}: ") and REFUSALS[command] in error and error.count("\n") == 1
     assert contents(tmp_path) == before
+
+
+# --- Runs: a stranger's mistakes, mishaps and malice ------------------------------------------------------------------
+
+def typed(command, monkeypatch, capfd):
+    """Run a command as a shell would; its exit status, and its last line on stderr where that is not 0."""
+    script, *argv = command.split()
+    monkeypatch.setattr(sys, "argv", [script, *argv])
+    try:
+        runpy.run_path(str(HERE / script), run_name="__main__")
+    except SystemExit as end:
+        return end.code, [*capfd.readouterr().err.replace("\r", "\n").splitlines(), ""][-2]
+    return 0, ""
+
+
+def changed(path, to, change):
+    """A copy of a checkpoint in which something is changed."""
+    saved = torch.load(path, weights_only=True)
+    saved = change(saved) or saved
+    torch.save(saved, to)
+
+
+def times(factor):
+    return lambda saved: saved["model"].update({KEY: saved["model"][KEY] * factor})
+
+
+def cast(dtype):
+    return lambda saved: saved["model"].update({KEY: saved["model"][KEY].to(dtype)})
+
+
+def a_flipped_byte(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 64
+    path.write_bytes(content)
+
+
+def one(pattern, value=0.0):
+    """Replaces an entry of a nested dict; "encoder depth" is saved["encoder"]["depth"]."""
+    def change(saved):
+        *above, last = pattern.split()
+        for name in above:
+            saved = saved[name]
+        saved[last] = value
+    return change
+
+
+D = f"distill.py --data toy --teacher {{teacher}} {QUICK} --out {{tmp}}/o"
+S = f"segment.py --data toy --encoder {{bad}} --decoder linear {QUICK} --out {{tmp}}/o"
+FROM_BAD = D.replace("{teacher}", "{bad}")
+WRONG_NUMBERS = [   # a command, how its file {bad} is made of the student's, the line
+    *[(f"{D} --{flag}", None, f"argument --{flag.split()[0]}: ") for flag in (
+        "lr nan", "lr -1", "lr 1e999", "mask_ratio 2", "erase nan", "alpha -1", "temperature 0", "warmup inf",
+        "seed 99999999999999999999", "workers 100000", "size 100000", "save_minutes nan", "hub_offset -1")],
+    *[(f"{S} --{flag}", None, f"argument --{flag.split()[0]}: ") for flag in (
+        "kd -1", "points 0", "power nan", "cat_max_ratio 1.5", "lr_backbone -1", "classes 300")],
+    *[(f"eval.py --checkpoint {{bad}} --data toy --{flag}", None, f"argument --{flag.split()[0]}: ") for flag in (
+        "stride nan", "stride 0", "window -1", "batch 0")],
+    (f"{D} --budget 1e999", None, "--budget 1e999 is not one of"),
+    (f"{D} --mask_ratio 0 --mask_loss masked_tokens", None, "--mask_ratio 0.0 hides no patch"),
+    (f"{S} --encoder toy_small --decoder mask --heads 3", None, "attention one of --heads 3"),
+    (f"{S} --data toy+toy", None, "--data toy: named twice"),
+    (f"{D} --lr 1e30 --budget 1", None, "the last step ruined the weights: no "),
+    (S, times(math.nan), "holds numbers that are not finite"), (S, cast(torch.int8), "holds torch.int8 numbers"),
+    (S, cast(torch.complex64), "holds torch.complex64 numbers"), (S, a_flipped_byte, "have changed): fetch it again"),
+    (f"{D} --student {{bad}} --keep_heads", one("objective feat.phi.1.bias", torch.full((128,), math.nan)),
+     "feat.phi.1.bias holds numbers that are not finite"),
+    (FROM_BAD, times(math.inf), "holds numbers that are not finite"),
+    (FROM_BAD, times(1e38), "two black images have a loss of nan before the first step"),
+]
+
+
+@pytest.mark.parametrize("command, change, line", WRONG_NUMBERS)
+def test_numbers_that_make_no_sense_in_flags_files_or_weights_end_in_one_line_and_no_result(
+        command, change, line, teacher, student, tmp_path, monkeypatch, capfd):
+    bad = tmp_path / "bad.pt"
+    shutil.copy(student, bad)
+    if change is a_flipped_byte:
+        a_flipped_byte(bad)
+    elif change:
+        changed(bad, bad, change)
+    status, told = typed(command.format(teacher=teacher, bad=bad, tmp=tmp_path), monkeypatch, capfd)
+    assert status == 2 and line in told and not [*tmp_path.glob("o/*.pt")]
+
+
+@pytest.mark.parametrize("change, line", [(times(math.nan), "not finite"), (cast(torch.int8), "torch.int8 numbers"),
+                                          (a_flipped_byte, "have changed")])
+def test_a_damaged_segmenter_is_neither_measured_nor_exported(change, line, teacher, tmp_path):
+    bad = tmp_path / "bad.pt"
+    shutil.copy(teacher, bad)
+    if change is a_flipped_byte:
+        a_flipped_byte(bad)
+    else:
+        changed(bad, bad, lambda saved: saved["model"].update({
+            f"encoder.{KEY}": one_change(change, saved["model"][f"encoder.{KEY}"])}))
+    for more in ("--data toy-fog", f"--export {tmp_path}/a.pt2"):
+        with pytest.raises(qsd.UserError, match=line):
+            evaluation.main(f"--checkpoint {bad} {more}".split())
+    assert contents(tmp_path).keys() == {"bad.pt"}
+
+
+def one_change(change, tensor):
+    """What times or cast make of a tensor."""
+    saved = {"model": {KEY: tensor}}
+    change(saved)
+    return saved["model"][KEY]
+
+
+@pytest.mark.parametrize("files, links, found, line", [
+    ("night/1.png=0 a.png=0 b.png=0", {}, 3, "3 images in"), ("real/1.png=0 a.png=0", {"pics/n1": "real"}, 2, ""),
+    ("real/1.png=0", {"pics/n1": "real"}, 1, ""), ("n1/1.png=0", {"pics/n1/up": "pics"}, 1, ""),
+    ("a.jpg=0 a.png=0", {}, 2, ""), ("cats/1.png=0 dogs/big/1.png=0", {}, 2, ""),
+    ("a.png=0 b.heic=! notes.txt=!", {}, 1, "; 2 other files there are left out, as "),
+    ("a.png=0 .ipynb_checkpoints/a.png=0 __MACOSX/a.png=0", {}, 1, "1 images in"),
+], ids=str)
+def test_every_picture_of_ones_own_folder_is_used_or_named(files, links, found, line, tmp_path, capsys):
+    for file in files.split():
+        save_files(tmp_path if file.startswith("real") else tmp_path / "pics", file)
+    for link, target in links.items():
+        (tmp_path / link).parent.mkdir(exist_ok=True)
+        (tmp_path / link).symlink_to(tmp_path / target)
+    assert len(data.images("imagenet", tmp_path / "pics")) == found and line in capsys.readouterr().out
+
+
+def test_pictures_that_cannot_be_told_apart_or_belong_to_other_sets_are_an_error(tmp_path, monkeypatch):
+    save_files(tmp_path, "own/images/a.png=0 own/images/a.jpg=0 own/masks/a.png=0 all/gtav/images/a.png=0")
+    with pytest.raises(qsd.UserError, match="a.jpg: has no partner"):
+        data.scenes("folder", tmp_path / "own", classes=2)
+    with pytest.raises(qsd.UserError, match="all: holds gtav, but no folder imagenet"):
+        data.images("imagenet", tmp_path / "all")
+    monkeypatch.setattr(os, "scandir", Mock(side_effect=PermissionError(13, "Permission denied", "own/images")))
+    with pytest.raises(qsd.UserError, match="own/images: cannot be listed .Permission denied"):
+        data.images("folder", tmp_path / "own")
+
+
+@pytest.mark.parametrize("moment", ["later", "the same", "earlier"])
+def test_a_copy_of_other_pixels_is_never_read_whenever_its_original_was_replaced(moment, tmp_path):
+    def save(value, stamp):
+        for file, mode in (("d/gtav/images/1.png", "RGB"), ("d/gtav/labels/1.png", "L"), ("a.tif", "RGB")):
+            path = tmp_path / file
+            path.parent.mkdir(parents=True, exist_ok=True)
+            pixels = np.full((16, 16, 3) if mode == "RGB" else (16, 16), value if mode == "RGB" else 7, np.uint8)
+            Image.fromarray(pixels).save(path, **({"compression": "tiff_lzw"} if file == "a.tif" else {}))
+            os.utime(path, ns=(stamp, stamp))
+    save(10, 10 ** 18)
+    assert data.read_image(tmp_path / "a.tif").unique().tolist() == [10]
+    data.main(f"--data gtav --root {tmp_path}/d --cache 8".split())
+    save(20, {"later": 2, "the same": 1, "earlier": 0.5}[moment] * 10 ** 18)
+    assert data.read_image(tmp_path / "a.tif").unique().tolist() == [20]
+    with pytest.raises(qsd.UserError, match="gtav-8 was made from other files; delete it and run"):
+        data.images("gtav", tmp_path / "d", cache=8)
+    save(10, 3 * 10 ** 18)                                          # a copy: other times, the same bytes
+    assert len(data.images("gtav", tmp_path / "d", cache=8)) == 1
+
+
+def photograph(path, orientation=6):
+    exif = Image.Exif()
+    exif[0x112] = orientation
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (16, 8), "red").save(path, exif=exif)
+
+
+def test_ones_own_photographs_stand_upright_as_their_labels_do(tmp_path):
+    photograph(tmp_path / "images/a.jpg")
+    save_files(tmp_path, "masks/a.png=1")
+    Image.new("L", (8, 16), 1).save(tmp_path / "masks/a.png")
+    image, label, _ = data.scenes("folder", tmp_path, classes=2)[0]
+    assert image.shape == (3, 16, 8) and label.shape == (16, 8)
+    assert data.read_image(tmp_path / "images/a.jpg").shape == (3, 8, 16)           # an official set: as it is stored
+
+
+RUN_ON = "--budget 3 --save_minutes 0"
+
+
+@pytest.mark.parametrize("mishap", ["truncated result", "other pictures' names", "own files", "junk in the log",
+                                    "moved teacher", "killed loader", "replaced teacher", "other pictures"])
+def test_what_befalls_a_run_between_two_starts_loses_nothing_and_mixes_nothing(
+        mishap, teacher, student, flags, tmp_path, capfd):
+    out = tmp_path / "parts"
+    moved = tmp_path / "teacher.pt"
+    shutil.copy(teacher, moved)
+    save_files(tmp_path, " ".join(f"{folder}/{i}.png={i}" for folder in ("a", "b") for i in range(4)))
+    argv = f"--data toy --teacher {moved} {QUICK} {RUN_ON} --loss mse --size 32 --out".split()
+    if "pictures" in mishap:
+        argv = ["--data", "imagenet", "--root", f"{tmp_path}/a", "--stage", "source", "--student", "toy_small",
+                "--patch", "8", *argv[2:]]
+    interrupt("distill", [*argv, str(out)])
+    more = []
+    refused = {"replaced teacher": "is another file than when the run", "other pictures": "has other files there than"}
+    if mishap == "truncated result":
+        (out / "student.pt").write_bytes(student.read_bytes()[:3000])
+    elif mishap == "own files":
+        (out / "notes.tmp").write_text("mine")
+    elif mishap == "junk in the log":
+        with open(out / "log.jsonl", "ab") as file:
+            file.write(b'ju}nk}\n[1]\n\xff\n{"step": 2, "lo')
+    elif mishap == "moved teacher":
+        more = ["--teacher", str(moved.rename(tmp_path / "moved.pt"))]
+    elif mishap == "replaced teacher":
+        changed(teacher, moved, lambda saved: None)
+        a_longer_name = torch.load(moved, weights_only=True) | {"note": 1}
+        torch.save(a_longer_name, moved)
+    elif mishap == "other pictures' names":
+        more = ["--root", str(shutil.copytree(tmp_path / "a", tmp_path / "copied"))]
+    elif mishap == "other pictures":
+        Image.new("RGB", (8, 6), "white").save(tmp_path / "a/0.png")
+    elif mishap == "killed loader":
+        more = ["--workers", "1"]
+
+    def kill(run):
+        if mishap == "killed loader" and run.ledger["steps"] == 1:
+            for child in multiprocessing.active_children():
+                child.kill()
+    before = contents(out)
+    if mishap in refused:
+        with pytest.raises(qsd.UserError, match=refused[mishap]):
+            train("distill", [*argv, str(out), *more])
+        assert {name: content for name, content in contents(out).items() if name != "lock"} == before
+        return
+    assert train("distill", [*argv, str(out), *more], kill) == 2
+    if mishap == "own files":
+        (out / "notes.tmp").unlink()                                # it is there still
+    root = ["--root", f"{tmp_path}/a"] if "pictures" in mishap else []
+    teacher_now = ["--teacher", more[1]] if mishap == "moved teacher" else []
+    train("distill", [*argv, str(tmp_path / "whole"), *root, *teacher_now])
+    assert same_runs(tmp_path / "whole", out)
+    assert ("this process goes on alone" in capfd.readouterr().err) == (mishap == "killed loader")
+
+
+def test_ruined_weights_never_replace_good_ones_and_are_no_result(flags, tmp_path):
+    argv = flags("distill", tmp_path / "a", "--loss mse --budget 9 --max_skips 2 --save_minutes 0")
+    interrupt("distill", argv)
+    good = (tmp_path / "a/last.pt").read_bytes()
+
+    def ruin(run):
+        for group in run.optimizer.param_groups:
+            group["lr"] = 1e30
+    with pytest.raises(qsd.UserError, match="2 steps in a row .* ruined before them, so .*left as it was at step 1"):
+        train("distill", argv, ruin)
+    assert (tmp_path / "a/last.pt").read_bytes() == good
+    assert json.loads((tmp_path / "a/log.jsonl").read_text().splitlines()[-1])["loss"] is None      # JSON has no NaN
+
+
+def test_a_folder_in_which_another_process_works_is_left_alone_until_that_one_is_dead(flags, tmp_path):
+    argv = flags("distill", tmp_path / "a", RUN_ON)
+    interrupt("distill", argv)
+    hold = "import fcntl, sys; f = open(sys.argv[1], 'a'); fcntl.lockf(f, fcntl.LOCK_EX); print(flush=True); input()"
+    holder = subprocess.Popen([sys.executable, "-c", hold, tmp_path / "a/lock"], stdin=subprocess.PIPE,
+                              stdout=subprocess.PIPE)
+    holder.stdout.readline()
+    try:
+        with pytest.raises(qsd.UserError, match=rf"a is in use by process {os.getpid()} on .*; wait for it, or choose"):
+            train("distill", argv)
+    finally:
+        holder.kill()
+        holder.communicate()
+    assert train("distill", argv) == 2 and contents(tmp_path / "a").keys() == {"log.jsonl", "student.pt"}
+
+
+def test_a_full_disk_takes_all_lines_of_a_log_or_none_and_a_reader_may_go_away(tmp_path, capfd):
+    log = tmp_path / "log.jsonl"
+    log.write_text("header\n")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10, limits[1]))  # writing more is an OSError
+        left = data.append(log, ["a long line\n"])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert left == ["a long line\n"] and log.read_text() == "header\n" and data.append(log, [*left, "b\n"]) == []
+    assert log.read_text() == "header\na long line\nb\n" and "tried again with the next line" in capfd.readouterr().err
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "w") as pipe:
+        print("nobody hears this", file=data.Lasting(pipe), flush=True)
+
+
+def contains_itself(saved):
+    saved["model"] = saved
+    del saved["encoder"]
+
+
+def holes(path):
+    os.truncate(path, 200 * 10 ** 9)
+
+
+ENDLESS = {"a dict that contains itself": (contains_itself, "holds no encoder"),
+           "a claim of depth 1e7": (one("encoder depth", 10 ** 7), "depth is 10000000"),
+           "a foreign block 1e7": (lambda saved: {"model": saved["model"] | {"blocks.9999999.norm1.weight": torch.ones(64)}},
+                                   "block 4 is missing"),
+           "200 GB of holes": (holes, "has 200 GB, of which 0.0 are there"),
+           "a device": (None, "neither a file nor a known encoder")}
+
+
+@pytest.mark.parametrize("what", ENDLESS)
+def test_no_checkpoint_however_made_keeps_a_script_busy(what, student, tmp_path):
+    change, line = ENDLESS[what]
+    bad = tmp_path / "bad.pt"
+    shutil.copy(student, bad)
+    if change is holes:
+        holes(bad)
+    elif change:
+        changed(bad, bad, change)
+    began = time.time()
+    with pytest.raises(qsd.UserError, match=line):
+        qsd.load_vit(bad if change else "/dev/zero")
+    if not change:
+        with pytest.raises(qsd.UserError, match="/dev/zero: is a folder or a device"):
+            segment.load_segmenter("/dev/zero")
+    assert time.time() - began < 5
+
+
+def test_a_mistake_in_a_loading_process_a_bomb_and_a_narrow_strip_cost_no_time(tmp_path, monkeypatch, capfd):
+    save_files(tmp_path, "images/a.png=0 masks/a.png=9 images/val/b.png=0 masks/val/b.png=9 strip/a.png=0")
+    Image.new("RGB", (1, 3000)).save(tmp_path / "strip/a.png")
+    Image.new("RGB", (20000, 10000)).save(tmp_path / "strip/b.jpg")
+    command = f"segment.py --data folder --root {tmp_path} --classes 3 --encoder toy_small --decoder linear {QUICK}"
+    began = time.time()
+    status, told = typed(f"{command} --size 8 --patch 8 --workers 1 --out {tmp_path}/o", monkeypatch, capfd)
+    assert status == 2 and "a.png: label values [9]" in told and not multiprocessing.active_children()
+    with pytest.raises(SystemExit, match="1"):
+        data.main(f"--data imagenet --root {tmp_path}/strip --out {tmp_path}/p.png".split())
+    assert "decompression bomb" in capfd.readouterr().out and Image.open(tmp_path / "p.png").height < 1000
+    assert time.time() - began < 15
+
+
+@pytest.mark.parametrize("starter, alive", [("parent", False), ("table", False), ("table", True)])
+def test_a_run_ends_with_the_torchrun_or_the_table_that_started_it(starter, alive, monkeypatch):
+    killed = []
+    looks = itertools.count()
+    here = os.getppid()
+    monkeypatch.setenv(data.STARTED_BY, "0" if starter == "parent" else str(os.getpid() if alive else 2 ** 22 + 1))
+    monkeypatch.setattr(os, "getppid", lambda: here if starter == "table" and not alive or next(looks) < 2 else 1)
+    monkeypatch.setattr(os, "kill", lambda *args: killed.append(args))
+    monkeypatch.setattr(data, "time", SimpleNamespace(sleep=lambda seconds: None))
+    data.end_with_its_starter(here)
+    assert killed == [(os.getpid(), signal.SIGTERM)] and next(looks) == (0 if starter == "table" and not alive else 3)
+
+
+BOOKS = {   # what stands in a file of --out, a command on it and its line
+    "log.jsonl empty": ("log.jsonl", b"", D, "log.jsonl is damaged: it does not begin with"),
+    "log.jsonl junk": ("log.jsonl", b"junk\n", D, "log.jsonl is damaged: it does not begin with"),
+    "log.jsonl list": ("log.jsonl", b'{"config": [1]}\n', D, "log.jsonl is damaged: it does not begin with"),
+    "last.pt empty": ("last.pt", b"", D, "last.pt cannot be read ("),
+    "last.pt other": ("last.pt", "student", D, "last.pt is no checkpoint of a run"),
+    "spent": ("last.pt", one("spent steps", "x"), D, "last.pt is no checkpoint of a run"),
+    "spent NaN": ("last.pt", one("spent seconds", math.nan), D, "its ledger is damaged"),
+    "no optimizer": ("last.pt", lambda saved: saved.pop("optimizer") and None, D, "no checkpoint of this run ('optimizer')"),
+    "shapes": ("last.pt", one("learner student.norm.bias", torch.ones(3)), D, "student.norm.bias has shape (3,)"),
+    "moments": ("last.pt", lambda saved: saved["optimizer"]["state"][0].update(step=torch.tensor(math.nan)), D,
+                "its optimiser holds numbers that are not finite"),
+    **{f"encoder {name} {value}": ("bad.pt", one(f"encoder {name}", value), S, f"describes no encoder: {name} is {line}")
+       for name, value, line in (("patch_size", 0, "0"), ("depth", "x", "'x'"), ("num_heads", 2.5, "2.5"),
+                                 ("future", 1, "unknown"), ("std", (0, 0, 0), "(0, 0, 0)"), ("img_size", (8,), "(8,)"))},
+    "encoder lacks": ("bad.pt", lambda saved: saved["encoder"].pop("depth") and None, S, "encoder: depth is missing"),
+    "encoder list": ("bad.pt", one("encoder", [1]), S, "describes no encoder: it is a list"),
+    "ledger": ("bad.pt", one("ledger", "x"), S, "its ledger, which says what its training took, is damaged"),
+    "ledger NaN": ("bad.pt", one("ledger", [dict(seconds=math.nan, flops=1)]), S, "its training took, is damaged"),
+}
+
+
+@pytest.fixture(scope="session")
+def begun_run(flags, tmp_path_factory):
+    out = tmp_path_factory.mktemp("begun") / "o"
+    interrupt("distill", flags("distill", out))
+    return out
+
+
+@pytest.mark.parametrize("book", BOOKS)
+def test_a_damaged_book_or_checkpoint_is_told_in_one_line_before_any_work(
+        book, begun_run, teacher, student, tmp_path, monkeypatch, capfd):
+    name, content, command, line = BOOKS[book]
+    out = tmp_path / "o"
+    bad = tmp_path / name if name == "bad.pt" else out / name
+    if command == D:
+        shutil.copytree(begun_run, out)
+    if isinstance(content, bytes):
+        bad.write_bytes(content)
+    elif content == "student":
+        shutil.copy(student, bad)
+    else:
+        changed(student if name == "bad.pt" else bad, bad, content)
+    before = contents(tmp_path)
+    status, told = typed(command.format(teacher=teacher, bad=bad, tmp=tmp_path), monkeypatch, capfd)
+    assert status == 2 and line in told and contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("place, line", [("/dev/null", "is not a folder that can be written to"),
+                                         ("x" * 300, "is no path"), ("{tmp}/file/x", "is no path"),
+                                         ("{tmp}/dangling", "is not a folder that can be written to")])
+def test_a_place_that_cannot_be_written_is_found_before_the_work(place, line, teacher, student, tmp_path):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
+    place = place.format(tmp=tmp_path)
+    for main, argv in ((distill.main, f"--data toy --teacher {teacher} --out {place}"),
+                       (evaluation.main, f"--checkpoint {teacher} --export {place}/a.pt2"),
+                       (evaluation.main, f"--table main --data toy --out {place}"),
+                       (data.main, f"--data toy-proxy --out {place}/a.png")):
+        with pytest.raises(qsd.UserError, match=line if "pt2" not in argv and "png" not in argv else "is n"):
+            main(argv.split())
+
+
+@pytest.mark.parametrize("variables, line", [
+    (dict(RANK="x"), "RANK is 'x'"), (dict(WORLD_SIZE="2"), "and no RANK MASTER_ADDR MASTER_PORT"),
+    (dict(RANK="5", WORLD_SIZE="2", MASTER_ADDR="a", MASTER_PORT="1"), "no such process"),
+    (dict(LOCAL_RANK="-1"), "LOCAL_RANK is '-1'")])
+def test_variables_of_torchrun_without_torchrun_are_one_line(variables, line, monkeypatch):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(qsd.UserError, match=line):
+        data.launch()
+
+
+@pytest.mark.parametrize("how", ["", ">&- 2>&-", "2>&1 | head -1"])
+def test_a_script_runs_under_a_bare_environment_and_closed_or_deaf_streams(how, flags, tmp_path):
+    argv = " ".join(flags("distill", tmp_path / "a", "--loss mse --size 32"))
+    bare = "env -i PYTHONSAFEPATH=1 PYTHONIOENCODING=ascii OMP_NUM_THREADS=1"      # no HOME, no PATH
+    command = f"{bare} {sys.executable} {HERE}/distill.py {argv} {how}; echo ${{PIPESTATUS[0]}} > {tmp_path}/status"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    assert (tmp_path / "status").read_text() == "0\n" and "Traceback" not in done.stderr
+    assert contents(tmp_path / "a").keys() == {"log.jsonl", "student.pt"}
+
+
+def test_printed_advice_works_when_it_is_followed_for_a_folder_with_spaces(tmp_path, monkeypatch, capsys):
+    root = tmp_path / "my pictures"
+    save_files(root, "images/a.png=0 masks/a.png=1 images/b.png=0 masks/b.png=1")
+    with pytest.raises(qsd.UserError) as error:
+        data.scenes("folder", root, classes=3, cache=4)
+    command = shlex.split(str(error.value).partition("run python data.py ")[2])
+    data.main(command)
+    assert len(data.scenes("folder", root, classes=3, cache=4)) == 2
+    (root / "masks/b.png").unlink()
+    with pytest.raises(qsd.UserError) as error:
+        data.scenes("folder", root, classes=3)
+    with pytest.raises(SystemExit):
+        data.main(shlex.split(str(error.value).partition("with python data.py ")[2]) + ["--out", f"{tmp_path}/p.png"])
+    assert "masks/b.png" not in (out := capsys.readouterr().out) and "images/b.png: has no partner" in out
+
+
+@pytest.mark.parametrize("suffix, tolerance", [("png", 0), ("jpg", 30), ("jpeg", 30), ("webp", 60), ("bmp", 0), ("tif", 0)])
+def test_every_kind_of_picture_is_read_without_a_call_that_is_deprecated(suffix, tolerance, tmp_path):
+    pixels = torch.from_numpy(np.mgrid[0:64:4, 0:96:4].sum(0)[None].repeat(3, 0).astype(np.uint8))     # (3, 16, 24)
+    to_pil_image(pixels).save(tmp_path / f"a.{suffix}")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        read = data.read_image(tmp_path / f"a.{suffix}")
+    assert read.dtype == torch.uint8 and (read.int() - pixels.int()).abs().max() <= tolerance
+    assert "torchvision.io" not in "".join((HERE / f"{name}.py").read_text() for name in ("data", "segment", "eval"))
+
+
+def test_one_process_of_a_machine_downloads_and_the_others_wait_for_its_file(small, monkeypatch):
+    monkeypatch.setitem(qsd.ENCODERS, "little", qsd.Encoder(64, 2, 1, 8, 32, "https://host/small.pth"))
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: "cache")
+    monkeypatch.setattr(torch.hub, "download_url_to_file", None)
+    Path("cache/checkpoints").mkdir(parents=True)
+    arrives = lambda seconds: Path("small.pth").exists() and Path("small.pth").rename("cache/checkpoints/small.pth")
+    monkeypatch.setattr(qsd, "time", SimpleNamespace(sleep=arrives))
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    assert torch.equal(qsd.load_vit("little").norm.weight, small.norm.weight)
 
 
 # --- Runs: several processes ------------------------------------------------------------------------------------------
