@@ -77,7 +77,7 @@ class Config:
     table: str = "none"             # main, effects, steps, variants, clock, flops, 1 to 10, fig6: run what is missing
     demo: bool = False              # --table main --data toy with one seed, and a picture
     seed: qsd.Seed = 0              # the first seed of the small worlds' runs
-    seeds: qsd.CountOr0 = 0         # how many; 0: 3, and 1 for --demo
+    seeds: qsd.CountOr0 = 0         # how many; 0: 3, 5 for --table effects, 1 for --demo
     jobs: qsd.Count = 2             # runs at the same time, each on its share of the cores
     processes: qsd.CountOr0 = 0     # of each distillation; 0: one per GPU
     run: bool = True                # no: only print what is missing and what is there
@@ -502,36 +502,32 @@ def one_stage(p, loss, suffix="", **flags):
                  **p.one_stage_flags, teacher=p.teacher, **flags)]
 
 
-def as_released(encoder, source):
-    """Flags of segment.py for a foundation model as it is: frozen, but for those that the official configs train.
+def as_released(p, role, encoder, suffix="", **flags):
+    """The run of a decoder on a foundation model as it is: frozen, but for those that the official configs train.
 
-    They train EVA02-B without the smaller rate for encoders, and with drop path 0.15, which is left out here.
+    They train EVA02-B without the smaller rate for encoders, and with drop path 0.15, which is left out here. The paper
+    gives EVA02-B 46.6 mIoU as a teacher and 56.2 as a student: one command cannot give both, so that EVA02-B stays
+    frozen where its role is "teacher".
     """
-    if encoder == "eva02_base":
-        return dict(freeze=False, lr_backbone=1e-4)
-    if encoder == "eva02_small" or (encoder in ("dinov2_vits14", "dinov2_vitb14") and source == "cityscapes"):
-        return dict(freeze=False)
-    return {}
+    trained = {}
+    if encoder == "eva02_base" and role != "teacher":
+        trained = dict(freeze=False, lr_backbone=1e-4)
+    elif encoder == "eva02_small" or (encoder in ("dinov2_vits14", "dinov2_vitb14") and p.source == "cityscapes"):
+        trained = dict(freeze=False)
+    state = "tuned" if trained else "frozen"
+    return task(p, f"{role}-{state}{suffix}", encoder, **trained, **flags)
 
 
 def no_kd(p, suffix="", **flags):
     """The run of the student alone."""
     if p.student.startswith(("dinov2", "eva02")):
-        released = as_released(p.student, p.source)
-        state = "tuned" if released else "frozen"
-        return [task(p, f"student-{state}{suffix}", p.student, **released, **flags)]
+        return [as_released(p, "student", p.student, suffix, **flags)]
     return [task(p, f"no-kd{suffix}", p.student, depth=p.student_depth, freeze=False, **flags)]
 
 
 def teacher_alone(p, suffix="", **flags):
-    """The run of a decoder on the teacher.
-
-    The paper gives EVA02-B 46.6 mIoU as a teacher and 56.2 as a student: one command cannot give both, so that EVA02-B
-    stays frozen where it teaches.
-    """
-    released = {} if p.teacher == "eva02_base" else as_released(p.teacher, p.source)
-    state = "tuned" if released else "frozen"
-    return [task(p, f"teacher-{state}{suffix}", p.teacher, **released, **flags)]
+    """The run of a decoder on the teacher."""
+    return [as_released(p, "teacher", p.teacher, suffix, **flags)]
 
 
 # --- Rows: the runs that lead to one segmenter, the last of them -----------------------------------------------------
@@ -544,8 +540,11 @@ class Row(NamedTuple):
 
 
 def main_rows(p):
+    rows = [Row("no KD", no_kd(p))]
+    if p.source != "toy":  # this student starts from trained weights, so that freezing alone is a method
+        rows.append(Row("no KD, frozen", [task(p, "no-kd-frozen", p.student, depth=p.student_depth)]))
     return [
-        Row("no KD", no_kd(p)),
+        *rows,
         Row("one-stage MSE", one_stage(p, "mse")),
         Row("two-stage MSE", two_stage(p, "mse")),
         Row("GKD (QSD)", two_stage(p)),
@@ -560,9 +559,7 @@ def rivals(p, losses):
     """GKD beside one-stage distillation by these losses, keys of RIVALS."""
     rows = [Row("teacher", teacher_alone(p))]
     if p.smaller:
-        released = as_released(p.smaller, p.source)
-        state = "tuned" if released else "frozen"
-        rows.append(Row("foundation model of that size", [task(p, f"smaller-{state}", p.smaller, **released)]))
+        rows.append(Row("foundation model of that size", [as_released(p, "smaller", p.smaller)]))
     rows.append(Row("student", no_kd(p)))
     for loss in losses:
         rows.append(Row(f"+ {RIVALS[loss]}", one_stage(p, loss)))
@@ -721,27 +718,20 @@ def more_sources(p):
 
 def variants(p):
     """QSD with one thing changed, at equal steps."""
-    changes = {
-        "QSD": {},
-        "QSD, scale C^-1/2": dict(scale="sqrt"),
-        "QSD, identity attention": dict(attention="identity"),
-        "QSD, teacher's attention": dict(attention="teacher"),
-        "QSD, four layers": dict(layers="four"),
-        "QSD, LayerNorm targets": dict(target_norm="layernorm"),
-    }
-    rows = []
-    for title, flags in changes.items():
-        name = "qsd"
-        for flag, value in flags.items():
-            name += f"-{flag}-{value}"
-        rows.append(Row(title, two_stage(p, name=name, **flags)))
-    return rows
+    return [
+        Row("QSD", two_stage(p)),
+        Row("QSD, scale C^-1/2", two_stage(p, name="qsd-scale-sqrt", scale="sqrt")),
+        Row("QSD, identity attention", two_stage(p, name="identity", attention="identity")),
+        Row("QSD, teacher's attention", two_stage(p, name="qsd-attention-teacher", attention="teacher")),
+        Row("QSD, four layers", two_stage(p, name="qsd-layers-four", layers="four")),
+        Row("QSD, LayerNorm targets", two_stage(p, name="qsd-target_norm-layernorm", target_norm="layernorm")),
+    ]
 
 
 EQUAL = {"s": (60, 120, 240), "flop": (2.5e12, 5e12, 1e13)}  # seconds and FLOPs of all training of a student
 ONE_STAGE = RIVALS | {"mse": "one-stage MSE"}
 TWO_STAGE = {"mse": "two-stage MSE", "qsd": "GKD"}
-STAGES = (0.4, 0.4, 0.2)  # shares of the proxy, source and task stages
+DISTILLED = 0.4  # share of either stage of distillation; the task stage has the rest
 
 
 def equal_budgets(p, unit):
@@ -753,18 +743,23 @@ def equal_budgets(p, unit):
     _, _, scores = parsed(judge)
     rows = []
     for total in EQUAL[unit]:
-        proxy, source, last = [f"{share * total:g}{unit}".replace("+", "") for share in STAGES]
-        whole = f"{total:g}{unit}".replace("+", "")
+        whole = budget_of(total, unit)
+        stage = budget_of(DISTILLED * total, unit)
+        rest = budget_of((1 - 2 * DISTILLED) * total, unit)
         logits = task(p, f"logits-{whole}", p.student, depth=p.student_depth, freeze=False, kd_logits=1, teacher=scores,
                       budget=whole)
         rows.append(Row(f"logit KD, {whole}", [judge, logits]))
         for loss, title in ONE_STAGE.items():
             rows.append(Row(f"{title}, {whole}", one_stage(p, loss, f"-{whole}", budget=whole)))
         for loss, title in TWO_STAGE.items():
-            assert proxy == source  # one budget for both
-            rows.append(Row(f"{title}, {whole}", two_stage(p, loss, f"{loss}-{whole}", budget=proxy,
-                                                           then=dict(budget=last))))
+            runs = two_stage(p, loss, f"{loss}-{whole}", budget=stage, then=dict(budget=rest))
+            rows.append(Row(f"{title}, {whole}", runs))
     return rows
+
+
+def budget_of(amount, unit):
+    """A --budget as text: 24s, or 2.5e12flop."""
+    return f"{amount:g}{unit}".replace("+", "")
 
 
 STEPS = (250, 500, 1000, 2000, 4000)  # of each stage of distillation
@@ -781,7 +776,7 @@ def by_steps(p):
     rows = []
     for title, (name, flags) in COURSES.items():
         for steps in STEPS:
-            if steps == 500:  # the toy world's own budget: the run of the other tables
+            if steps == 500 and p.source == "toy":  # that world's own budget: the run of the other tables
                 rows.append(Row(f"{title}, {steps}", two_stage(p, name=name, **flags)))
             else:
                 rows.append(Row(f"{title}, {steps}", two_stage(p, name=f"{name}-{steps}", budget=steps, **flags)))

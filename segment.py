@@ -1006,15 +1006,11 @@ def released_segmenter(saved):
     entry = data.entries(name, sizes["num_classes"] if name == "folder" else None)[name]
     cfg = Config(data=name, size=values["img_size"], patch=values["patch_size"], width=sizes["width"],
                  queries=sizes["queries"], decoder_layers=sizes["layers"], ffn=sizes["ffn"], heads=sizes["heads"])
-    with torch.device("meta"):  # names and shapes only
-        empty = Segmenter(qsd.ViT(**values), build_decoder(values["embed_dim"], sizes["num_classes"], cfg))
-    qsd.check_state("not the parameters of a segmenter", state, official_state_dict(empty))
-    encoder = qsd.ViT(**values)
-    decoder = build_decoder(values["embed_dim"], sizes["num_classes"], cfg)
-    encoder.load_state_dict(encoder_state)
-    decoder.load_state_dict(split_qkv(decoder_state))
-    model = Segmenter(encoder, decoder)
-    content = dict(model=model.state_dict(), encoder=encoder.config, config=data.as_plain(cfg), released=True,
+    model = Segmenter(qsd.ViT(**values), build_decoder(values["embed_dim"], sizes["num_classes"], cfg))
+    qsd.check_state("not the parameters of a segmenter", state, official_state_dict(model))
+    model.encoder.load_state_dict(encoder_state)
+    model.decoder.load_state_dict(split_qkv(decoder_state))
+    content = dict(model=model.state_dict(), encoder=model.encoder.config, config=data.as_plain(cfg), released=True,
                    classes=list(entry.classes), colors=[list(color) for color in entry.colors], ledger=[])
     return model, content
 
@@ -1112,7 +1108,7 @@ def describe(segmenter, cfg, device):
     """Print how large encoder and decoder are, and what the decoder costs on one image of the training crop."""
     with torch.no_grad():
         maps = segmenter.features(torch.zeros(1, 3, cfg.size, cfg.size, device=device))
-        multiply_adds = data.count_flops(lambda: segmenter.decoder.scores(segmenter.decoder(maps))) / 2
+    multiply_adds = data.count_flops(lambda: segmenter.decoder(maps)) / 2
     decoder_size = sum(p.numel() for p in segmenter.decoder.parameters())
     encoder_size = sum(p.numel() for p in segmenter.encoder.parameters())
     state = "frozen" if cfg.freeze else "trained"

@@ -2011,6 +2011,21 @@ def same_runs(a, b):
     return only and records(a) == records(b) and weights(a / result) == weights(b / result)
 
 
+@pytest.mark.parametrize("freeze", [True, False])
+@pytest.mark.parametrize("decoder", ["mask", "fpn", "linear", "boxes"])
+def test_each_decoder_says_its_size_and_cost_whether_the_encoder_is_frozen_or_trained(decoder, freeze, capsys):
+    cfg = segment.Config(**segment.TOY | dict(decoder=decoder, freeze=freeze))
+    encoder = qsd.load_vit("toy_small")
+    built = segment.build_decoder(encoder.embed_dim, 8, cfg)
+    segment.describe(segment.Segmenter(encoder, built, freeze, cfg.blocks), cfg, "cpu")
+    line = capsys.readouterr().out.splitlines()[-1]
+    size = sum(p.numel() for p in built.parameters()) / 1e6
+    found = re.fullmatch(rf"{decoder} decoder: {size:.2f} M parameters, (.*) G multiply-adds at 64 px; encoder (.*): "
+                         r"0.22 M parameters", line)
+    assert found[2] == ("frozen" if freeze else "trained")
+    assert float(found[1]) > (0 if decoder != "linear" else -1)  # a linear layer's are less than 0.01 G
+
+
 # --- Released segmenters: equal to the authors' code ------------------------------------------------------------------
 # The numbers were recorded from mmsegmentation 1.2.2, mmdet 3.3.0 and mmcv 2.1.0 with the authors' configuration for
 # DeiT-S, its backbone of width 64, one head, 12 blocks, patch 16, images of 64 pixels and 5 classes, in float64. All
@@ -4359,6 +4374,7 @@ def test_ap_equals_the_slow_loop_of_voc_with_difficult_objects_duplicates_and_em
             objects = random_boxes(rng, rng.integers(0, 6))
             near = objects[rng.integers(0, len(objects), rng.integers(0, 12))] if len(objects) else objects
             near[:, :4] += rng.normal(0, 1.5, near[:, :4].shape)                # also several for one object
+            near[:, 4] = np.where(rng.random(len(near)) < 0.2, (near[:, 4] + 1) % 3, near[:, 4])    # of a wrong class
             found = np.concatenate([near, random_boxes(rng, rng.integers(0, 4))])
             scores = -np.sort(-rng.random(len(found)))
             images.append((np.column_stack([found, scores]).astype(np.float32),
