@@ -35,9 +35,10 @@ import traceback
 import types
 import typing
 import zlib
+from array import array
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import lru_cache, partial
@@ -53,7 +54,7 @@ import torchvision
 from PIL import Image, ImageDraw, ImageOps
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader
+from torch.utils.data import ConcatDataset, DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.ops import box_area
 from torchvision.transforms import InterpolationMode, RandomResizedCrop
@@ -819,24 +820,68 @@ def locate(root, entry):
     return Path(root)
 
 
-def find(folder, patterns, text, skipped=()):
-    """Files below a folder that the first successful pattern names: sorted {texts for "*" and "{}": [Path]}; others.
+class Names:
+    """Texts in one buffer: a million Python objects would take 700 MB, and each loading process would copy them."""
 
-    `text` stands for <split>; files whose name without suffix ends in one of `skipped` are passed over. Several Paths
-    are one name with several suffixes; the others are files that lie there as well and have no such name."""
+    def __init__(self):
+        self.buffer = bytearray()
+        self.ends = array("q", [0])
+
+    def append(self, text):
+        self.buffer += os.fsencode(text)
+        self.ends.append(len(self.buffer))
+
+    def __len__(self):
+        return len(self.ends) - 1
+
+    def __getitem__(self, i):
+        if not 0 <= i < len(self):
+            raise IndexError(i)
+        return os.fsdecode(bytes(self.buffer[self.ends[i]:self.ends[i + 1]]))
+
+
+class Pictures:
+    """The Samples of a set without labels, each made when it is asked for; `ending`: what follows each of the names."""
+
+    def __init__(self, entry, folder, names, ending=""):
+        self.entry = entry
+        self.folder = folder
+        self.names = names
+        self.ending = ending
+
+    def __len__(self):
+        return len(self.names)
+
+    def __getitem__(self, i):
+        return Sample(self.entry, self.folder / (self.names[i] + self.ending))
+
+
+def find(folder, patterns, text, skipped=()):
+    """The files below a folder that the first successful pattern names: Names, the pattern, and the files it does not.
+
+    `text` stands for <split>; files whose name without suffix ends in one of `skipped` are passed over."""
     for pattern in patterns:
-        regex = as_regex(pattern.replace("<split>", text))
-        files = {}
-        others = []
-        for path in files_below(folder, top_of(pattern.replace("<split>", text))):
-            match = regex.fullmatch(path.relative_to(folder).as_posix())
-            if not match or path.suffix.lower() not in SUFFIXES:
-                others.append(path)
-            elif not path.stem.endswith(skipped):
-                files.setdefault(match.groups(), []).append(path)
-        if files:
-            return dict(sorted(files.items())), others
-    return {}, []
+        pattern = pattern.replace("<split>", text)
+        regex = as_regex(pattern)
+        names = Names()
+        others = Names()
+        for name in files_below(folder, top_of(pattern)):
+            stem, suffix = os.path.splitext(name)
+            if suffix.lower() not in SUFFIXES or not regex.fullmatch(name):
+                others.append(name)
+            elif not stem.endswith(skipped):
+                names.append(name)
+        if len(names):
+            return names, regex, others
+    return Names(), None, Names()
+
+
+def by_key(names, regex):
+    """{texts for "*" and "{}" in a pattern: [names]}, sorted; several names are one with several suffixes."""
+    found = {}
+    for name in names:
+        found.setdefault(regex.fullmatch(name).groups(), []).append(name)
+    return dict(sorted(found.items()))
 
 
 def top_of(pattern):
@@ -845,18 +890,19 @@ def top_of(pattern):
 
 
 def files_below(folder, top=""):
-    """All files below folder / top that are not hidden, each folder once, by whatever links one comes to it."""
+    """All files below folder / top that are not hidden, as texts below folder; each folder once, links followed."""
     seen = set()
-    found = []
     for parent, folders, names in os.walk(folder / top, onerror=refuse, followlinks=True):
         here = os.stat(parent)
-        if (here.st_dev, here.st_ino) in seen or Path(parent).name == "__MACOSX":
+        if (here.st_dev, here.st_ino) in seen or os.path.basename(parent) == "__MACOSX":
             folders.clear()
             continue
         seen.add((here.st_dev, here.st_ino))
         folders[:] = sorted(name for name in folders if not name.startswith("."))
-        found += [Path(parent, name) for name in sorted(names) if not name.startswith(".")]
-    return found
+        below = os.path.relpath(parent, folder)
+        for name in sorted(names):
+            if not name.startswith("."):
+                yield name if below == "." else f"{below}/{name}"
 
 
 def refuse(error):
@@ -900,27 +946,32 @@ def listing(part, entry, root, split, labelled, cache=None):
         raise UserError(f"--data {part}: {missing}")
 
     folder = locate(root, entry)
-    image_files, others = find_some(part, folder, entry.images, entry.splits[split])
-    label_files = {}
-    if labelled:
-        label_files, _ = find_some(part, folder, entry.labels, entry.splits[split], entry.converted)
-    samples = []
+    names, regex, others = find_some(part, folder, entry.images, entry.splits[split])
     alone = []
-    for key, paths in image_files.items():
-        if not labelled:
-            samples += [Sample(entry, image) for image in paths]
-        elif len(paths) == len(label_files.get(key, ())) == 1:
-            samples.append(Sample(entry, paths[0], label_files[key][0]))
-        else:
-            alone += paths
-    for key, paths in label_files.items():
-        if len(paths) != len(image_files.get(key, ())) or len(paths) > 1:
-            alone += paths
+    if labelled:
+        labels, labels_regex, _ = find_some(part, folder, entry.labels, entry.splits[split], entry.converted)
+        pairs, alone = paired(by_key(names, regex), by_key(labels, labels_regex))
+        samples = [Sample(entry, folder / image, folder / label) for image, label in pairs]
+    else:
+        samples = Pictures(entry, folder, names)
     if cache and split == "train":  # evaluation sees the original pixels
         samples = use_stored(samples, part, folder, cache)
     rest = left_out(folder, entry, others) if entry.own else ""
     qsd.say(f"{part} {split}: {len(samples)} images in {folder}{rest}")
-    return samples, alone
+    return samples, [folder / name for name in alone]
+
+
+def paired(images, labels):
+    """Of {key: [names]} the pairs (image, label), and the names that have no partner or several."""
+    pairs = []
+    alone = []
+    for key in images | labels:
+        of_both = images.get(key, []) + labels.get(key, [])
+        if len(images.get(key, [])) == len(labels.get(key, [])) == 1:
+            pairs.append(of_both)
+        else:
+            alone += of_both
+    return pairs, alone
 
 
 def left_out(folder, entry, others):
@@ -928,10 +979,10 @@ def left_out(folder, entry, others):
     patterns = [pattern.replace("<split>", text) for pattern in entry.images for text in entry.splits.values()]
     regex = re.compile("|".join(as_regex(pattern).pattern for pattern in patterns))
     unused = []
-    for path in others:
-        if path.suffix.lower() not in SUFFIXES or not regex.fullmatch(path.relative_to(folder).as_posix()):
-            unused.append(path)
-    return f"; {len(unused)} other files there are left out, as {unused[0]}" if unused else ""
+    for name in others:
+        if os.path.splitext(name)[1].lower() not in SUFFIXES or not regex.fullmatch(name):
+            unused.append(name)
+    return f"; {len(unused)} other files there are left out, as {folder / unused[0]}" if unused else ""
 
 
 def preflight_of(part, entry, root):
@@ -947,18 +998,22 @@ def listed(part, entry, folder, split):
         if not (folder / file).is_file():
             raise UserError(f"--data {part}: {folder} holds no {file}")
         year = folder / file.split("/")[0]
-        for name in (folder / file).read_text().split():
+        names = (folder / file).read_text(errors="replace").split()
+        if not names:
+            raise UserError(f"{folder / file}: names no image")
+        for name in names:
             samples.append(Sample(entry, year / f"JPEGImages/{name}.jpg", year / f"Annotations/{name}.xml"))
+    qsd.say(f"{part} {split}: {len(samples)} images in {folder}")
     return samples
 
 
 def find_some(part, folder, patterns, text, skipped=()):
-    """What find finds; UserError if that is nothing."""
-    files, others = find(folder, patterns, text, skipped)
-    if not files:
+    """What find finds, in the first process for all; UserError if that is nothing."""
+    names, regex, others = from_the_first(find, folder, patterns, text, skipped)
+    if not len(names):
         looked_for = " or ".join(pattern.replace("<split>", text) for pattern in patterns)
         raise UserError(f"--data {part}: {folder} holds no files like {looked_for}")
-    return files, others
+    return names, regex, others
 
 
 def gather(name, root, split, labelled, cache, classes=None):
@@ -969,16 +1024,19 @@ def gather(name, root, split, labelled, cache, classes=None):
         if alone:
             raise UserError(f"{alone[0]}: has no partner, as {len(alone)} files of {part} {split}; list them all with "
                             f"{preflight_of(part, entry, root)}")
-        for sample in found:
-            if entry.tile:
-                with Image.open(sample.image) as header:
-                    boxes = tile_boxes(*header.size, entry.tile)
-                samples += [sample._replace(box=box) for box in boxes]
-            elif entry.corrupted:
-                samples += [sample._replace(corruption=pair) for pair in itertools.product(CORRUPTIONS, range(1, 6))]
-            else:
-                samples.append(sample)
-    return samples
+        if entry.tile or entry.corrupted:
+            found = list(itertools.chain.from_iterable(map(pieces, found)))
+        samples.append(found)
+    return samples[0] if len(samples) == 1 else ConcatDataset(samples)
+
+
+def pieces(sample):
+    """The tiles of a large image, or all corruptions of one."""
+    if sample.entry.corrupted:
+        return [sample._replace(corruption=pair) for pair in itertools.product(CORRUPTIONS, range(1, 6))]
+    with Image.open(sample.image) as header:
+        boxes = tile_boxes(*header.size, sample.entry.tile)
+    return [sample._replace(box=box) for box in boxes]
 
 
 # --- Datasets -------------------------------------------------------------------------------------------------------
@@ -1620,15 +1678,16 @@ def use_stored(samples, part, folder, size):
     """The same samples with the stored files; UserError unless those were made from the files as they are now."""
     target = stored_folder(part, folder, size)
     made_from = read_book(target / "made_from.json")
-    if not made_from_these(made_from, folder, samples):
+    if not from_the_first(made_from_these, made_from, folder, samples):
         state = "was made from other files; delete it and run" if target.exists() else "is not there; run"
         raise UserError(f"--cache {size}: {target} {state} "
                         f"{preflight_of(part, samples[0].entry, folder)} --cache {size}")
+    if isinstance(samples, Pictures):
+        return Pictures(samples.entry, target, samples.names, ".npy")
     moved = []
     for sample in samples:
         image = stored_file(folder, target, sample.image)
-        label = stored_file(folder, target, sample.label) if sample.label else None
-        moved.append(sample._replace(image=image, label=label))
+        moved.append(sample._replace(image=image, label=stored_file(folder, target, sample.label)))
     return moved
 
 
@@ -1711,7 +1770,7 @@ def splits_at_hand(entry, root):
     if entry.generate:
         return list(entry.splits)
     folder = locate(root, entry)
-    found = [split for split, text in entry.splits.items() if find(folder, entry.images, text)[0]]
+    found = [split for split, text in entry.splits.items() if len(find(folder, entry.images, text)[0])]
     return found or list(entry.splits)[:1]
 
 
@@ -1933,7 +1992,7 @@ def open_streams():
             setattr(sys, name, Lasting(stream))
 
 
-AT_END = []     # what is left to do when a script ends, by whatever: functions
+AT_END = ExitStack()    # what is left to do when a script ends, by whatever
 
 
 def cli(main):
@@ -1955,14 +2014,14 @@ def cli(main):
             status = 1
             traceback.print_exc()
     finally:
-        while AT_END:
-            AT_END.pop()()
+        AT_END.close()
     if not status:
         if dist.is_initialized():
             dist.destroy_process_group()
         return
     for child in multiprocessing.active_children():     # Python would wait for loading processes, and they for a signal
         child.kill()
+        child.join()
     if "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("RANK") != "0":
         signal.signal(signal.SIGTERM, signal.SIG_DFL)   # which torchrun sends as soon as another process has ended
         time.sleep(2)
@@ -2056,6 +2115,15 @@ def largest(*values):
     values = torch.tensor([float(value) for value in values], dtype=torch.float64, device=device)
     dist.all_reduce(values, op=dist.ReduceOp.MAX)
     return values.tolist()
+
+
+def from_the_first(function, *args):
+    """What a function returns in the first process, handed on to the others."""
+    if not dist.is_initialized():
+        return function(*args)
+    found = [function(*args) if rank() == 0 else None]
+    dist.broadcast_object_list(found)
+    return found[0]
 
 
 def device_name(device):
@@ -2302,8 +2370,16 @@ def lock(folder):
     """Keep other processes out of a run's folder until this one ends, by whatever; UserError if one is in it.
 
     The operating system holds the lock, so that a killed process leaves none; the file says who has it."""
-    path = folder / "lock"
-    file = open(path, "a+")
+    file = AT_END.enter_context(locked(folder))
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}")
+    file.flush()
+    AT_END.callback((folder / "lock").unlink, missing_ok=True)
+
+
+def locked(folder):
+    """The file "lock" of a folder, open, and locked for as long as it is; UserError if another process has it."""
+    file = open(folder / "lock", "a+")
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
@@ -2311,17 +2387,13 @@ def lock(folder):
         raise UserError(f"--out {folder} is in use by {file.read()}; wait for it, or choose another --out") from None
     except OSError:     # a network disk without locks
         pass
-    file.truncate(0)
-    file.write(f"process {os.getpid()} on {socket.gethostname()}")
-    file.flush()
-    AT_END.append(partial(path.unlink, missing_ok=True))
     return file
 
 
 def check_lock(folder):
     """UserError if another process works in a run's folder; it is locked later, when the first file is written."""
     if (folder / "lock").exists() and rank() == 0:
-        lock(folder).close()
+        locked(folder).close()
 
 
 def load(path, instead=None):
@@ -2380,6 +2452,23 @@ def compare_processes(out, found):
     if most != -minus_least:
         raise UserError(f"--out {out}: some processes find a run there and others do not, or another step: give all "
                         "the same folder, on a shared disk and as an absolute path")
+
+
+def of_each_step(load, step, passes, workers):
+    """The micro-batches of each step from one on; if a loading process fails, this one goes on alone."""
+    batches = iter(load(start_step=step, workers=workers))
+    while True:
+        try:
+            micro_batches = [next(batches) for _ in range(passes)]
+        except RuntimeError as error:
+            if not workers:
+                raise
+            print(f"a loading process failed ({first_line(error)}); this process goes on alone", file=sys.stderr)
+            workers = 0
+            batches = iter(load(start_step=step))
+            continue
+        yield micro_batches
+        step += 1
 
 
 def loss_of(probe):
@@ -2482,14 +2571,10 @@ class Run:
         self.finished = bool(load(self.result, instead=self.checkpoint))
         compare_processes(self.out, math.inf if self.finished else steps_of(self.checkpoint))
         if self.finished:
-            self.say(f"{self.result} is finished; nothing to do")
+            qsd.say(f"{self.result} is finished; nothing to do")
             self.tidy()
         else:
-            self.say(f"{self.out}: set over the defaults: {changed(cfg)}")
-
-    def say(self, text):
-        if rank() == 0:
-            print(text, flush=True)
+            qsd.say(f"{self.out}: set over the defaults: {changed(cfg)}")
 
     def start(self, learner, optimizer, dataset, probe, flops, tokens, repeats=1, pairs=True):
         """Continue where the checkpoint ends, or begin.
@@ -2505,22 +2590,20 @@ class Run:
         self.contents = contents_of(dataset)
         self.sane = 1000 * max(1, loss_of(probe))
         if self.checkpoint:
-            self.ledger = restore(self.out / "last.pt", self.checkpoint, self.parts(), self.ledger, dataset)
             if self.checkpoint.get("contents", self.contents) != self.contents:
-                raise UserError(f"--root {cfg.root}: {cfg.data} has other files there than when the run in --out "
-                                f"{self.out} began")
+                raise UserError(f"--root {cfg.root}: {cfg.data} has other files there than when this run began")
+            self.ledger = restore(self.out / "last.pt", self.checkpoint, self.parts(), self.ledger, dataset)
         self.model = DistributedDataParallel(learner) if dist.is_initialized() else learner
 
         self.unit, self.budget = parse_budget(cfg.budget, len(dataset) / cfg.batch)
         self.passes = passes_of(cfg.batch, cfg.micro, world_size(), pairs)
         self.load = partial(loader, dataset, cfg.batch, cfg.seed, rank=rank(), world=world_size(),
                             accumulate=self.passes, repeats=repeats)
-        self.loader = self.load(start_step=self.ledger["steps"], workers=cfg.workers)
         if rank() == 0:
             self.start_log(gflop_per_image=flops / 1e9)
         self.bar = tqdm(initial=self.ledger["steps"], desc=str(self.out), disable=rank() > 0, unit="step",
                         dynamic_ncols=True)
-        AT_END.append(self.bar.close)
+        AT_END.callback(self.bar.close)
         self.signals = catch_signals()
         self.unwritten = []                 # lines of the log that a full disk did not take yet
         self.saved = time.time()
@@ -2535,21 +2618,13 @@ class Run:
 
     def steps(self):
         """For each step the list of its micro-batches, until the budget is spent."""
-        batches = iter(self.loader)
+        batches = of_each_step(self.load, self.ledger["steps"], self.passes, self.cfg.workers)
         while self.fraction < 1:
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)   # torch's would raise in the midst of a step
             self.began = time.time()
             self.losses = {}
             self.backwards = 0
-            try:
-                micro_batches = [next(batches) for _ in range(self.passes)]
-            except RuntimeError as error:
-                if not self.loader.num_workers:
-                    raise
-                print(f"a loading process failed ({first_line(error)}); this process goes on alone", file=sys.stderr)
-                self.loader = self.load(start_step=self.ledger["steps"], workers=0)
-                batches = iter(self.loader)
-                continue
+            micro_batches = next(batches)
             self.waited = time.time() - self.began
             self.draws = micro_batches[-1][-1]
             yield micro_batches
@@ -2635,7 +2710,7 @@ class Run:
     def start_log(self, **more):
         """Lock the folder; begin a fresh run's log, or cut a resumed one back to its checkpoint's step."""
         self.out.mkdir(parents=True, exist_ok=True)
-        self.lock = lock(self.out)
+        lock(self.out)
         if times_of(self.out / "last.pt", self.result) != self.found:
             raise UserError(f"--out {self.out} was changed by another process; run the same command again")
         log = self.out / "log.jsonl"
@@ -2668,7 +2743,7 @@ class Run:
 
     def give_up(self):
         """End after too many non-finite steps in a row, naming the images of the last."""
-        draws = self.loader.batch_sampler
+        draws = self.load().batch_sampler
         names = [str(self.dataset.samples[draws.index(draw)].image) for draw in self.draws.tolist()]
         kept = f"{self.out}/last.pt holds the weights before them: the same command goes on with the next images"
         if self.kept < self.ledger["steps"]:

@@ -199,9 +199,13 @@ def evaluate(model, dataset, window, device, stride=2 / 3, whole=False, flip=Fal
 
 def classes_of(scores):
     """The class of the highest score (B, H, W), of scores (B, K, H, W); UserError where they say nothing."""
-    if not scores.isfinite().all():
-        raise UserError("the segmenter's scores are not finite; use --precision fp32")
+    check_finite(scores)
     return scores.argmax(1)
+
+
+def check_finite(*scores):
+    if not all(part.isfinite().all() for part in scores):
+        raise UserError("the segmenter's scores are not finite; use --precision fp32")
 
 
 def same_size(items):
@@ -225,7 +229,9 @@ def find_objects(model, x, side):
     h, w = x.shape[2:]
     whole = 4 * model.encoder.patch_size  # a pixel of the coarsest map
     x = F.pad(x, (0, -w % whole, 0, -h % whole))
-    found = model.decoder.scores(model(x), (h, w))
+    maps = model(x)
+    check_finite(*maps.values())
+    found = model.decoder.scores(maps, (h, w))
     for objects in found:
         objects[:, :4] *= objects.new_tensor([W / w, H / h, W / w, H / h])
     return found
@@ -270,7 +276,7 @@ def evaluate_boxes(model, dataset, side, device, batch=1, workers=0, title=""):
         verdicts = []
         labels = []
         loader = DataLoader(Subset(dataset, numbers[version]), batch, num_workers=workers,
-                            multiprocessing_context=data.start_method(workers))
+                            multiprocessing_context=data.start_method(workers), collate_fn=same_size)
         for images, label, _ in tqdm(loader, f"{title} {version or ''}", disable=data.rank() > 0, leave=False):
             x = data.normalize(images.to(device), model.encoder.mean, model.encoder.std)
             for found, objects in zip(find_objects(model, x, side), map(data.objects_of, label)):
@@ -302,6 +308,8 @@ def class_ious(title, model, saved, cfg, device):
                     raise UserError("--mode, --flip and --scales are for pixels; boxes are found once, in the whole "
                                     "image")
                 ious[name] = 100 * evaluate_boxes(model, dataset, window, device, cfg.batch, cfg.workers, name)
+                if ious[name].isnan().all():
+                    raise UserError(f"--data {name}: no object in its images counts")
                 continue
             conf = evaluate(model, dataset, window, device, cfg.stride, whole=cfg.mode == "whole", flip=cfg.flip,
                             batch=cfg.batch, workers=cfg.workers, title=name, scales=scale_list(cfg))
@@ -1059,9 +1067,9 @@ def check_table(cfg):
                         "with --data paper")
     if cfg.setting != "none" and cfg.data != "paper":
         raise UserError(f"--setting {cfg.setting}: belongs to the paper's scale, not to --data {cfg.data}")
+    data.check_place("--out", cfg.out)
     if Path(cfg.out).is_file():
         raise UserError(f"--out {cfg.out} is a file, not a folder; choose another --out")
-    data.check_place("--out", cfg.out)
     if data.world_size() > 1:
         raise UserError("--demo and --table start their own processes: start them with python")
 
@@ -2038,9 +2046,9 @@ def segment_images(cfg, device):
     """
     files = image_files(Path(cfg.images))
     out = Path(cfg.out)
+    data.check_place("--out", out)
     if out.is_file():
         raise UserError(f"--out {out}: is a file; choose another folder for the results")
-    data.check_place("--out", out)
     if out.resolve() == files[0].parent.resolve():
         raise UserError(f"--out {out}: is where the images lie; choose another folder for the results")
     model, saved = segment.load_segmenter(cfg.checkpoint, device)

@@ -589,7 +589,7 @@ def read_encoder(path, name, row):
         raise UserError(f"{path}: its \"encoder\" describes no encoder: it is a {type(saved).__name__}")
     if ours and torch.is_tensor(checkpoint.get("mask_token")):
         state["mask_token"] = checkpoint["mask_token"]
-    state, dropped = official_to_ours(path, state)
+    state, dropped = official_to_ours(state)
 
     if row is not None:
         values = constructor_values(name, row)
@@ -619,8 +619,8 @@ def open_checkpoint(path):
     try:
         if zipfile.is_zipfile(path):                                            # torch.load does not check the sums
             with zipfile.ZipFile(path) as parts:
-                if sum(part.file_size for part in parts.infolist()) > path.stat().st_size:
-                    raise ValueError("it claims to hold more than its own size")
+                if sum(part.file_size for part in parts.infolist()) > 100 * path.stat().st_size:
+                    raise ValueError("it claims to hold a hundred times its own size")
                 damaged = parts.testzip()
             if damaged:
                 raise ValueError(f"the bytes of {damaged} have changed")
@@ -628,6 +628,9 @@ def open_checkpoint(path):
             saved = torch.load(path, map_location="cpu", weights_only=True)
         except pickle.UnpicklingError:                                          # it holds other things than tensors
             saved = read_foreign(path)
+        for tensor in tensors_in(saved):
+            if tensor.nbytes > tensor.untyped_storage().nbytes():
+                raise ValueError(f"a tensor claims to hold {tensor.numel()} numbers, and they are not there")
     except Exception as error:                                                  # damaged bytes raise nearly anything
         reason = next(iter(str(error).splitlines()), type(error).__name__)[:80]
         raise UserError(f"{path} is truncated, damaged or no checkpoint ({path.stat().st_size} bytes; {reason}): fetch "
@@ -646,7 +649,7 @@ def check_file(path):
         with open(path, "rb") as file:
             beginning = file.read(512)
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+        raise UserError(f"{path}: {error.strerror.lower()}") from None
     if beginning.lstrip().startswith(b"<"):
         raise UserError(f"{path} is a web page, not a checkpoint: the download did not reach the file, repeat it")
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -678,7 +681,7 @@ class Foreign(dict):
 
 
 def rebuild_tensor(storage, offset, size, stride, *unused):
-    return storage.as_strided(size, stride, offset).clone()
+    return storage.as_strided(size, stride, offset)
 
 
 def rebuild_parameter(tensor, *unused):
@@ -701,22 +704,20 @@ KNOWN = {  # all that a file may name and get; a storage's type is taken for its
 
 
 class ForeignUnpickler(pickle.Unpickler):
-    """Reads the pickle in a file of torch.save: tensors and plain values as they are, all else as Foreign."""
+    """Reads a pickle of torch.save: tensors and plain values as they are, all else as Foreign.
 
-    def __init__(self, archive, folder):
-        super().__init__(archive.open(f"{folder}/data.pkl"))
-        self.archive = archive
-        self.folder = folder
+    storage(name, dtype, count) gives the numbers that a tensor is a view of."""
+
+    def __init__(self, file, storage):
+        super().__init__(file)
+        self.storage = storage
 
     def find_class(self, module, name):
         return KNOWN.get((module, name), Foreign)
 
     def persistent_load(self, saved_id):
-        _, dtype, name, _, _ = saved_id                                         # "storage", type, file, device, length
-        content = bytearray(self.archive.read(f"{self.folder}/data/{name}"))
-        if not content or dtype is Foreign:
-            return torch.empty(0)
-        return torch.frombuffer(content, dtype=dtype)
+        _, dtype, name, _, count, *_ = saved_id                                 # "storage", type, name, device, length
+        return self.storage(name, dtype, count)
 
 
 def read_foreign(path):
@@ -724,9 +725,47 @@ def read_foreign(path):
 
     No class or function that it names is imported or called, so that a file made to run code runs none.
     """
+    if not zipfile.is_zipfile(path):
+        return read_old(path)
     with zipfile.ZipFile(path) as archive:
         folder = archive.namelist()[0].split("/")[0]
-        return ForeignUnpickler(archive, folder).load()
+
+        def storage(name, dtype, count):
+            content = bytearray(archive.read(f"{folder}/data/{name}"))
+            if not content or dtype is Foreign:
+                return torch.empty(0)
+            return torch.frombuffer(content, dtype=dtype)
+        return ForeignUnpickler(archive.open(f"{folder}/data.pkl"), storage).load()
+
+
+def read_old(path):
+    """The same of a file of torch before 1.6, as timm's and DeiT's: a pickle, then all numbers."""
+    storages = {}
+
+    def storage(name, dtype, count):
+        if count * dtype.itemsize > path.stat().st_size:
+            raise ValueError("it claims to hold more than its own size")
+        return storages.setdefault(name, torch.zeros(count, dtype=dtype))
+    with open(path, "rb") as file:
+        *_, saved, names = [ForeignUnpickler(file, storage).load() for _ in range(5)]   # number, version, machine first
+        for name in names:
+            file.seek(8, os.SEEK_CUR)                                           # the length, which is known
+            if file.readinto(storages[name].view(torch.uint8).numpy()) != storages[name].nbytes:
+                raise EOFError("it ends too soon")
+    return saved
+
+
+def tensors_in(saved):
+    """All tensors in nested dicts and lists, which may hold themselves."""
+    seen = set()
+    left = [saved]
+    while left:
+        part = left.pop()
+        if torch.is_tensor(part):
+            yield part
+        elif isinstance(part, (dict, list, tuple)) and id(part) not in seen:
+            seen.add(id(part))
+            left += part.values() if isinstance(part, dict) else part
 
 
 def encoder_tensors(path, checkpoint):
@@ -749,17 +788,15 @@ def encoder_tensors(path, checkpoint):
     return tensors, prefix
 
 
-def official_to_ours(path, state):
+def official_to_ours(state):
     """An official file's tensors as ViT holds them, in fp32, and the names of those that were dropped."""
     ours = {}
     dropped = set()
     for key, tensor in state.items():
         if DROPPED.match(key):
             dropped.add(key.split("attn.")[-1])                                 # one name for all blocks' key
-        elif not tensor.is_floating_point():
-            raise UserError(f"{path}: {key} holds {tensor.dtype} numbers, which are no weights as they are")
         else:
-            ours[key] = tensor.float()
+            ours[key] = tensor.float() if tensor.is_floating_point() else tensor    # which no weights are: check_state
     if "dist_token" in dropped:
         ours["pos_embed"] = torch.cat([ours["pos_embed"][:, :1], ours["pos_embed"][:, 2:]], dim=1)
     if "mask_token" in ours:
@@ -891,8 +928,8 @@ def check_state(complaint, state, expected):
     for key in expected:
         if key in state and state[key].shape != expected[key].shape:
             wrong.append(f"{key} has shape {tuple(state[key].shape)} instead of {tuple(expected[key].shape)}")
-        elif key in state and not state[key].is_floating_point():
-            wrong.append(f"{key} holds {state[key].dtype} numbers, which are no weights")
+        elif key in state and state[key].is_floating_point() != expected[key].is_floating_point():
+            wrong.append(f"{key} holds {state[key].dtype} numbers, and {expected[key].dtype} ones are expected")
         elif key in state and not state[key].isfinite().all():
             wrong.append(f"{key} holds numbers that are not finite")
     if wrong:

@@ -653,6 +653,8 @@ class BoxDecoder(nn.Module):
         super().__init__()
         if patch % 4:
             raise UserError(f"--patch {patch}: the finest map of --decoder boxes wants a multiple of 4")
+        if width % 32:
+            raise UserError(f"--width {width}: GroupNorm wants a multiple of 32")
         self.patch = patch
         self.lateral = nn.Sequential(nn.Conv2d(dim, width, 1), nn.GroupNorm(32, width))
         twice = partial(nn.ConvTranspose2d, width, width, kernel_size=2, stride=2)
@@ -1196,7 +1198,7 @@ def main(argv=None):
             group["lr"] = group["peak"] * (1 - run.fraction) ** cfg.power
         share = normalisers([label for _, label, _ in micro_batches])
         if not share[1] and not run.ledger["steps"]:
-            run.say("no pixel of the first images has a label: all are 255")
+            qsd.say("no pixel of the first images has a label: all are 255")
         for images, label, draws in micro_batches:  # gradient accumulation
             with run.sync():
                 losses = losses_of(run.model, images, label, draws, share)
