@@ -1931,6 +1931,7 @@ def undisturbed(monkeypatch):
     monkeypatch.setattr(data, "tqdm", lambda *args, **more: tqdm(*args, **more | dict(disable=True)))
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     yield
+    data.AT_END.close()
     for number, handler in handlers.items():
         signal.signal(number, handler)
 
@@ -2585,9 +2586,10 @@ def test_a_run_killed_before_any_change_of_its_folder_is_completed_by_the_same_c
     left = []                                                       # what SIGKILL would leave on the disk
 
     def note(name, mode):
-        left.append(contents(out))
-        if mode.startswith("w"):
-            left.append(contents(out) | {name: b""})                # just after this change
+        before = contents(out)
+        for files in (before, before | {name: b""} if mode.startswith("w") else before):    # and just after this change
+            if files not in left:
+                left.append(files)
     for begun in ({}, contents(out)):                               # a new run, and one that resumes after a step
         restore(out, begun)
         WATCHED[:] = [str(out), note]
@@ -2596,7 +2598,7 @@ def test_a_run_killed_before_any_change_of_its_folder_is_completed_by_the_same_c
     for files in left:
         restore(out, files)
         train(script, argv)
-        assert same_runs(tmp_path / "whole", out) and len(left) > 25
+        assert same_runs(tmp_path / "whole", out) and len(left) > 15
     for moment in range(10):
         restore(out, {})
         changes = itertools.count(-3)                               # the new log comes before signals are caught
@@ -2899,6 +2901,27 @@ def test_every_picture_of_ones_own_folder_is_used_or_named(files, links, found, 
         (tmp_path / link).parent.mkdir(exist_ok=True)
         (tmp_path / link).symlink_to(tmp_path / target)
     assert len(data.images("imagenet", tmp_path / "pics")) == found and line in capsys.readouterr().out
+
+
+def test_the_first_process_lists_the_files_for_all_into_one_buffer(tmp_path, monkeypatch):
+    save_files(tmp_path, "train/n2/a.png=0 train/n1/b.png=0 train/n1/c.jpg=0")
+    shutil.copy(tmp_path / "train/n1/b.png", os.fsencode(tmp_path) + b"/train/n2/\xff\xc3.png")   # no text in any code
+    alone = [sample.image for sample in data.images("imagenet", tmp_path).samples]
+    assert alone == sorted((tmp_path / "train").rglob("*.*")) and len(alone) == 4
+    sent = []
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "broadcast_object_list", lambda found: sent.append(pickle.dumps(found)))
+    monkeypatch.setattr(dist, "get_rank", lambda: 0)
+    data.images("imagenet", tmp_path)
+    monkeypatch.setattr(dist, "broadcast_object_list", lambda found: found.__setitem__(0, pickle.loads(sent[0])[0]))
+    monkeypatch.setattr(dist, "get_rank", lambda: 1)
+    monkeypatch.setattr(os, "walk", None)
+    dataset = data.images("imagenet", tmp_path)
+    assert [sample.image for sample in dataset.samples] == alone and dataset[3][0].shape == (3, 6, 8)
+    names = data.Names()
+    for i in range(9999):
+        names.append(f"n{i:07}")
+    assert len(pickle.dumps(names)) < 9999 * (8 + 8) + 1000 and names[9998] == "n0009998"
 
 
 def test_pictures_that_cannot_be_told_apart_or_belong_to_other_sets_are_an_error(tmp_path, monkeypatch):
@@ -4497,6 +4520,23 @@ def test_processes_share_the_corruptions_of_a_detectors_domain(detector, monkeyp
         shares.append(evaluation.evaluate_boxes(model, dataset, 64, CPU))
     torch.testing.assert_close(shares[0] + shares[1], alone)
     assert all(0 < share.sum() < alone.sum() for share in shares)
+
+
+@pytest.mark.parametrize("more, line", [
+    ("--batch 2", "--batch 2: images or labels of several sizes; use --batch 1"), ("--flip no", "scores are not finite"),
+    ("--window 8", "no object in its images counts")])
+def test_boxes_that_cannot_be_measured_are_one_line_and_no_ap(more, line, detector, tmp_path, monkeypatch):
+    names = ["VOC2007 1 test", "VOC2007 2 test"]
+    save_voc(tmp_path, PERSON if "window" in more else DOG, names=names)
+    (tmp_path / "VOCdevkit/VOC2007/ImageSets/Main/test.txt").write_text("1\n2\n")
+    Image.new("RGB", (9, 9)).save(tmp_path / "VOCdevkit/VOC2007/JPEGImages/2.jpg")
+    saved = torch.load(detector, weights_only=True) | dict(classes=list(data.VOC_CLASSES))
+    encoder = SimpleNamespace(mean=[0.5] * 3, std=[0.1] * 3, patch_size=8)
+    decoder = SimpleNamespace(scores=lambda maps, size: [torch.zeros(0, 6)])
+    model = Mock(encoder=encoder, decoder=decoder, return_value={"0": torch.tensor(math.nan if "flip" in more else 0)})
+    monkeypatch.setattr(segment, "load_segmenter", lambda *args: (model, saved))
+    with pytest.raises(qsd.UserError, match=line):
+        evaluation.main(f"--checkpoint {detector} --data voc --root {tmp_path} --workers 0 {more}".split())
 
 
 def test_a_detectors_boxes_are_drawn_with_class_and_score_by_images_and_figure_8(detector, tmp_path, monkeypatch):
