@@ -10,25 +10,35 @@ training size:
 """
 import argparse
 import dataclasses
+import datetime
+import fcntl
 import hashlib
 import inspect
+import io
 import itertools
 import json
 import math
+import mmap
+import multiprocessing
 import os
 import re
 import resource
+import shlex
 import shutil
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
 import traceback
 import types
 import typing
 import zlib
+from array import array
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import nullcontext
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import lru_cache, partial
@@ -41,12 +51,11 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageOps
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader
+from torch.utils.data import ConcatDataset, DataLoader
 from torch.utils.flop_counter import FlopCounterMode
-from torchvision.io import ImageReadMode, decode_jpeg, encode_jpeg, read_file
 from torchvision.ops import box_area
 from torchvision.transforms import InterpolationMode, RandomResizedCrop
 from torchvision.transforms.v2 import Compose, RandomCrop, RandomHorizontalFlip, Resize, functional as TF
@@ -54,6 +63,8 @@ from torchvision.tv_tensors import BoundingBoxes
 from torchvision.utils import draw_bounding_boxes
 from tqdm import tqdm
 
+sys.path.insert(0, str(Path(__file__).parent))  # where python -P does not look
+import qsd
 from qsd import UserError
 
 IGNORE = 255                # label of a pixel that no loss and no metric sees
@@ -68,8 +79,8 @@ ORDER, ERASED_BOX, ERASED_PIXELS, MASKS = range(1, 5)  # each use of a draw's nu
 
 # --- Files to pixels ------------------------------------------------------------------------------------------------
 
-def read_image(path, mapped=True):
-    """Read an image as RGB, uint8 (3, H, W).
+def read_image(path, mapped=True, upright=False):
+    """Read an image as RGB, uint8 (3, H, W); upright: turned as its EXIF data say that the camera was held.
 
     Stored .npy files are mapped into memory, and so are TIFFs if `mapped`: a crop then reads its own rows only."""
     try:
@@ -77,19 +88,17 @@ def read_image(path, mapped=True):
             return torch.from_numpy(np.load(path, mmap_mode="c")).permute(2, 0, 1)
         if path.suffix.lower() in (".tif", ".tiff") and mapped:
             return torch.from_numpy(map_tiff(path)).permute(2, 0, 1)
-        if path.suffix.lower() in (".jpg", ".jpeg"):
-            try:
-                return decode_jpeg(read_file(str(path)), mode=ImageReadMode.RGB)  # twice as fast as Pillow
-            except RuntimeError:
-                pass  # not a JPEG after all (ImageNet has a PNG): Pillow looks at the content
-        return torch.from_numpy(read_rgb(path)).permute(2, 0, 1)
+        return torch.from_numpy(read_rgb(path, upright)).permute(2, 0, 1)
     except BROKEN as error:
         raise UserError(f"{path}: cannot be read as an image ({error})") from None
 
 
-def read_rgb(path):
-    """Read any kind of image with Pillow as uint8 (H, W, 3)."""
-    return np.array(to_rgb(Image.open(path)))
+def read_rgb(path, upright=False):
+    """Read any kind of image with Pillow as uint8 (H, W, 3); upright as in read_image."""
+    with Image.open(path) as image:
+        if upright:
+            image = ImageOps.exif_transpose(image)
+        return np.array(to_rgb(image))
 
 
 def to_rgb(image):
@@ -109,17 +118,41 @@ def to_rgb(image):
 def map_tiff(path):
     """Map a TIFF as uint8 (H, W, 3): as it lies if its pixels are raw, else from a copy unpacked once beside it."""
     unpacked = path.with_name(path.name + ".npy")
-    if not unpacked.exists():
+    made_from = bytes.fromhex(fingerprint(path, path.stat().st_mtime_ns))   # stands behind the pixels of the copy
+    if not unpacked.exists() or tail(unpacked, len(made_from)) != made_from:
         with Image.open(path) as image:
             offset = raw_offset(image)
             if offset is not None:
                 return np.memmap(path, np.uint8, "c", offset, (image.height, image.width, 3))
             pixels = np.asarray(to_rgb(image))
         part = path.with_name(f"{path.name}.{os.getpid()}.part")
-        with open(part, "wb") as file:
-            np.save(file, pixels)
-        os.replace(part, unpacked)  # whole or absent, whoever else unpacks it now
+        try:
+            with open(part, "wb") as file:
+                np.save(file, pixels)
+                file.write(made_from)
+            os.replace(part, unpacked)  # whole or absent, whoever else unpacks it now
+        finally:
+            part.unlink(missing_ok=True)
     return np.load(unpacked, mmap_mode="c")
+
+
+def tail(path, count):
+    """The last bytes of a file."""
+    with open(path, "rb") as file:
+        file.seek(-count, os.SEEK_END)
+        return file.read()
+
+
+def fingerprint(path, *more):
+    """A text that changes with a file's size, with some of its bytes (all, up to 64 KB) and with `more`."""
+    digest = hashlib.sha256(repr(more).encode())
+    with open(path, "rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        digest.update(str(size).encode())
+        for i in range(16):
+            file.seek(max(0, min(i * size // 16, size - 4096)))
+            digest.update(file.read(4096))
+    return digest.hexdigest()
 
 
 def raw_offset(image):
@@ -589,6 +622,7 @@ class Dataset:
     tile: int = None            # images are cut into tiles of this side
     resize_label: bool = False  # labels of another size than their image are known to occur: resized, no error
     generate: Callable = None   # scene number -> image uint8 (H, W, 3) and a label like decode's: a set without files
+    own: bool = False           # one's own pictures: upright as their EXIF data say, and what is left out is named
     converted: tuple = ()       # ends of names of files that converters write beside the labels: no labels of this set
     boxes: bool = False         # labels are boxes; of a set with files, "splits" are VOC's lists of image names
     corrupted: bool = False     # every image comes in all CORRUPTIONS at all severities
@@ -640,8 +674,8 @@ def toy_boxes(domain, corrupted=False, **counts):
 
 
 DATASETS = {
-    # ImageNet, or any flat folder of images
-    "imagenet": Dataset("imagenet", ("<split>/*/*", "<split>/*", "n*/*", "*"), splits=TRAIN_VAL),
+    # ImageNet, or any folder of images
+    "imagenet": Dataset("imagenet", ("<split>/{**/}*", "{**/}*"), splits=TRAIN_VAL, own=True),
     # synthetic streets
     "gtav": street("gtav", ("images/*",), ("labels/*",), TRAIN, cityscapes_label, resize_label=True,
                    converted=("_labelTrainIds",)),
@@ -680,7 +714,8 @@ DATASETS = {
     "voc": voc,
     "voc-corruptions": replace(voc, corrupted=True),
     # one's own images
-    "folder": Dataset("folder", ("images/<split>*",), ("masks/<split>*",), {"train": "{train/,}", "val": "val/"}),
+    "folder": Dataset("folder", ("images/<split>*",), ("masks/<split>*",), {"train": "{train/,}", "val": "val/"},
+                      own=True),
     # the toy world
     "toy": toy("game", train=1000, val=100),
     "toy-night": toy("night", val=100),
@@ -727,7 +762,7 @@ class Sample(NamedTuple):
         if self.entry.generate:
             image = torch.from_numpy(self.entry.generate(self.image)[0]).permute(2, 0, 1)
         else:
-            image = crop(read_image(self.image), self.box)
+            image = crop(read_image(self.image, upright=self.entry.own), self.box)
         return corrupt(image, *self.corruption) if self.corruption else image
 
     def read_label(self):
@@ -753,8 +788,9 @@ def entries(name, classes=None, labelled=True):
         parts += JOINED.get(part, [part])
     found = {}
     for part in parts:
-        if part not in DATASETS:
-            raise UserError(f"--data {part}: not one of {' '.join(DATASETS)}")
+        if part not in DATASETS or part in found:
+            reason = "named twice" if part in found else f"not one of {' '.join(DATASETS)}"
+            raise UserError(f"--data {part}: {reason}")
         if classes and (part != "folder" or classes > UNKNOWN):
             raise UserError(f"--classes {classes}: is for --data folder, and at most {UNKNOWN}")
         found[part] = numbered_classes(DATASETS[part], classes) if classes else DATASETS[part]
@@ -773,34 +809,106 @@ def numbered_classes(entry, classes):
 
 def locate(root, entry):
     """The dataset's folder: below root, or root itself."""
-    for folder in (Path(root, entry.folder), Path(root)):
-        if folder.is_dir():
-            return folder
-    raise UserError(f"--root {root}: no such folder (it holds one folder per dataset, or is the dataset's own)")
+    own = Path(root, entry.folder)
+    if own.is_dir():
+        return own
+    others = sorted({other.folder for other in DATASETS.values() if Path(root, other.folder).is_dir()})
+    if others:  # the folder of all datasets: what lies below it is not this dataset
+        raise UserError(f"--root {root}: holds {' '.join(others)}, but no folder {entry.folder}")
+    if not Path(root).is_dir():
+        raise UserError(f"--root {root}: no such folder (it holds one folder per dataset, or is the dataset's own)")
+    return Path(root)
+
+
+class Names:
+    """Texts in one buffer: a million Python objects would take 700 MB, and each loading process would copy them."""
+
+    def __init__(self):
+        self.buffer = bytearray()
+        self.ends = array("q", [0])
+
+    def append(self, text):
+        self.buffer += os.fsencode(text)
+        self.ends.append(len(self.buffer))
+
+    def __len__(self):
+        return len(self.ends) - 1
+
+    def __getitem__(self, i):
+        if not 0 <= i < len(self):
+            raise IndexError(i)
+        return os.fsdecode(bytes(self.buffer[self.ends[i]:self.ends[i + 1]]))
+
+
+class Pictures:
+    """The Samples of a set without labels, each made when it is asked for; `ending`: what follows each of the names."""
+
+    def __init__(self, entry, folder, names, ending=""):
+        self.entry = entry
+        self.folder = folder
+        self.names = names
+        self.ending = ending
+
+    def __len__(self):
+        return len(self.names)
+
+    def __getitem__(self, i):
+        return Sample(self.entry, self.folder / (self.names[i] + self.ending))
 
 
 def find(folder, patterns, text, skipped=()):
-    """Files below a folder that the first successful pattern names: sorted {texts for "*" and "{}": Path}.
+    """The files below a folder that the first successful pattern names: Names, the pattern, and the files it does not.
 
     `text` stands for <split>; files whose name without suffix ends in one of `skipped` are passed over."""
     for pattern in patterns:
         pattern = pattern.replace("<split>", text)
         regex = as_regex(pattern)
-        top = re.split(r"[*{]", pattern)[0].rpartition("/")[0]  # the files lie nowhere else
-        files = {}
-        for parent, _, names in os.walk(folder / top):
-            below = Path(parent).relative_to(folder).as_posix()
-            if "__MACOSX" in below:
-                continue
-            for name in names:
-                stem, suffix = os.path.splitext(name)
-                if suffix.lower() in SUFFIXES and not name.startswith(".") and not stem.endswith(skipped):
-                    match = regex.fullmatch(f"{below}/{name}".removeprefix("./"))
-                    if match:
-                        files[match.groups()] = Path(parent, name)
-        if files:
-            return dict(sorted(files.items()))
-    return {}
+        names = Names()
+        others = Names()
+        for name in files_below(folder, top_of(pattern)):
+            stem, suffix = os.path.splitext(name)
+            if suffix.lower() not in SUFFIXES or not regex.fullmatch(name):
+                others.append(name)
+            elif not stem.endswith(skipped):
+                names.append(name)
+        if len(names):
+            return names, regex, others
+    return Names(), None, Names()
+
+
+def by_key(names, regex):
+    """{texts for "*" and "{}" in a pattern: [names]}, sorted; several names are one with several suffixes."""
+    found = {}
+    for name in names:
+        found.setdefault(regex.fullmatch(name).groups(), []).append(name)
+    return dict(sorted(found.items()))
+
+
+def top_of(pattern):
+    """The folder below which all files of a pattern lie."""
+    return re.split(r"[*{]", pattern)[0].rpartition("/")[0]
+
+
+def files_below(folder, top=""):
+    """All files below folder / top that are not hidden, as texts below folder; each folder once, links followed."""
+    seen = set()
+    for parent, folders, names in os.walk(folder / top, onerror=refuse, followlinks=True):
+        here = os.stat(parent)
+        if (here.st_dev, here.st_ino) in seen or os.path.basename(parent) == "__MACOSX":
+            folders.clear()
+            continue
+        seen.add((here.st_dev, here.st_ino))
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        below = os.path.relpath(parent, folder)
+        for name in sorted(names):
+            if not name.startswith("."):
+                yield name if below == "." else f"{below}/{name}"
+
+
+def refuse(error):
+    """A folder that is not there has no files; one that cannot be listed would hide those it has."""
+    if not isinstance(error, (FileNotFoundError, NotADirectoryError)):
+        raise UserError(f"{error.filename}: cannot be listed ({error.strerror})")
 
 
 def as_regex(pattern):
@@ -838,21 +946,49 @@ def listing(part, entry, root, split, labelled, cache=None):
         raise UserError(f"--data {part}: {missing}")
 
     folder = locate(root, entry)
-    image_files = find_some(part, folder, entry.images, entry.splits[split])
-    label_files = {}
-    if labelled:
-        label_files = find_some(part, folder, entry.labels, entry.splits[split], entry.converted)
-    samples = []
+    names, regex, others = find_some(part, folder, entry.images, entry.splits[split])
     alone = []
-    for key, image in image_files.items():
-        if labelled and key not in label_files:
-            alone.append(image)
-        else:
-            samples.append(Sample(entry, image, label_files.get(key)))
-    alone += [label for key, label in label_files.items() if key not in image_files]
+    if labelled:
+        labels, labels_regex, _ = find_some(part, folder, entry.labels, entry.splits[split], entry.converted)
+        pairs, alone = paired(by_key(names, regex), by_key(labels, labels_regex))
+        samples = [Sample(entry, folder / image, folder / label) for image, label in pairs]
+    else:
+        samples = Pictures(entry, folder, names)
     if cache and split == "train":  # evaluation sees the original pixels
         samples = use_stored(samples, part, folder, cache)
-    return samples, alone
+    rest = left_out(folder, entry, others) if entry.own else ""
+    qsd.say(f"{part} {split}: {len(samples)} images in {folder}{rest}")
+    return samples, [folder / name for name in alone]
+
+
+def paired(images, labels):
+    """Of {key: [names]} the pairs (image, label), and the names that have no partner or several."""
+    pairs = []
+    alone = []
+    for key in images | labels:
+        of_both = images.get(key, []) + labels.get(key, [])
+        if len(images.get(key, [])) == len(labels.get(key, [])) == 1:
+            pairs.append(of_both)
+        else:
+            alone += of_both
+    return pairs, alone
+
+
+def left_out(folder, entry, others):
+    """Names the files of one's own folder that are of no split, as text."""
+    patterns = [pattern.replace("<split>", text) for pattern in entry.images for text in entry.splits.values()]
+    regex = re.compile("|".join(as_regex(pattern).pattern for pattern in patterns))
+    unused = []
+    for name in others:
+        if os.path.splitext(name)[1].lower() not in SUFFIXES or not regex.fullmatch(name):
+            unused.append(name)
+    return f"; {len(unused)} other files there are left out, as {folder / unused[0]}" if unused else ""
+
+
+def preflight_of(part, entry, root):
+    """The command that looks through a dataset, as a shell takes it."""
+    classes = f" --classes {entry.num_classes}" if part == "folder" and entry.num_classes else ""
+    return f"python data.py --data {part} --root {shlex.quote(str(root))}{classes}"
 
 
 def listed(part, entry, folder, split):
@@ -862,18 +998,22 @@ def listed(part, entry, folder, split):
         if not (folder / file).is_file():
             raise UserError(f"--data {part}: {folder} holds no {file}")
         year = folder / file.split("/")[0]
-        for name in (folder / file).read_text().split():
+        names = (folder / file).read_text(errors="replace").split()
+        if not names:
+            raise UserError(f"{folder / file}: names no image")
+        for name in names:
             samples.append(Sample(entry, year / f"JPEGImages/{name}.jpg", year / f"Annotations/{name}.xml"))
+    qsd.say(f"{part} {split}: {len(samples)} images in {folder}")
     return samples
 
 
 def find_some(part, folder, patterns, text, skipped=()):
-    """What find finds; UserError if that is nothing."""
-    files = find(folder, patterns, text, skipped)
-    if not files:
+    """What find finds, in the first process for all; UserError if that is nothing."""
+    names, regex, others = from_the_first(find, folder, patterns, text, skipped)
+    if not len(names):
         looked_for = " or ".join(pattern.replace("<split>", text) for pattern in patterns)
         raise UserError(f"--data {part}: {folder} holds no files like {looked_for}")
-    return files
+    return names, regex, others
 
 
 def gather(name, root, split, labelled, cache, classes=None):
@@ -883,17 +1023,20 @@ def gather(name, root, split, labelled, cache, classes=None):
         found, alone = listing(part, entry, root, split, labelled, cache)
         if alone:
             raise UserError(f"{alone[0]}: has no partner, as {len(alone)} files of {part} {split}; list them all with "
-                            f"python data.py --data {part} --root {root}")
-        for sample in found:
-            if entry.tile:
-                with Image.open(sample.image) as header:
-                    boxes = tile_boxes(*header.size, entry.tile)
-                samples += [sample._replace(box=box) for box in boxes]
-            elif entry.corrupted:
-                samples += [sample._replace(corruption=pair) for pair in itertools.product(CORRUPTIONS, range(1, 6))]
-            else:
-                samples.append(sample)
-    return samples
+                            f"{preflight_of(part, entry, root)}")
+        if entry.tile or entry.corrupted:
+            found = list(itertools.chain.from_iterable(map(pieces, found)))
+        samples.append(found)
+    return samples[0] if len(samples) == 1 else ConcatDataset(samples)
+
+
+def pieces(sample):
+    """The tiles of a large image, or all corruptions of one."""
+    if sample.entry.corrupted:
+        return [sample._replace(corruption=pair) for pair in itertools.product(CORRUPTIONS, range(1, 6))]
+    with Image.open(sample.image) as header:
+        boxes = tile_boxes(*header.size, sample.entry.tile)
+    return [sample._replace(box=box) for box in boxes]
 
 
 # --- Datasets -------------------------------------------------------------------------------------------------------
@@ -910,7 +1053,7 @@ class Scenes(torch.utils.data.Dataset):
         self.labelled = labelled
         self.training = training
         self.seed = 0  # set by loader
-        self.unreadable = torch.zeros(len(samples), dtype=torch.bool).share_memory_()  # known to all workers
+        self.unreadable = torch.frombuffer(mmap.mmap(-1, len(samples)), dtype=torch.bool)  # known to all workers
         entry = samples[0].entry
         self.boxes = entry.boxes
         self.classes = entry.classes
@@ -1408,7 +1551,9 @@ def corrupt(image, name, severity):
         small = TF.to_pil_image(image).resize((int(c * width), int(c * height)), Image.Resampling.BOX)
         return TF.pil_to_tensor(small.resize((width, height), Image.Resampling.BOX))
     elif name == "jpeg_compression":
-        return decode_jpeg(encode_jpeg(image, c))
+        with io.BytesIO() as file:
+            TF.to_pil_image(image).save(file, "jpeg", quality=c)
+            return torch.from_numpy(read_rgb(file)).permute(2, 0, 1)
     return (255 * x).round_().clamp_(0, 255).to(torch.uint8)
 
 
@@ -1449,9 +1594,11 @@ def store(name, root, size, classes=None, workers=0):
             job = partial(store_sample, folder=folder, target=unfinished, size=size)
             left_out = sum(in_parallel(job, samples, workers, f"storing {part}"))
             made_from = {"from": str(folder), "short_side": size, "unreadable": left_out,
-                         "pixels": "uint8, bicubic with antialias; labels are class numbers, nearest pixel",
-                         "images": fingerprint(folder, [sample.image for sample in samples]),
-                         "labels": fingerprint(folder, [sample.label for sample in samples if sample.label])}
+                         "pixels": "uint8, bicubic with antialias; labels are class numbers, nearest pixel"}
+            for kind, files in files_of(samples).items():
+                made_from[kind] = names_and_sizes(folder, files)
+                made_from[f"{kind}, times"] = some_bytes(files, times=True)
+                made_from[f"{kind}, bytes"] = some_bytes(files)
             (unfinished / "made_from.json").write_text(json.dumps(made_from, indent=1))
             os.replace(unfinished, target)  # complete or absent
         finally:
@@ -1467,10 +1614,41 @@ def stored_file(folder, target, file):
     return Path(f"{target / file.relative_to(folder)}.npy")
 
 
-def fingerprint(folder, files):
-    """A text that changes with any file's name or size."""
+def files_of(samples):
+    """The files of some samples: {"images": [Path]}, and if they are labelled "labels"."""
+    files = {"images": [sample.image for sample in samples]}
+    if samples[0].label:
+        files["labels"] = [sample.label for sample in samples]
+    return files
+
+
+def names_and_sizes(folder, files):
     listed = "\n".join(f"{file.relative_to(folder)} {file.stat().st_size}" for file in files)
     return f"{len(files)} files, names and sizes have sha256 {hashlib.sha256(listed.encode()).hexdigest()}"
+
+
+def some_bytes(files, times=False):
+    """A text that changes with bytes of any of the files; times: with those of 256 files and the time of any."""
+    digest = hashlib.sha256()
+    step = math.ceil(len(files) / 256) if times else 1
+    for i, file in enumerate(files):
+        if times:
+            digest.update(str(file.stat().st_mtime_ns).encode())
+        if i % step == 0:
+            digest.update(fingerprint(file).encode())
+    return digest.hexdigest()
+
+
+def made_from_these(made_from, folder, samples):
+    """Whether a stored set comes from these files as they are; a copy of them has other times, but the same bytes."""
+    for kind, files in files_of(samples).items():
+        if made_from.get(kind) != names_and_sizes(folder, files):
+            return False
+        if f"{kind}, times" in made_from:  # sets stored by older versions know names and sizes only
+            if some_bytes(files, times=True) != made_from[f"{kind}, times"]:
+                if some_bytes(files) != made_from[f"{kind}, bytes"]:
+                    return False
+    return True
 
 
 def store_sample(sample, folder, target, size):
@@ -1499,33 +1677,36 @@ def store_array(file, array):
 def use_stored(samples, part, folder, size):
     """The same samples with the stored files; UserError unless those were made from the files as they are now."""
     target = stored_folder(part, folder, size)
-    try:
-        made_from = json.loads((target / "made_from.json").read_text())
-    except FileNotFoundError:
-        made_from = {}
-    files_of = {"images": [sample.image for sample in samples]}
-    if samples[0].label:
-        files_of["labels"] = [sample.label for sample in samples]
-    for kind, files in files_of.items():
-        if made_from.get(kind) != fingerprint(folder, files):
-            state = "was made from other files; delete it and run" if made_from else "is not there; run"
-            raise UserError(f"--cache {size}: {target} {state} "
-                            f"python data.py --data {part} --root {folder} --cache {size}")
+    made_from = read_book(target / "made_from.json")
+    if not from_the_first(made_from_these, made_from, folder, samples):
+        state = "was made from other files; delete it and run" if target.exists() else "is not there; run"
+        raise UserError(f"--cache {size}: {target} {state} "
+                        f"{preflight_of(part, samples[0].entry, folder)} --cache {size}")
+    if isinstance(samples, Pictures):
+        return Pictures(samples.entry, target, samples.names, ".npy")
     moved = []
     for sample in samples:
         image = stored_file(folder, target, sample.image)
-        label = stored_file(folder, target, sample.label) if sample.label else None
-        moved.append(sample._replace(image=image, label=label))
+        moved.append(sample._replace(image=image, label=stored_file(folder, target, sample.label)))
     return moved
 
 
 def in_parallel(job, items, workers, title):
     """Results of job(item) in order, behind a bar."""
     if workers:
-        with ProcessPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        pool = ProcessPoolExecutor(workers, initializer=begin_worker)
+        try:
             yield from tqdm(pool.map(job, items, chunksize=8), title, len(items))
+        finally:
+            pool.shutdown(cancel_futures=True)
     else:
         yield from tqdm(map(job, items), title, len(items))
+
+
+def begin_worker():
+    """One thread for each process; Ctrl-C is the business of the one that began it."""
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 # --- Preflight: python data.py --data gtav --root /data -------------------------------------------------------------
@@ -1557,6 +1738,8 @@ def check(sample):
 
 def preflight(name, root, out=None, classes=None, workers=0):
     """Open every file of every split that is there and print what was found; returns the number of problems."""
+    if out:
+        check_picture("--out", out)
     count = 0
     shown = []
     counts = np.zeros(256, np.int64)
@@ -1564,7 +1747,7 @@ def preflight(name, root, out=None, classes=None, workers=0):
         for split in splits_at_hand(entry, root):
             samples, alone = listing(part, entry, root, split, bool(entry.labels))
             findings = list(in_parallel(check, samples, workers, f"{part} {split}"))
-            problems = [f"{file}: has no partner" for file in alone]
+            problems = [f"{file}: has no partner, or several" for file in alone]
             problems += [finding.problem for finding in findings if finding.problem]
             oddities = [finding.oddity for finding in findings if finding.oddity]
             kind = "pairs" if entry.classes else "images"
@@ -1577,7 +1760,8 @@ def preflight(name, root, out=None, classes=None, workers=0):
             shown += good[::max(1, math.ceil(len(good) / 4))]  # 4 at most, evenly
     print(shares(entry.classes, counts, "objects" if entry.boxes else "pixels"), end="")
     if out and shown:
-        overview(shown).save(out)
+        with whole(Path(out)) as file:
+            overview(shown).save(file)
     return count
 
 
@@ -1586,7 +1770,7 @@ def splits_at_hand(entry, root):
     if entry.generate:
         return list(entry.splits)
     folder = locate(root, entry)
-    found = [split for split, text in entry.splits.items() if find(folder, entry.images, text)]
+    found = [split for split, text in entry.splits.items() if len(find(folder, entry.images, text)[0])]
     return found or list(entry.splits)[:1]
 
 
@@ -1631,7 +1815,7 @@ def picture_of(sample, width):
         objects = objects_of(sample.read_label())
         return Image.fromarray(with_boxes(image, objects, sample.entry.classes, sample.entry.colors, width))
     image = Image.fromarray(image.permute(1, 2, 0).numpy())
-    height = round(width * image.height / image.width)
+    height = min(max(1, round(width * image.height / image.width)), 3 * width)  # a narrow strip is not drawn in full
     if not sample.entry.classes:
         return image.resize((width, height))
     label = Image.fromarray(palette(sample.entry.colors)[sample.read_label().numpy()])
@@ -1662,10 +1846,10 @@ class Config:
     """Flags of the preflight."""
     data: str = "toy"           # one name of data.DATASETS, or several joined with +
     root: str = "data"          # holds one folder per dataset, or is the dataset's own folder
-    classes: int = 0            # how many, for --data folder
+    classes: qsd.Classes = 0        # how many, for --data folder
     out: str = "preflight.png"  # picture of some samples: image above label, or with boxes
-    cache: int = 0              # instead store the training split at this short side, pixels
-    workers: int = 0            # processes that open files
+    cache: qsd.PixelsOr0 = 0    # instead store the training split at this short side, pixels
+    workers: qsd.Workers = 0    # processes that open files
 
 
 def main(argv=None):
@@ -1685,15 +1869,8 @@ EARLIER = dict(geometry="centred", no_decay="all")  # what runs had before these
 def configure(Config, preset=None, argv=None):
     """A Config from its defaults, then what preset(given flags) says, then the command line."""
     given = vars(command_line(Config).parse_args(argv))
-    for name, value in given.items():
-        least = 1 if name in AT_LEAST_1 and getattr(Config, name) else 0    # where 0 is the default, it has a meaning
-        if type(value) is int and value < least:
-            raise UserError(f"--{name} {value}: at least {least} was expected")
     values = preset(given) if preset else {}
     return Config(**(values | given))
-
-
-AT_LEAST_1 = ("batch", "micro", "size", "patch", "repeats", "log_every", "max_skips", "jobs")
 
 
 @lru_cache
@@ -1706,7 +1883,8 @@ def command_line(Config):
     parser.error = lambda message: stop_parsing(message)
     for field in dataclasses.fields(Config):
         allowed = allowed_values(field.type)
-        text = f"{help_of.get(field.name, '')} (default {field.default})".replace("%", "%%")
+        limits = "".join(f"{limit}; " for limit in limits_of(field.type))
+        text = f"{help_of.get(field.name, '')} ({limits}default {field.default})".replace("%", "%%")
         alone = {"nargs": "?", "const": True} if field.type is bool else {}  # --demo alone means yes
         parser.add_argument(f"--{field.name}", type=partial(parse_value, field.type), default=argparse.SUPPRESS,
                             metavar="|".join(allowed) or "X", help=text, **alone)
@@ -1724,10 +1902,28 @@ def allowed_values(kind):
     return typing.get_args(kind) if typing.get_origin(kind) is Literal else ()
 
 
+def limits_of(kind):
+    """The Range that a field's type names, in a list; nothing for words and free text."""
+    if typing.get_origin(kind) is typing.Annotated:
+        return [typing.get_args(kind)[1]]
+    return limits_of(typing.get_args(kind)[0]) if is_optional(kind) else []
+
+
+def is_optional(kind):
+    """Whether a type is like Count | None."""
+    return typing.get_origin(kind) in (typing.Union, types.UnionType)
+
+
 def parse_value(kind, text):
-    """One flag's text as the type that its field declares."""
-    if typing.get_origin(kind) is types.UnionType:  # int | None
+    """One flag's text as the type that its field declares, within its range."""
+    if is_optional(kind):
         return None if text == "none" else parse_value(typing.get_args(kind)[0], text)
+    if typing.get_origin(kind) is typing.Annotated:
+        kind, limits = typing.get_args(kind)
+        value = parse_value(kind, text)
+        if value not in limits:
+            raise argparse.ArgumentTypeError(f"{limits} was expected, not {text}")
+        return value
     allowed = allowed_values(kind)
     if allowed and text not in allowed:
         raise argparse.ArgumentTypeError(f"'{text}' is none of {', '.join(allowed)}")
@@ -1755,39 +1951,145 @@ def changed(cfg):
 
 def known_fields(Config, stored):
     """A stored Config {name: value} as Config takes it: what it lacks today is left out, EARLIER is filled in."""
-    names = {field.name for field in dataclasses.fields(Config)}
-    return {name: value for name, value in (EARLIER | stored).items() if name in names}
+    kinds = {field.name: field.type for field in dataclasses.fields(Config)}
+    known = {name: value for name, value in (EARLIER | stored).items() if name in kinds}
+    for name, value in known.items():
+        if not qsd.fits(kinds[name], value):
+            raise UserError(f"its {name} is {value!r}, which is none")
+    return known
+
+
+class Lasting:
+    """A standard stream that outlives its reader: what `| head`, a closed terminal or a full disk refuses is lost."""
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def write(self, text):
+        self.attempt(self.stream.write, text)
+
+    def flush(self):
+        self.attempt(self.stream.flush)
+
+    def attempt(self, act, *text):
+        try:
+            act(*text)
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+
+
+def open_streams():
+    """Standard streams that no write fails on, whatever locale, pipe or closed descriptor the script was given."""
+    while os.open(os.devnull, os.O_RDWR) <= 2:  # a closed one would become the next file that is opened
+        pass
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name) or open(os.devnull, "w")
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+            setattr(sys, name, Lasting(stream))
+
+
+AT_END = ExitStack()    # what is left to do when a script ends, by whatever
 
 
 def cli(main):
-    """Run a script's main; a user's mistake becomes one line on stderr and exit status 2."""
+    """Run a script's main; what is not the code's fault becomes one line on stderr and exit status 2.
+
+    Of several processes that fail alike the first speaks; those that fail because another one did say nothing."""
+    open_streams()
     status = 0
+    line = ""
     try:
         main()
-    except UserError as error:
-        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+    except KeyboardInterrupt:
+        status = 128 + signal.SIGINT
+        line = "stopped by Ctrl-C"
+    except Exception as error:
         status = 2
-    except Exception:
-        traceback.print_exc()
-        status = 1
+        line = reason_of(error)
+        if line is None:
+            status = 1
+            traceback.print_exc()
     finally:
+        AT_END.close()
+    if not status:
         if dist.is_initialized():
             dist.destroy_process_group()
-    if status:
-        sys.exit(status)  # not within main, whose frame keeps its loading processes alive: Python would wait for them
+        return
+    for child in multiprocessing.active_children():     # Python would wait for loading processes, and they for a signal
+        child.kill()
+        child.join()
+    if "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("RANK") != "0":
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)   # which torchrun sends as soon as another process has ended
+        time.sleep(2)
+    if line:
+        print(f"{Path(sys.argv[0]).name}: {line}", file=sys.stderr)
+    sys.stderr.flush()
+    if dist.is_initialized():
+        os._exit(status)    # destroying the group would wait for processes that wait for this one
+    sys.exit(status)        # not within main, whose frame keeps its loading processes alive
+
+
+def reason_of(error):
+    """The line that tells a user why a script ended, "" where another process has told it; None for a bug."""
+    text = first_line(error, 300)
+    if isinstance(error, UserError):
+        return str(error)
+    if isinstance(error, OSError):          # the world's fault: a full disk, a folder that is not ours, a lost network
+        return f"{error.filename}: {error.strerror}" if error.filename else text
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in text:
+        return f"not enough memory ({text}); lower --micro, --batch or --size"
+    if isinstance(error, BrokenProcessPool) or "DataLoader worker" in text:
+        return "a process that reads images was killed, perhaps for its memory; use fewer --workers"
+    closed = dist.is_initialized() and ("Connection closed" in text or "Connection reset" in text or "gloo" in text)
+    return "" if closed or isinstance(error, dist.DistError) else None
 
 
 # --- Processes: one, or as many as torchrun starts ------------------------------------------------------------------
 
+PATIENCE = datetime.timedelta(hours=3)  # how long processes wait for one that saves or downloads
+
+
 def launch():
     """Join the processes that torchrun started; a lone process needs no group, and no network. Returns the device."""
-    local = int(os.environ.get("LOCAL_RANK", 0))
+    local, number, world = [torchrun_says(name, alone) for name, alone in (("LOCAL_RANK", 0), ("RANK", 0),
+                                                                         ("WORLD_SIZE", 1))]
+    if torch.cuda.is_available():
+        if local >= torch.cuda.device_count():
+            raise UserError(f"process {local} finds no GPU of its own: --nproc_per_node={torch.cuda.device_count()}")
+        torch.cuda.set_device(local)
     device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    if os.environ.get("TORCHELASTIC_RUN_ID") or os.environ.get(STARTED_BY):
+        threading.Thread(target=end_with_its_starter, args=[os.getppid()], daemon=True).start()
+    if world > 1 and not dist.is_initialized():
+        absent = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+        if absent or number >= world:
+            raise UserError(f"RANK {number} of WORLD_SIZE {world}, and no {' '.join(absent) or 'such process'}: start "
+                            "several processes with torchrun, or one without these variables")
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
     return device
+
+
+STARTED_BY = "GKD_TABLE"    # eval.py sets it for the runs of a table: its process number
+
+
+def end_with_its_starter(parent):
+    """Stop as after a signal once torchrun, or the table that this run belongs to, is gone."""
+    table = int(os.environ.get(STARTED_BY, "0"))
+    while os.getppid() == parent and (not table or Path(f"/proc/{table}").exists() or not Path("/proc").exists()):
+        time.sleep(1)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def torchrun_says(name, alone):
+    """One of the numbers that torchrun hands to its processes; `alone`: what it is without torchrun."""
+    text = os.environ.get(name, str(alone))
+    if not text.isdecimal():
+        raise UserError(f"the environment's {name} is '{text}', where torchrun puts a number: unset it")
+    return int(text)
 
 
 def rank():
@@ -1813,6 +2115,15 @@ def largest(*values):
     values = torch.tensor([float(value) for value in values], dtype=torch.float64, device=device)
     dist.all_reduce(values, op=dist.ReduceOp.MAX)
     return values.tolist()
+
+
+def from_the_first(function, *args):
+    """What a function returns in the first process, handed on to the others."""
+    if not dist.is_initialized():
+        return function(*args)
+    found = [function(*args) if rank() == 0 else None]
+    dist.broadcast_object_list(found)
+    return found[0]
 
 
 def device_name(device):
@@ -1854,7 +2165,13 @@ def two_images(size):
 
 def dry_run(learner, losses_of_two_images):
     """FLOPs per image of a training step; parameters that the step does not touch no longer require a gradient."""
-    flops = count_flops(lambda: losses_of_two_images()["loss"].backward())
+    def step():
+        loss = losses_of_two_images()["loss"]
+        if not loss.isfinite():
+            raise UserError(f"two black images have a loss of {loss.item()} before the first step: an encoder gives "
+                            "numbers that are not finite; look at its file, or use --precision fp32")
+        loss.backward()
+    flops = count_flops(step)
     for parameter in learner.parameters():
         parameter.requires_grad_(parameter.grad is not None)
     learner.zero_grad()
@@ -1863,36 +2180,96 @@ def dry_run(learner, losses_of_two_images):
 
 # --- Files: whole or absent -----------------------------------------------------------------------------------------
 
-def save(path, state):
-    """Write a checkpoint beside its place and rename it, so that no kill at any moment leaves a damaged one."""
-    temporary = path.with_suffix(".tmp")
+@contextmanager
+def whole(path):
+    """Where to write what becomes the file `path` once it is complete: no kill and no full disk leaves half of it."""
+    unfinished = path.with_name(f"part.{path.name}")
     try:
-        with open(temporary, "wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-    except (OSError, RuntimeError) as error:
-        temporary.unlink(missing_ok=True)
-        raise UserError(f"{path} could not be written ({error}); the checkpoint before it is kept. "
+        unfinished.parent.mkdir(parents=True, exist_ok=True)
+        yield unfinished
+        os.replace(unfinished, path)
+    except (OSError, RuntimeError) as error:    # RuntimeError: what torch makes of a full disk
+        raise UserError(f"{path} could not be written ({error}); what was there before is kept. "
                         "Free some space and run the same command again") from None
-    os.replace(temporary, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def save(path, state):
+    """Write a checkpoint, whole or not at all."""
+    with whole(path) as unfinished, open(unfinished, "wb") as file:
+        torch.save(state, file)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def write(path, text):
-    """Write a text file beside its place and rename it: no kill leaves half of it."""
-    path.with_suffix(".tmp").write_text(text)
-    os.replace(path.with_suffix(".tmp"), path)
+    """Write a text file, whole or not at all."""
+    with whole(path) as unfinished:
+        unfinished.write_text(text)
 
 
-def first_line(error):
+def read_book(path):
+    """The dict in a JSON file that this project wrote; an empty one where it is absent or damaged."""
+    try:
+        book = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return book if isinstance(book, dict) else {}
+
+
+def read_lines(log):
+    """The lines of a run's log.jsonl that hold a dict, as (text, dict); a kill or a full disk cut off the others."""
+    lines = []
+    for text in log.read_text(errors="replace").splitlines():
+        try:
+            record = json.loads(text)
+        except ValueError:
+            continue
+        if isinstance(record, dict):
+            lines.append((text, record))
+    return lines
+
+
+def check_place(flag, path):
+    """UserError if nothing could be written to a path, found before the work and without writing."""
+    place = Path(path)
+    try:
+        while not is_there(place):
+            place = place.parent
+        mode = os.W_OK | os.X_OK if place.is_dir() else os.W_OK
+        good = os.access(place, mode) and (place.is_dir() or place.is_file() and place == Path(path))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{flag} {str(path)[:80]}: is no path ({error})") from None
+    if not good:
+        raise UserError(f"{flag} {path}: {place} is not a folder that can be written to")
+
+
+def is_there(path):
+    """Whether there is a file, a folder or a link, be it to nothing; OSError where there could be none."""
+    try:
+        os.lstat(path)
+    except FileNotFoundError:
+        return False
+    return True
+
+
+def check_picture(flag, path):
+    """UserError if a picture cannot be written to a path."""
+    if Path(path).suffix.lower() not in SUFFIXES:
+        raise UserError(f"{flag} {path}: a picture's name ends in one of {' '.join(sorted(SUFFIXES))}")
+    check_place(flag, path)
+
+
+def first_line(error, most=80):
     """The beginning of an exception's text."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)[:80]
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)[:most]
 
 
 def parse_budget(text, steps_per_epoch):
     """A budget as (unit, amount): "600" and "300ep" in steps, "2h" and "30m" in seconds, "3e18flop" in flops."""
     match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?(?:e[0-9]+)?)(ep|h|m|s|flop|)", text)
-    if not match or float(match[1]) <= 0:
+    if not match or not 0 < float(match[1]) < math.inf:
         raise UserError(f"--budget {text} is not one of 600 (steps), 300ep, 2h, 30m, 45s, 3e18flop")
     amount = float(match[1])
     if match[2] == "flop":
@@ -1920,22 +2297,40 @@ def passes_of(batch, micro, world, pairs=True):
 # --- Run folders ----------------------------------------------------------------------------------------------------
 
 def read_header(log):
-    """The first line of a run's log.jsonl: its Config, command and versions."""
-    with open(log) as file:
-        return json.loads(file.readline())
+    """The first line of a run's log.jsonl: its Config, command, files and versions."""
+    lines = read_lines(log)
+    if not lines or not isinstance(lines[0][1].get("config"), dict):
+        raise UserError(f"{log} is damaged: it does not begin with the constants of a run; choose another --out, or "
+                        "delete the folder if nothing in it is needed")
+    return lines[0][1]
 
 
-def other_constants(cfg, stored, free):
-    """In what a run's stored constants differ from those of cfg, as ["lr 0.1 -> 0.2"].
+def other_constants(cfg, header, free):
+    """In what the constants in a run's header differ from those of cfg, as ["lr 0.1 -> 0.2"].
 
-    A constant that one of the two lacks has its default there; those in `free`, and the folder's name, may differ."""
+    A constant that one of the two lacks has its default there; those in `free`, and the folder's name, may differ. A
+    file may have moved, if it is the same."""
+    stored = header["config"]
     before = as_plain(type(cfg)()) | RETIRED | stored
     now = before | RETIRED | as_plain(cfg)
+    files = header.get("files", {})
     differing = []
     for name, value in before.items():
-        if not same_value(value, now[name]) and name not in free and name != "out":
+        moved = name in files and file_of(now[name]) == files[name]
+        if not moved and not same_value(value, now[name]) and name not in free and name != "out":
             differing.append(f"{name} {value} -> {now[name]}")
     return differing
+
+
+def files_named_by(cfg):
+    """{constant: fingerprint} of the files that constants name: checkpoints of teacher and student."""
+    found = {name: file_of(value) for name, value in as_plain(cfg).items() if name not in ("out", "root", "data")}
+    return {name: text for name, text in found.items() if text}
+
+
+def file_of(value):
+    """The fingerprint of a file that a constant names; None if it names none."""
+    return fingerprint(value) if isinstance(value, str) and value and os.path.isfile(value) else None
 
 
 def same_value(a, b):
@@ -1949,19 +2344,191 @@ def check_folder(cfg, free):
     A run that began before a constant of EARLIER existed goes on as it began: cfg is set so.
     """
     out = Path(cfg.out)
-    if (out / "log.jsonl").exists():
-        stored = read_header(out / "log.jsonl")["config"]
+    log = out / "log.jsonl"
+    check_place("--out", out)
+    if log.exists():
+        header = read_header(log)
+        stored = header["config"]
         for name, value in EARLIER.items():
             if hasattr(cfg, name) and name not in stored:
                 setattr(cfg, name, value)
-        differing = other_constants(cfg, EARLIER | stored, free)
+        differing = other_constants(cfg, header | dict(config=EARLIER | stored), free)
         if differing:
             raise UserError(f"--out {out} holds a run with other constants ({', '.join(differing)}); "
                             "choose another --out")
+        for name, text in header.get("files", {}).items():
+            if (out / "last.pt").exists() and text not in (None, file_of(as_plain(cfg).get(name, ""))):
+                raise UserError(f"--{name} {as_plain(cfg).get(name)} is another file than when the run in --out {out} "
+                                "began; choose another --out")
     elif out.exists() and not out.is_dir():
         raise UserError(f"--out {out} is a file, not a folder; choose another --out")
-    elif out.exists() and any(path.name != "log.tmp" for path in out.iterdir()):  # killed before its first step
+    elif out.exists() and any(path.name not in ("part.log.jsonl", "lock") for path in out.iterdir()):
         raise UserError(f"--out {out} is not empty and holds no log.jsonl of this script; choose another --out")
+
+
+def lock(folder):
+    """Keep other processes out of a run's folder until this one ends, by whatever; UserError if one is in it.
+
+    The operating system holds the lock, so that a killed process leaves none; the file says who has it."""
+    file = AT_END.enter_context(locked(folder))
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}")
+    file.flush()
+    AT_END.callback((folder / "lock").unlink, missing_ok=True)
+
+
+def locked(folder):
+    """The file "lock" of a folder, open, and locked for as long as it is; UserError if another process has it."""
+    file = open(folder / "lock", "a+")
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        file.seek(0)
+        raise UserError(f"--out {folder} is in use by {file.read()}; wait for it, or choose another --out") from None
+    except OSError:     # a network disk without locks
+        pass
+    return file
+
+
+def check_lock(folder):
+    """UserError if another process works in a run's folder; it is locked later, when the first file is written."""
+    if (folder / "lock").exists() and rank() == 0:
+        locked(folder).close()
+
+
+def load(path, instead=None):
+    """A checkpoint of a run, None where there is none; a damaged one is an error unless there is another instead."""
+    try:
+        return qsd.open_checkpoint(path) if is_there(path) else None
+    except UserError as error:
+        if not instead:
+            raise UserError(f"{path} cannot be read ({error}); nothing was changed. If it is damaged, delete it: the "
+                            "same command then starts anew") from None
+    qsd.say(f"{path} is damaged, and will be made again from last.pt")
+
+
+def times_of(*paths):
+    """When each of some files was written, None for those that are not there."""
+    return [path.stat().st_mtime_ns if path.is_file() else None for path in paths]
+
+
+def restore(path, saved, parts, spent, dataset):
+    """Bring a run's parts to the state of its checkpoint; returns its ledger. UserError where it is another run's."""
+    try:
+        qsd.check_state(f"{path} does not fit the run", saved["learner"], parts["learner"].state_dict())
+        for name, part in parts.items():
+            part.load_state_dict(saved[name])
+        moments = [value for state in parts["optimizer"].state.values() for value in state.values()]
+        if not all(value.isfinite().all() for value in moments):
+            raise ValueError("its optimiser holds numbers that are not finite")
+        spent = spent | saved["spent"]
+        if not all(qsd.fits(qsd.Weight, amount) for amount in spent.values()):
+            raise ValueError("its ledger is damaged")
+        dataset.unreadable[saved.get("unreadable", [])] = True
+    except UserError:
+        raise
+    except Exception as error:  # whatever is not as it was written
+        raise UserError(f"{path} is no checkpoint of this run ({first_line(error)}); nothing was changed. If it is not "
+                        "needed, delete it: the same command then starts anew") from None
+    return spent
+
+
+def contents_of(dataset):
+    """A text that tells a set of images from another: their number, names of 4096, bytes of 64."""
+    n = len(dataset)
+    digest = hashlib.sha256(str(n).encode())
+    for i in range(0, n, math.ceil(n / 4096)):
+        for file in (dataset.samples[i].image, dataset.samples[i].label):
+            digest.update((file.name if isinstance(file, Path) else str(file)).encode())
+    for i in range(0, n, math.ceil(n / 64)):
+        if isinstance(dataset.samples[i].image, Path):
+            digest.update(fingerprint(dataset.samples[i].image).encode())
+    return digest.hexdigest()
+
+
+def compare_processes(out, found):
+    """All processes must find the same state in --out; two machines without a shared disk would train apart."""
+    most, minus_least = largest(found, -found)
+    if most != -minus_least:
+        raise UserError(f"--out {out}: some processes find a run there and others do not, or another step: give all "
+                        "the same folder, on a shared disk and as an absolute path")
+
+
+def of_each_step(load, step, passes, workers):
+    """The micro-batches of each step from one on; if a loading process fails, this one goes on alone."""
+    batches = iter(load(start_step=step, workers=workers))
+    while True:
+        try:
+            micro_batches = [next(batches) for _ in range(passes)]
+        except RuntimeError as error:
+            if not workers:
+                raise
+            print(f"a loading process failed ({first_line(error)}); this process goes on alone", file=sys.stderr)
+            workers = 0
+            batches = iter(load(start_step=step))
+            continue
+        yield micro_batches
+        step += 1
+
+
+def loss_of(probe):
+    """The loss of a probe; not compiled, as it has another number of images than a batch."""
+    with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+        return probe()["loss"].item()
+
+
+def steps_of(checkpoint):
+    """The step after which a checkpoint was written; 0 without one."""
+    spent = checkpoint.get("spent") if checkpoint else dict(steps=0)
+    if not isinstance(spent, dict) or not qsd.fits(qsd.CountOr0, spent.get("steps")):
+        raise UserError("last.pt is no checkpoint of a run; if it is not needed, delete it: the same command then "
+                        "starts anew")
+    return spent["steps"]
+
+
+def header_of(cfg, device):
+    """The first line of a log: what a run was begun with."""
+    versions = dict(torch=torch.__version__, torchvision=torchvision.__version__, python=sys.version.split()[0])
+    return dict(config=as_plain(cfg), command=" ".join(sys.argv), git=git_commit(), **versions,
+                device=device_name(device), world=world_size(), files=files_named_by(cfg))
+
+
+def cut(log, steps):
+    """Cut a log back to a step."""
+    header, *lines = read_lines(log)
+    kept = [text for text, line in lines if line.get("step", 0) <= steps]
+    write(log, "\n".join([header[0], *kept]) + "\n")
+
+
+def append(log, lines):
+    """Add lines to a log, all or none; returns those that a full disk did not take."""
+    size = log.stat().st_size
+    try:
+        with open(log, "a") as file:
+            file.writelines(lines)
+    except OSError as error:
+        os.truncate(log, size)
+        print(f"{log}: {error.strerror}; tried again with the next line", file=sys.stderr)
+        return lines
+    return []
+
+
+def peak_memory():
+    """The most bytes that this process held at once, on the GPU if there is one."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def count_unreadable(dataset, device):
+    """How many images no process could read; from now on all know them, and too many end the run."""
+    known = summed(dataset.unreadable.to(device, torch.int32))
+    dataset.unreadable |= (known > 0).cpu()
+    count = int(dataset.unreadable.sum())
+    if count > BAD_SHARE * len(dataset):
+        raise UserError(f"{count} of {len(dataset)} training images cannot be read: too many")
+    return count
 
 
 def git_commit():
@@ -1996,65 +2563,51 @@ class Run:
         self.device = launch()
         self.autocast = autocast(cfg.precision, self.device)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=cfg.precision == "fp16")
-        self.checkpoint = None
+        parse_budget(cfg.budget, steps_per_epoch=1)
         check_folder(cfg, free)
-        self.finished = self.result.exists()
-        if not self.finished:
-            self.load_checkpoint()
-        self.compare_processes()
+        self.found = times_of(self.out / "last.pt", self.result)
+        check_lock(self.out)
+        self.checkpoint = load(self.out / "last.pt")
+        self.finished = bool(load(self.result, instead=self.checkpoint))
+        compare_processes(self.out, math.inf if self.finished else steps_of(self.checkpoint))
         if self.finished:
-            self.say(f"{self.result} is finished; nothing to do")
+            qsd.say(f"{self.result} is finished; nothing to do")
             self.tidy()
         else:
-            self.say(f"{self.out}: set over the defaults: {changed(cfg)}")
+            qsd.say(f"{self.out}: set over the defaults: {changed(cfg)}")
 
-    def say(self, text):
-        if rank() == 0:
-            print(text, flush=True)
+    def start(self, learner, optimizer, dataset, probe, flops, tokens, repeats=1, pairs=True):
+        """Continue where the checkpoint ends, or begin.
 
-    def load_checkpoint(self):
-        path = self.out / "last.pt"
-        try:
-            self.checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        except FileNotFoundError:
-            pass
-        except Exception as error:  # the disk, the zip reader and the unpickler each raise their own
-            raise UserError(f"{path} cannot be read ({first_line(error)}); nothing was changed. If it is damaged, "
-                            "delete it: the same command then starts anew") from None
-
-    def compare_processes(self):
-        """All processes must find the same state in --out; two machines without a shared disk would train apart."""
-        found = self.checkpoint["spent"]["steps"] if self.checkpoint else 0
-        if self.finished:
-            found = float("inf")
-        most, minus_least = largest(found, -found)
-        if most != -minus_least:
-            raise UserError(f"--out {self.out}: some processes find a run there and others do not, or another step: "
-                            "give all the same folder, on a shared disk and as an absolute path")
-
-    def start(self, learner, optimizer, dataset, flops, tokens, repeats=1, pairs=True):
-        """Continue where the checkpoint ends, or begin; flops and tokens are those of one image."""
+        probe() gives the losses of two black images; flops and tokens are those of one image."""
         cfg = self.cfg
         self.learner = learner
         self.optimizer = optimizer
         self.dataset = dataset
+        self.probe = probe
         self.per_image = dict(images=1, tokens=tokens, flops=flops)     # what an image adds to the ledger
         self.ledger = dict(steps=0, images=0, tokens=0, flops=0.0, seconds=0.0, skipped=0, waited=0.0, peak_gb=0.0)
+        self.contents = contents_of(dataset)
+        self.sane = 1000 * max(1, loss_of(probe))
         if self.checkpoint:
-            for name, part in self.parts().items():
-                part.load_state_dict(self.checkpoint[name])
-            self.ledger = self.checkpoint["spent"]
+            if self.checkpoint.get("contents", self.contents) != self.contents:
+                raise UserError(f"--root {cfg.root}: {cfg.data} has other files there than when this run began")
+            self.ledger = restore(self.out / "last.pt", self.checkpoint, self.parts(), self.ledger, dataset)
         self.model = DistributedDataParallel(learner) if dist.is_initialized() else learner
 
         self.unit, self.budget = parse_budget(cfg.budget, len(dataset) / cfg.batch)
         self.passes = passes_of(cfg.batch, cfg.micro, world_size(), pairs)
-        self.loader = loader(dataset, cfg.batch, cfg.seed, self.ledger["steps"], rank(), world_size(), self.passes,
-                             repeats, cfg.workers)
-        self.start_log(gflop_per_image=flops / 1e9)
+        self.load = partial(loader, dataset, cfg.batch, cfg.seed, rank=rank(), world=world_size(),
+                            accumulate=self.passes, repeats=repeats)
+        if rank() == 0:
+            self.start_log(gflop_per_image=flops / 1e9)
         self.bar = tqdm(initial=self.ledger["steps"], desc=str(self.out), disable=rank() > 0, unit="step",
                         dynamic_ncols=True)
+        AT_END.callback(self.bar.close)
         self.signals = catch_signals()
+        self.unwritten = []                 # lines of the log that a full disk did not take yet
         self.saved = time.time()
+        self.kept = self.ledger["steps"]    # the step that the same command goes on from
         self.skips = 0                      # non-finite steps in a row
 
     def parts(self):
@@ -2065,12 +2618,13 @@ class Run:
 
     def steps(self):
         """For each step the list of its micro-batches, until the budget is spent."""
-        batches = iter(self.loader)
+        batches = of_each_step(self.load, self.ledger["steps"], self.passes, self.cfg.workers)
         while self.fraction < 1:
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)   # torch's would raise in the midst of a step
             self.began = time.time()
             self.losses = {}
             self.backwards = 0
-            micro_batches = [next(batches) for _ in range(self.passes)]
+            micro_batches = next(batches)
             self.waited = time.time() - self.began
             self.draws = micro_batches[-1][-1]
             yield micro_batches
@@ -2103,12 +2657,12 @@ class Run:
         self.optimizer.zero_grad()
 
         stop = self.signals[0] if self.signals else 0
-        skipped, stop, seconds = largest(not finite, stop, time.time() - self.began)
+        due = time.time() - self.saved > 60 * self.cfg.save_minutes
+        skipped, stop, due, seconds = largest(not finite, stop, due, time.time() - self.began)
         self.skips = self.skips + 1 if skipped else 0
         self.spend(seconds, skipped)
         self.report()
         diverged = self.skips == self.cfg.max_skips
-        due = time.time() - self.saved > 60 * self.cfg.save_minutes
         if stop or diverged or due:
             self.save_checkpoint()
         if stop:
@@ -2126,12 +2680,7 @@ class Run:
         self.ledger["seconds"] += seconds
         self.ledger["skipped"] += skipped
         self.ledger["waited"] += self.waited
-        if torch.cuda.is_available():
-            peak = torch.cuda.max_memory_allocated()
-        else:
-            unit = 1 if sys.platform == "darwin" else 1024
-            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-        self.ledger["peak_gb"] = max(self.ledger["peak_gb"], peak / 2 ** 30)
+        self.ledger["peak_gb"] = max(self.ledger["peak_gb"], peak_memory() / 2 ** 30)
 
     def report(self):
         """Move the bar; every log_every steps, and at the end, write a line of the log (means over all processes)."""
@@ -2143,63 +2692,71 @@ class Run:
         means = summed(torch.stack([value.double() for value in self.losses.values()])) / world_size()
         record = dict(step=spent["steps"])
         for name, mean in zip(self.losses, means.tolist()):
-            record[name] = round(mean, 6)
+            record[name] = round(mean, 6) if math.isfinite(mean) else None      # JSON has no NaN
         record["lr"] = self.optimizer.param_groups[0]["lr"]
         record["images_per_s"] = round(spent["images"] / spent["seconds"], 1)
         record["data_wait"] = round(spent["waited"] / spent["seconds"], 3)
         record["peak_gb"] = round(spent["peak_gb"], 2)
         record["skipped"] = int(spent["skipped"])
+        record["unreadable"] = count_unreadable(self.dataset, self.device)
         record["flops"] = spent["flops"]
         record["seconds"] = round(spent["seconds"], 2)
         record["eta_s"] = round(spent["seconds"] * (1 / self.fraction - 1))
         self.bar.set_postfix(loss=record["loss"], data_wait=record["data_wait"])
         if rank() == 0:
-            with open(self.out / "log.jsonl", "a") as file:
-                file.write(json.dumps(record) + "\n")
+            self.unwritten.append(json.dumps(record) + "\n")
+            self.unwritten = append(self.out / "log.jsonl", self.unwritten)
 
     def start_log(self, **more):
-        """Write the header line of a fresh run's log, or cut a resumed one's lines back to its checkpoint's step."""
-        if rank() > 0:
-            return
+        """Lock the folder; begin a fresh run's log, or cut a resumed one back to its checkpoint's step."""
         self.out.mkdir(parents=True, exist_ok=True)
+        lock(self.out)
+        if times_of(self.out / "last.pt", self.result) != self.found:
+            raise UserError(f"--out {self.out} was changed by another process; run the same command again")
         log = self.out / "log.jsonl"
         if self.ledger["steps"] and log.exists():
-            lines = log.read_text().splitlines()
-            kept = lines[:1]
-            for line in lines[1:]:
-                if line.endswith("}") and json.loads(line)["step"] <= self.ledger["steps"]:
-                    kept.append(line)
-            write(log, "\n".join(kept) + "\n")
+            cut(log, self.ledger["steps"])
         else:
-            versions = dict(torch=torch.__version__, torchvision=torchvision.__version__, python=sys.version.split()[0])
-            header = dict(config=as_plain(self.cfg), command=" ".join(sys.argv), git=git_commit(), **versions,
-                          device=device_name(self.device), world=world_size(), **more)
-            write(log, json.dumps(header) + "\n")
+            write(log, json.dumps(header_of(self.cfg, self.device) | more) + "\n")
+
+    def healthy(self):
+        """Whether the weights are of use: two black images have a loss that is not a thousand times the first one."""
+        return loss_of(self.probe) < self.sane
 
     def save_checkpoint(self):
-        if rank() == 0:
-            states = {name: part.state_dict() for name, part in self.parts().items()}
-            save(self.out / "last.pt", states | dict(spent=self.ledger))
+        """Write last.pt, unless a step has ruined the weights: then the one before is worth more."""
         self.saved = time.time()
+        if self.healthy():
+            self.kept = self.ledger["steps"]
+            states = {name: part.state_dict() for name, part in self.parts().items()}
+            more = dict(contents=self.contents, unreadable=self.dataset.unreadable.nonzero().flatten().tolist())
+            if rank() == 0:
+                save(self.out / "last.pt", states | dict(spent=self.ledger) | more)
 
     def leave(self, number):
         """End after a signal, the step finished and saved."""
+        largest(0)                          # together: torchrun would kill a process that still saves
         if rank() == 0:
-            print(f"stopped by signal {number} after step {self.ledger['steps']}; the same command goes on from there",
-                  file=sys.stderr)
+            print(f"stopped by signal {number} after step {self.ledger['steps']}; the same command goes on from step "
+                  f"{self.kept}", file=sys.stderr)
         sys.exit(128 + number)
 
     def give_up(self):
         """End after too many non-finite steps in a row, naming the images of the last."""
-        draws = self.loader.batch_sampler
+        draws = self.load().batch_sampler
         names = [str(self.dataset.samples[draws.index(draw)].image) for draw in self.draws.tolist()]
-        raise UserError(f"{self.skips} steps in a row had non-finite gradients and changed nothing; {self.out}/last.pt "
-                        f"holds the weights before them. Look at the last images ({', '.join(names[:8])}), lower --lr "
-                        "or use --precision fp32")
+        kept = f"{self.out}/last.pt holds the weights before them: the same command goes on with the next images"
+        if self.kept < self.ledger["steps"]:
+            kept = f"the weights were ruined before them, so {self.out}/last.pt was left as it was at step {self.kept}"
+        raise UserError(f"{self.skips} steps in a row had non-finite gradients and changed nothing; {kept}. Look at "
+                        f"the last images ({', '.join(names[:8])}). A lower --lr or --precision fp32 needs a new --out")
 
     def finish(self, checkpoint):
         """Write the run's result and drop what resuming needed."""
         self.bar.close()
+        if not self.healthy():
+            raise UserError(f"the last step ruined the weights: no {self.result} is written. A lower --lr or "
+                            "--precision fp32 wants another --out")
         if rank() == 0:
             save(self.result, checkpoint)
         self.tidy()
@@ -2207,8 +2764,9 @@ class Run:
     def tidy(self):
         """Delete what resuming needed, and files that a kill left half-written."""
         if rank() == 0:
-            for path in [*self.out.glob("*.tmp"), self.out / "last.pt", self.out / "prev.pt"]:  # prev.pt: of older runs
-                path.unlink(missing_ok=True)
+            halves = [f"part.{name}" for name in ("last.pt", "log.jsonl", self.result.name)]
+            for name in [*halves, "last.pt", "prev.pt", "lock"]:    # prev.pt: of older runs
+                (self.out / name).unlink(missing_ok=True)
 
 
 if __name__ == "__main__":

@@ -8,12 +8,16 @@ With N GPUs write `torchrun --standalone --nproc_per_node=N` for `python`. Proxy
 script, --stage picks the preset. The same command resumes.
 """
 import math
+import sys
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import Literal
 
 import torch
 from torch import nn
 
+sys.path.insert(0, str(Path(__file__).parent))  # where python -P does not look
 import data
 import qsd
 
@@ -28,37 +32,38 @@ class Config(qsd.LossConfig):
     teacher: str = "dinov2_vitb14"  # a name of qsd.ENCODERS or a checkpoint
     student: str = "deit_small_distilled"  # likewise; the source stage gets the proxy stage's student.pt
     pretrained: bool = True         # no: the student starts from random weights
-    student_depth: int | None = None  # only the student's first k blocks
+    official: bool = True           # a named encoder's file must have its SHA-256; no: whatever lies there is taken
+    student_depth: qsd.Count | None = None  # only the student's first k blocks
     keep_heads: bool = False        # start from the heads in the student's checkpoint; official: fresh in each stage
     out: str = "runs/distill"       # log.jsonl, last.pt, student.pt
     # images
-    size: int = 512                 # side of the square crop, pixels (proxy 224)
-    patch: int = 16                 # patch side of both ViTs, pixels (proxy 14); checkpoints are resized to it
-    hub_offset: float = 0.0         # of a DINOv2 teacher's resized pos_embed; official: 0.1 in the proxy stage, else 0
-    cache: int = 0                  # read what `python data.py --cache SIZE` stored at this short side; 0: originals
+    size: qsd.Pixels = 512          # side of the square crop, pixels (proxy 224)
+    patch: qsd.Pixels = 16          # patch side of both ViTs, pixels (proxy 14); checkpoints are resized to it
+    hub_offset: qsd.Share = 0.0     # of a DINOv2 teacher's resized pos_embed; official: 0.1 in the proxy stage, else 0
+    cache: qsd.PixelsOr0 = 0        # read what `python data.py --cache SIZE` stored at this short side; 0: originals
     randaugment: bool = True        # official, in both stages
-    erase: float = 0.25             # probability of RandomErasing
-    repeats: int = 3                # times that an image comes in a row (repeated augmentation, official); 1: none
-    workers: int = 8                # image-loading processes per training process; 0: load in the training process
+    erase: qsd.Share = 0.25         # probability of RandomErasing
+    repeats: qsd.Count = 3          # times that an image comes in a row (repeated augmentation, official); 1: none
+    workers: qsd.Workers = 8        # image-loading processes per training process; 0: load in the training process
     # optimiser
-    batch: int = 128                # global, whatever the number of processes (proxy 512)
-    micro: int = 64                 # most images of one forward pass; the rest is gradient accumulation
+    batch: qsd.Count = 128          # global, whatever the number of processes (proxy 512)
+    micro: qsd.Count = 64           # most images of one forward pass; the rest is gradient accumulation
     budget: str = "300ep"           # 600 (steps), 300ep, 2h, 3e18flop; the schedule follows the fraction spent
-    lr: float = 5e-4                # peak
+    lr: qsd.Positive = 5e-4         # peak
     lr_rule: Literal["batch/512", "constant"] = "batch/512"  # official: lr x batch / 512; the paper's text: constant
-    lr_min: float = 1e-5            # the cosine's end
-    warmup: float = 0.0             # fraction of the budget; official 0, Proteus 5 of 100 epochs
-    weight_decay: float = 0.05      # not on 1-d parameters; official: on pos_embed, cls_token and mask_token, too
+    lr_min: qsd.Weight = 1e-5       # the cosine's end
+    warmup: qsd.Share = 0.0         # fraction of the budget; official 0, Proteus 5 of 100 epochs
+    weight_decay: qsd.Weight = 0.05 # not on 1-d parameters; official: on pos_embed, cls_token and mask_token, too
     # running
-    seed: int = 0                   # decides order, augmentation, masks and fresh weights
+    seed: qsd.Seed = 0              # decides order, augmentation, masks and fresh weights
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # auto: bf16 on CUDA, fp32 on CPU; losses are fp32
     compile: Literal["auto", "yes", "no"] = "auto"  # torch.compile; auto: on CUDA
-    log_every: int = 10             # steps
-    save_minutes: float = 10.0      # between checkpoints
-    max_skips: int = 10             # non-finite steps in a row that end the run
+    log_every: qsd.Count = 10       # steps
+    save_minutes: qsd.Weight = 10.0 # between checkpoints
+    max_skips: qsd.Count = 10       # non-finite steps in a row that end the run
 
 
-FREE = {"root", "workers", "micro", "log_every", "save_minutes", "max_skips"}   # may change when a run resumes
+FREE = {"root", "official", "workers", "micro", "log_every", "save_minutes", "max_skips"}  # may change on resuming
 
 TOY = dict(teacher="toy_teacher", student="toy_small", size=64, patch=8, batch=16, budget="500",
            repeats=1, workers=1, lr=2e-3, lr_rule="constant", dcd_pool=1, log_every=20)
@@ -119,9 +124,9 @@ def main(argv=None):
     torch.manual_seed(cfg.seed)
     transform = data.distill_transform(cfg.size, cfg.randaugment)
     dataset = data.images(cfg.data, cfg.root, transform, cache=cfg.cache or None)
-    teacher = qsd.load_vit(cfg.teacher, cfg.size, cfg.patch, offset=cfg.hub_offset).to(run.device)
-    teacher.eval().requires_grad_(False)
-    student = qsd.load_vit(cfg.student, cfg.size, cfg.patch, cfg.student_depth, cfg.pretrained).to(run.device)
+    load_vit = partial(qsd.load_vit, img_size=cfg.size, patch_size=cfg.patch, official=cfg.official)
+    teacher = load_vit(cfg.teacher, offset=cfg.hub_offset).to(run.device).eval().requires_grad_(False)
+    student = load_vit(cfg.student, depth=cfg.student_depth, pretrained=cfg.pretrained).to(run.device)
     objective = qsd.build_objective(student, teacher, cfg).to(run.device)
     ancestors, heads = qsd.ledger_and_heads(cfg.student)
     if cfg.keep_heads:
@@ -143,13 +148,14 @@ def main(argv=None):
 
     # two images through one step: its cost per image, and which parameters this objective does not train
     two_images = data.two_images(cfg.size)
-    flops = data.dry_run(learner, lambda: losses_of(learner, *two_images))
+    probe = partial(losses_of, learner, *two_images)
+    flops = data.dry_run(learner, probe)
     if cfg.compile == "yes" or (cfg.compile == "auto" and run.device.type == "cuda"):
         learner.compile()
         run_teacher = torch.compile(teacher.run)
     groups = weight_decay_groups(learner, cfg.weight_decay)
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.999), fused=True)
-    run.start(learner, optimizer, dataset, flops, tokens=N, repeats=cfg.repeats)
+    run.start(learner, optimizer, dataset, probe, flops, tokens=N, repeats=cfg.repeats)
 
     for micro_batches in run.steps():                               # until --budget is spent
         for group in optimizer.param_groups:

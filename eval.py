@@ -13,26 +13,28 @@ Results are printed as Markdown for people and as one line of JSON for programs.
 import json
 import math
 import os
+import re
 import shlex
 import signal
 import subprocess
 import sys
 import time
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import lru_cache, partial
 from itertools import chain
 from pathlib import Path
-from typing import Callable, Literal, NamedTuple
+from typing import Annotated, Callable, Literal, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont, ImageOps
-from torch.utils.data import ConcatDataset, DataLoader, Subset
+from PIL import Image, ImageDraw, ImageFont
+from torch.utils.data import ConcatDataset, DataLoader, Subset, default_collate
 from torchvision.ops import box_iou
 from torchvision.transforms.v2 import functional as TF
 from tqdm import tqdm
 
+sys.path.insert(0, str(Path(__file__).parent))  # where python -P does not look
 import data
 import distill
 import qsd
@@ -50,22 +52,23 @@ class Config:
     root: str = "data"              # the folder that holds the data sets
     # protocol
     mode: Literal["slide", "whole"] = "slide"  # official: sliding window
-    window: int = 0                 # its side, pixels; 0: the training crop (official 512)
-    stride: float = 2 / 3           # of its side, rounded (official 341 of 512 pixels)
+    window: qsd.PixelsOr0 = 0       # its side, pixels; 0: the training crop (official 512)
+    stride: Annotated[float, qsd.Range(0, 1, open=True)] = 2 / 3    # of its side, rounded (official 341 of 512 pixels)
     flip: bool = False              # average with the mirrored image (official: no)
     scales: str = "1"               # multiples of the image's size to average over, as in 0.75,1,1.25 (official: 1)
-    batch: int = 1                  # images at once; more than 1 needs images of one size
-    workers: int = 2                # image-loading processes
+    batch: qsd.Count = 1            # images at once; more than 1 needs images of one size
+    workers: qsd.Workers = 2        # image-loading processes
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "fp32"  # official: fp32
     # figures of several models, and a quick look at encoders
     figure: Literal["none", "3b", "5", "7a", "7b", "8", "9"] = "none"  # a figure of the paper; 9 is printed as a table
     probe: bool = False             # mIoU of a linear classifier on the tokens of each of --models
     models: str = ""                # name=path,name=path; a path is a run's folder, a checkpoint or an encoder's name
-    classes: int = 0                # how many your own folder has, for --probe; segmenters know theirs
-    patch: int = 0                  # patch side of the encoders in 5, 7a, 7b and --probe, pixels; 0: as trained
-    examples: int = 2               # images of each domain in figures 5 and 8
-    subset: int = 300               # images of each domain that figure 7a measures, and that --probe learns from
-    tokens: int = 10000             # distances in figure 7a (the paper's number)
+    classes: qsd.Classes = 0        # how many your own folder has, for --probe; segmenters know theirs
+    official: bool = True           # a named encoder's file must have its SHA-256; no: whatever lies there is taken
+    patch: qsd.PixelsOr0 = 0        # patch side of the encoders in 5, 7a, 7b and --probe, pixels; 0: as trained
+    examples: qsd.Count = 2         # images of each domain in figures 5 and 8
+    subset: qsd.Count = 300         # images of each domain that figure 7a measures, and that --probe learns from
+    tokens: qsd.Count = 10000       # distances in figure 7a (the paper's number)
     # a segmenter at work
     images: str = ""                # segment this image or folder of images with --checkpoint; the results go to --out
     export: str = ""                # write --checkpoint as a torch.export program (.pt2) or for mmsegmentation (.pth)
@@ -73,10 +76,10 @@ class Config:
     # the paper's tables
     table: str = "none"             # main, effects, steps, variants, clock, flops, 1 to 10, fig6: run what is missing
     demo: bool = False              # --table main --data toy with one seed, and a picture
-    seed: int = 0                   # the first seed of the small worlds' runs
-    seeds: int = 0                  # how many; 0: 3, 5 for --table effects, 1 for --demo
-    jobs: int = 2                   # runs at the same time, each on its share of the cores
-    processes: int = 0              # of each distillation; 0: one per GPU
+    seed: qsd.Seed = 0              # the first seed of the small worlds' runs
+    seeds: qsd.CountOr0 = 0         # how many; 0: 3, 5 for --table effects, 1 for --demo
+    jobs: qsd.Count = 2             # runs at the same time, each on its share of the cores
+    processes: qsd.CountOr0 = 0     # of each distillation; 0: one per GPU
     run: bool = True                # no: only print what is missing and what is there
     out: str = "runs"               # folder of the tables' runs and of pictures; for --figure also a file
 
@@ -184,13 +187,33 @@ def evaluate(model, dataset, window, device, stride=2 / 3, whole=False, flip=Fal
     K = dataset.num_classes
     conf = torch.zeros(K, K, dtype=torch.int64, device=device)
     own = Subset(dataset, range(data.rank(), len(dataset), data.world_size()))
-    loader = DataLoader(own, batch, num_workers=workers, multiprocessing_context=data.start_method(workers))
+    loader = DataLoader(own, batch, num_workers=workers, multiprocessing_context=data.start_method(workers),
+                        collate_fn=same_size)
     for images, label, _ in tqdm(loader, title, disable=data.rank() > 0, leave=False):
         x = data.normalize(images.to(device), model.encoder.mean, model.encoder.std)
         scores = predict(model, x, window, stride, whole, flip, scales)
-        pred = segment.resize(scores, label.shape[1:]).argmax(1)
+        pred = classes_of(segment.resize(scores, label.shape[1:]))
         conf += confusion(pred, label.to(device), K)
     return data.summed(conf).cpu()
+
+
+def classes_of(scores):
+    """The class of the highest score (B, H, W), of scores (B, K, H, W); UserError where they say nothing."""
+    check_finite(scores)
+    return scores.argmax(1)
+
+
+def check_finite(*scores):
+    if not all(part.isfinite().all() for part in scores):
+        raise UserError("the segmenter's scores are not finite; use --precision fp32")
+
+
+def same_size(items):
+    """A batch of images and labels of one size."""
+    for shapes in ({image.shape for image, *_ in items}, {label.shape for _, label, _ in items}):
+        if len(shapes) > 1:
+            raise UserError(f"--batch {len(items)}: images or labels of several sizes; use --batch 1")
+    return default_collate(items)
 
 
 # --- AP of boxes -----------------------------------------------------------------------------------------------------
@@ -206,7 +229,9 @@ def find_objects(model, x, side):
     h, w = x.shape[2:]
     whole = 4 * model.encoder.patch_size  # a pixel of the coarsest map
     x = F.pad(x, (0, -w % whole, 0, -h % whole))
-    found = model.decoder.scores(model(x), (h, w))
+    maps = model(x)
+    check_finite(*maps.values())
+    found = model.decoder.scores(maps, (h, w))
     for objects in found:
         objects[:, :4] *= objects.new_tensor([W / w, H / h, W / w, H / h])
     return found
@@ -251,7 +276,7 @@ def evaluate_boxes(model, dataset, side, device, batch=1, workers=0, title=""):
         verdicts = []
         labels = []
         loader = DataLoader(Subset(dataset, numbers[version]), batch, num_workers=workers,
-                            multiprocessing_context=data.start_method(workers))
+                            multiprocessing_context=data.start_method(workers), collate_fn=same_size)
         for images, label, _ in tqdm(loader, f"{title} {version or ''}", disable=data.rank() > 0, leave=False):
             x = data.normalize(images.to(device), model.encoder.mean, model.encoder.std)
             for found, objects in zip(find_objects(model, x, side), map(data.objects_of, label)):
@@ -283,9 +308,13 @@ def class_ious(title, model, saved, cfg, device):
                     raise UserError("--mode, --flip and --scales are for pixels; boxes are found once, in the whole "
                                     "image")
                 ious[name] = 100 * evaluate_boxes(model, dataset, window, device, cfg.batch, cfg.workers, name)
+                if ious[name].isnan().all():
+                    raise UserError(f"--data {name}: no object in its images counts")
                 continue
             conf = evaluate(model, dataset, window, device, cfg.stride, whole=cfg.mode == "whole", flip=cfg.flip,
                             batch=cfg.batch, workers=cfg.workers, title=name, scales=scale_list(cfg))
+        if not conf.any():
+            raise UserError(f"--data {name}: no pixel of its images has a label, all are 255")
         ious[name] = 100 * iou(conf)
     return ious
 
@@ -1038,6 +1067,7 @@ def check_table(cfg):
                         "with --data paper")
     if cfg.setting != "none" and cfg.data != "paper":
         raise UserError(f"--setting {cfg.setting}: belongs to the paper's scale, not to --data {cfg.data}")
+    data.check_place("--out", cfg.out)
     if Path(cfg.out).is_file():
         raise UserError(f"--out {cfg.out} is a file, not a folder; choose another --out")
     if data.world_size() > 1:
@@ -1182,7 +1212,7 @@ def run_rows(rows, cfg):
         for process in working.values():
             process.terminate()  # it finishes its step and saves it
         for process in working.values():
-            process.wait()
+            wait_for(process, seconds=None if signals else 15)
         bar.close()
         signal.signal(signal.SIGINT, signal.default_int_handler)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -1190,6 +1220,14 @@ def run_rows(rows, cfg):
     if signals:
         print(f"stopped by signal {signals[0]}; the same command goes on from there", file=sys.stderr)
         sys.exit(128 + signals[0])
+
+
+def wait_for(process, seconds):
+    """Wait for a process to end, and no longer than so many seconds."""
+    try:
+        process.wait(seconds)
+    except subprocess.TimeoutExpired:
+        process.kill()
 
 
 def begin(text, cfg):
@@ -1203,7 +1241,8 @@ def begin(text, cfg):
     threads = max(1, (os.cpu_count() or 1) // cfg.jobs // world)
     log_of(text).parent.mkdir(parents=True, exist_ok=True)
     with open(log_of(text), "w") as file:
-        return subprocess.Popen(words, stdout=file, stderr=file, env=os.environ | {"OMP_NUM_THREADS": str(threads)})
+        env = os.environ | {"OMP_NUM_THREADS": str(threads), data.STARTED_BY: str(os.getpid())}
+        return subprocess.Popen(words, stdout=file, stderr=file, env=env)
 
 
 def log_of(text):
@@ -1213,8 +1252,17 @@ def log_of(text):
 
 
 def failure(text, status, cfg):
-    lines = log_of(text).read_text(errors="replace").splitlines() or [""]
-    return f"{typed(text, cfg)} ended with status {status}: {lines[-1]} (see {log_of(text)})"
+    script = text.split()[0]
+    output = log_of(text).read_text(errors="replace")
+    lines = [line for line in output.splitlines() if line.strip()] or [""]
+    reasons = re.findall(rf"{script}: .*|^\w*(?:Error|Exception).*", output, re.M)     # and not what torchrun adds
+    return f"{typed(text, cfg)} ended with status {status}: {(reasons or lines)[-1]} (see {log_of(text)})"
+
+
+@lru_cache
+def val_contents(name, root):
+    """A text that tells a domain's images from others; None where they are not on this machine."""
+    return None if absent(name, root) else data.contents_of(data.scenes(name, root, "val"))
 
 
 class Result(NamedTuple):
@@ -1229,23 +1277,27 @@ def measured(row, block, cfg, device):
     path = segmenter_of(row)
     if not path.exists():
         return None
-    ledger = torch.load(path, map_location="cpu", weights_only=True)["ledger"]
+    ledger = qsd.checked_ledger(path, qsd.open_checkpoint(path).get("ledger"))
     # Another protocol is another measurement, and so is another training, which the ledger tells.
     protocol = [cfg.mode, cfg.window, cfg.stride, cfg.flip, cfg.scales, cfg.precision, ledger]
     kept = path.with_name("eval.json")
     mious = {}
-    if kept.exists():
-        stored = json.loads(kept.read_text())
-        if stored.get("protocol") == protocol:
-            mious = stored["miou"]
     domains = block.source + block.unseen
+    of = {name: val_contents(name, cfg.root) for name in domains} | {path.name: data.fingerprint(path)}
+    stored = data.read_book(kept)
+    if stored.get("protocol") == protocol:
+        before = of | stored.get("of", {})  # older versions did not note it; and images may have left this machine
+        for name in domains:
+            same = before[path.name] == of[path.name] and of[name] in (None, before[name])
+            if same and qsd.fits(qsd.Weight, stored.get("miou", {}).get(name)):
+                mious[name] = stored["miou"][name]
     missing = "+".join(name for name in domains if name not in mious)
     if missing:
         if absent(missing, cfg.root):
             return None
         model, saved = segment.load_segmenter(path, device)
         mious |= measure(path, model, saved, replace(cfg, data=missing), device)
-        data.write(kept, json.dumps(dict(protocol=protocol, miou=mious)))
+        data.write(kept, json.dumps(dict(protocol=protocol, miou=mious, of=of)))
     mean = sum(mious[name] for name in block.unseen) / len(block.unseen)
     seconds = sum(stage["seconds"] for stage in ledger)
     flops = sum(stage["flops"] for stage in ledger)
@@ -1344,7 +1396,7 @@ def chart(series, path, x_title, y_title, title="", log=False):
     """Draw lines {name: [(x, y)]} with axes and a legend, y on a logarithmic scale if log; returns the path."""
     lines = {}
     for name, points in series.items():
-        lines[name] = [(x, y) for x, y in points if math.isfinite(x) and math.isfinite(y)]
+        lines[name] = [(x, y) for x, y in points if y is not None and math.isfinite(x) and math.isfinite(y)]
     log = log and all(y > 0 for _, y in chain(*lines.values()))
     if log:
         for name, points in lines.items():
@@ -1392,9 +1444,7 @@ def chart(series, path, x_title, y_title, title="", log=False):
         y = top + 20 + 36 * i
         pen.line((right + 15, y, right + 55, y), color, 6)
         pen.text((right + 65, y), name, "black", font, anchor="lm")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    canvas.resize((width // 2, height // 2), Image.Resampling.LANCZOS).save(path)
-    return path
+    return save_picture(canvas.resize((width // 2, height // 2), Image.Resampling.LANCZOS), path)
 
 
 def ticks(values):
@@ -1465,10 +1515,15 @@ def sheet(columns, titles, names, colors, path, width=136, gap=4, top=28):
         pen.text((x + width / 2, top - 8), name, "black", font, anchor="ms")
         for y, cell in zip(tops, cells):
             canvas.paste(cell, (x, y))
-    path.parent.mkdir(parents=True, exist_ok=True)
     if names:
         canvas = with_legend(canvas, names, colors, left)
-    canvas.save(path)
+    return save_picture(canvas, path)
+
+
+def save_picture(picture, path):
+    """Write a picture, whole or not at all; returns the path."""
+    with data.whole(path) as unfinished:
+        picture.save(unfinished)
     return path
 
 
@@ -1518,7 +1573,8 @@ def encoders(models, cfg, device):
     """{name: frozen encoder} of models {name: path}; UserError where their tokens stand for patches of other sizes."""
     vits = {}
     for name, path in models.items():
-        vit = qsd.load_vit(file_in(path, "student.pt", "segmenter.pt"), patch_size=cfg.patch or None)
+        file = file_in(path, "student.pt", "segmenter.pt")
+        vit = qsd.load_vit(file, patch_size=cfg.patch or None, official=cfg.official)
         vits[name] = vit.to(device).eval().requires_grad_(False)
     if len({vit.patch_size for vit in vits.values()}) > 1:
         sides = ", ".join(f"{name} {vit.patch_size}" for name, vit in vits.items())
@@ -1629,6 +1685,7 @@ def figure(cfg, device):
     if cfg.data == "paper" and cfg.figure != "3b":
         raise UserError("say on which images with --data or --setting")
     path = Path(cfg.out)
+    data.check_place("--out", path)
     is_file = path.suffix.lower() in data.SUFFIXES
     if cfg.models or cfg.data not in SMALL:
         models = named(cfg.models)
@@ -1652,8 +1709,6 @@ def figure(cfg, device):
 def check_models(cfg):
     if data.world_size() > 1:
         raise UserError("--figure and --probe run in one process: start them with python")
-    if min(cfg.examples, cfg.subset, cfg.tokens) < 1:
-        raise UserError("--examples, --subset and --tokens are at least 1")
 
 
 def figure_3b(models, cfg, path, device):
@@ -1663,16 +1718,16 @@ def figure_3b(models, cfg, path, device):
         folder = Path(given).parent if Path(given).is_file() else Path(given)
         if not (folder / "log.jsonl").is_file():
             raise UserError(f"{folder}: holds no log.jsonl; this figure wants the folders of runs")
-        lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()[1:]]
-        lines = [line for line in lines if "loss" in line]
+        lines = [line for _, line in data.read_lines(folder / "log.jsonl")]
+        lines = [line for line in lines if {"step", "loss", "lr"} <= line.keys()]
         keys = list(lines[0]) if lines else ["step", "loss", "lr"]
         parts = keys[1:keys.index("lr")]  # all losses stand between step and lr
         if len(models) > 1:
             shown = "kd" if "kd" in parts else "loss"  # of a one-stage run the distillation alone
-            series[name] = [(line["step"], line[shown]) for line in lines]
+            series[name] = [(line["step"], line.get(shown)) for line in lines]
         else:
             for part in parts:
-                series[part] = [(line["step"], line[part]) for line in lines]
+                series[part] = [(line["step"], line.get(part)) for line in lines]
     chart(series, path, "step", "loss", log=True)
 
 
@@ -1811,7 +1866,7 @@ def attention(path, student, teacher, v_s, v_t):
     if not parts:
         raise UserError(f"{path}: holds no head of L_feat; this figure wants a student.pt distilled with --loss qsd "
                         "and --alpha above 0")
-    saved = torch.load(path, map_location="cpu", weights_only=True)
+    saved = qsd.open_checkpoint(path)
     config = qsd.LossConfig(**data.known_fields(qsd.LossConfig, saved["config"]))
     head = qsd.build_head(student, teacher, config)
     try:
@@ -1976,9 +2031,10 @@ def classify(model, saved, image, cfg, device):
         if cfg.mode == "slide" and not cfg.flip and scale_list(cfg) == [1]:
             # Band by band, as the scores of all classes of a large photograph would fill the memory.
             bands = score_bands(model, x, window, max(1, round(cfg.stride * window)))
-            classes = torch.cat([scores.argmax(1) for scores in bands], 1)[:, :image.shape[1]]
+            classes = torch.cat([classes_of(scores) for scores in bands], 1)[:, :image.shape[1]]
         else:
-            classes = predict(model, x, window, cfg.stride, cfg.mode == "whole", cfg.flip, scale_list(cfg)).argmax(1)
+            scores = predict(model, x, window, cfg.stride, cfg.mode == "whole", cfg.flip, scale_list(cfg))
+            classes = classes_of(scores)
     return classes[0].byte().cpu()
 
 
@@ -1990,6 +2046,7 @@ def segment_images(cfg, device):
     """
     files = image_files(Path(cfg.images))
     out = Path(cfg.out)
+    data.check_place("--out", out)
     if out.is_file():
         raise UserError(f"--out {out}: is a file; choose another folder for the results")
     if out.resolve() == files[0].parent.resolve():
@@ -2000,30 +2057,32 @@ def segment_images(cfg, device):
     began = time.time()
     with tqdm(files[data.rank()::data.world_size()], "images", disable=data.rank() > 0, leave=False) as bar:
         for file in bar:
-            image = read_photograph(file)  # (3, H, W)
+            image = data.read_image(file, mapped=False, upright=True)  # (3, H, W)
             found = classify(model, saved, image, cfg, device)
             if saved["config"]["decoder"] == "boxes":
                 data.write(out / f"{file.stem}_boxes.json", json.dumps(found.tolist()))
                 picture = label_picture(found, image, saved, width=800, scored=True)
-                Image.fromarray(picture).save(out / f"{file.stem}_boxes.png")
+                save_picture(Image.fromarray(picture), out / f"{file.stem}_boxes.png")
                 continue
             picture = Image.fromarray(found.numpy())
             picture.putpalette(palette)
-            picture.save(out / f"{file.stem}_classes.png")
+            save_picture(picture, out / f"{file.stem}_classes.png")
             blend = Image.blend(Image.fromarray(as_array(image)), picture.convert("RGB"), 0.5)
             overlay = with_legend(blend, saved["classes"], saved["colors"], size=max(13, blend.width // 80))
-            overlay.save(out / f"{file.stem}_overlay.png")
+            save_picture(overlay, out / f"{file.stem}_overlay.png")
     if data.rank() == 0:
         print(f"{out}: {len(files)} images, {len(files) / (time.time() - began):.1f} images/s")
 
 
 def image_files(given):
     """The images at a path, one or a folder of them; UserError where two would have results of one name."""
-    if not given.exists():
+    if not data.is_there(given):
         raise UserError(f"--images {given}: no such file or folder")
     files = {}
-    for file in sorted(given.iterdir()) if given.is_dir() else [given]:
-        if file.suffix.lower() not in data.SUFFIXES or not file.is_file() or file.name.startswith("."):
+    others = []
+    for file in data.files_below(given) if given.is_dir() else [given]:
+        if file.suffix.lower() not in data.SUFFIXES or file.parent not in (given, given.parent):
+            others.append(file)
             continue
         if file.stem in files:
             raise UserError(f"--images: {files[file.stem]} and {file.name} would both become {file.stem}_classes.png; "
@@ -2031,17 +2090,9 @@ def image_files(given):
         files[file.stem] = file
     if not files:
         raise UserError(f"--images {given}: no images here (files that end in {' '.join(sorted(data.SUFFIXES))})")
+    rest = f"; {len(others)} other files there are left out, as {others[0]}" if others else ""
+    qsd.say(f"{len(files)} images in {given}{rest}")
     return list(files.values())
-
-
-def read_photograph(path):
-    """An image as uint8 (3, H, W), upright: turned as its EXIF data say that the camera was held."""
-    try:
-        with Image.open(path) as image:
-            pixels = np.array(data.to_rgb(ImageOps.exif_transpose(image)))  # (H, W, 3)
-    except data.BROKEN as error:
-        raise UserError(f"{path}: cannot be read as an image ({error})") from None
-    return torch.from_numpy(pixels).permute(2, 0, 1)
 
 
 class Scores(torch.nn.Module):
@@ -2064,6 +2115,7 @@ def export(checkpoint, path, dynamic):
     """
     if path.suffix not in (".pt2", ".pth"):
         raise UserError(f"--export {path}: torch.export names its files .pt2, mmsegmentation .pth")
+    data.check_place("--export", path)
     model, saved = segment.load_segmenter(checkpoint)
     if saved["config"]["decoder"] == "boxes":
         raise UserError(f"--export {path}: writes the scores of pixels, but {checkpoint} finds boxes")
@@ -2078,17 +2130,16 @@ def export(checkpoint, path, dynamic):
     shapes = ({0: torch.export.Dim("batch")},) if dynamic else None
     example = torch.zeros(2 if dynamic else 1, 3, size, size)
     program = torch.export.export(eager, (example,), dynamic_shapes=shapes)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    torch.export.save(program, path, extra_files={"about.json": json.dumps(about)})
-
-    written = torch.export.load(path).module()
-    difference = 0
-    for count in (1, 3) if dynamic else (1,):
-        x = torch.randn(count, 3, size, size)
-        difference = max(difference, (written(x) - eager(x)).abs().max().item())
-    if not difference < 1e-4:
-        path.unlink()
-        raise UserError(f"{path}: its scores differ from those of {checkpoint} by up to {difference:.1e}")
+    with data.whole(path) as unfinished:
+        torch.export.save(program, unfinished, extra_files={"about.json": json.dumps(about)})
+        written = torch.export.load(unfinished).module()
+        differences = []
+        for count in (1, 3) if dynamic else (1,):
+            x = torch.randn(count, 3, size, size)
+            differences.append((written(x) - eager(x)).abs().max())
+        difference = torch.stack(differences).max().item()  # NaN if one is
+        if not difference < 1e-4:
+            raise UserError(f"{path}: its scores differ from those of {checkpoint} by up to {difference:.1e}")
     images = "any number of images" if dynamic else "one image"
     print(f"{path}: {images} (3, {size}, {size}) to {len(saved['classes'])} scores a pixel; largest difference from "
           f"eager mode {difference:.1e}")
@@ -2144,8 +2195,6 @@ def main(argv=None):
 
 def check_protocol(cfg):
     scale_list(cfg)
-    if not 0 < cfg.stride <= 1:
-        raise UserError(f"--stride {cfg.stride} is a share of the window, above 0 and at most 1")
     if cfg.setting not in ("none", *data.SETTINGS):
         raise UserError(f"--setting {cfg.setting}: not one of {' '.join(data.SETTINGS)}")
 

@@ -4,11 +4,15 @@ import math
 import os
 import pickle
 import re
+import stat
+import time
+import types
+import typing
 import zipfile
 from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import torch
 import torch.nn as nn
@@ -20,6 +24,51 @@ class UserError(ValueError):
 
     def __str__(self):
         return super().__str__().split("UserError: ")[-1].strip()   # a loader's worker wraps the line in its traceback
+
+
+# --- What a constant may be: its type names the range, which --help shows and which flags and files are checked by ----
+
+class Range(NamedTuple):
+    """The finite numbers from `least` to `most`; open: without `least` itself."""
+    least: float
+    most: float = math.inf
+    open: bool = False
+
+    def __contains__(self, number):
+        above = number > self.least if self.open else number >= self.least
+        return above and number <= self.most and math.isfinite(number)
+
+    def __str__(self):
+        if self.open:
+            return f"above {self.least:g}" + (f", at most {self.most:g}" if math.isfinite(self.most) else "")
+        return f"{self.least:g} to {self.most:g}" if math.isfinite(self.most) else f"at least {self.least:g}"
+
+
+Count = Annotated[int, Range(1, 10 ** 9)]
+CountOr0 = Annotated[int, Range(0, 10 ** 9)]        # 0 stands for something, which the field says
+Pixels = Annotated[int, Range(1, 2 ** 14)]          # along one side
+PixelsOr0 = Annotated[int, Range(0, 2 ** 14)]
+Workers = Annotated[int, Range(0, 256)]
+Few = Annotated[int, Range(0, 1000)]
+Classes = Annotated[int, Range(0, 254)]             # a label has 8 bits, 254 and 255 are none; 0: as the data set says
+Seed = Annotated[int, Range(0, 10 ** 18)]
+Share = Annotated[float, Range(0, 1)]
+Positive = Annotated[float, Range(0, open=True)]
+Weight = Annotated[float, Range(0)]                 # 0: left out
+
+
+def fits(kind, value):
+    """Whether a value is of a field's type, and in its range."""
+    parts = typing.get_args(kind)
+    if typing.get_origin(kind) is Annotated:
+        return fits(parts[0], value) and value in parts[1]
+    if typing.get_origin(kind) is Literal:
+        return value in parts
+    if typing.get_origin(kind) in (typing.Union, types.UnionType):
+        return any(fits(part, value) for part in parts)
+    if kind in (int, float):
+        return isinstance(value, (int, kind)) and not isinstance(value, bool)
+    return isinstance(value, (tuple, list)) if kind is tuple else isinstance(value, kind)
 
 
 # --- Encoders: the table --------------------------------------------------------------------------------------------
@@ -36,22 +85,22 @@ SATELLITE = dict(mean=(0.430, 0.411, 0.296), std=(0.213, 0.156, 0.143))
 
 class Encoder(NamedTuple):
     """A row of ENCODERS: the architecture, the statistics its images are normalised with, and the official file."""
-    embed_dim: int
-    depth: int
-    num_heads: int
-    patch_size: int
-    img_size: int | tuple           # pixels, one number or (H, W): the size that pos_embed is stored for
+    embed_dim: Annotated[int, Range(1, 2 ** 16)]
+    depth: Annotated[int, Range(1, 1000)]
+    num_heads: Annotated[int, Range(1, 1000)]
+    patch_size: Pixels
+    img_size: Pixels | tuple        # pixels, one number or (H, W): the size that pos_embed is stored for
     url: str | None = None          # None: no official file exists, the encoder starts at random
     sha256: str | None = None       # its first digits; None: not known
     file: str | None = None         # its name on disk, where the address's last part says nothing
     layerscale: bool = False        # DINOv2, DINOv3: each branch times a learned vector
-    registers: int = 0              # DINOv2 "_reg", DINOv3: extra tokens between CLS and patches, without a position
-    mlp: str = "gelu"               # "swiglu" in DINOv2-g, EVA-02 and DINOv3's "plus" models
-    mlp_ratio: int = 4              # an MLP's hidden width over embed_dim; SwiGLU takes two thirds of it
-    rope: str = ""                  # "eva02" | "dinov3": queries and keys are rotated by position, keys have no bias
+    registers: Few = 0              # DINOv2 "_reg", DINOv3: extra tokens between CLS and patches, without a position
+    mlp: Literal["gelu", "swiglu"] = "gelu"     # the latter in DINOv2-g, EVA-02 and DINOv3's "plus" models
+    mlp_ratio: Count = 4            # an MLP's hidden width over embed_dim; SwiGLU takes two thirds of it
+    rope: Literal["", "eva02", "dinov3"] | bool = ""    # queries and keys are rotated by position, keys have no bias
     sub_ln: bool = False            # EVA-02 B and L: a LayerNorm inside the MLP; q, k, v and the MLP's gate not fused
     inner_attn_ln: bool = False     # some EVA-02 files: a LayerNorm before attn.proj as well
-    eps: float = 1e-6               # of every LayerNorm; DINOv3: 1e-5
+    eps: Positive = 1e-6            # of every LayerNorm; DINOv3: 1e-5
     mean: tuple = IMAGENET["mean"]
     std: tuple = IMAGENET["std"]
 
@@ -414,14 +463,14 @@ DROPPED = re.compile(r"(head|head_dist|lm_head)\."              # classifiers; D
                      r"|local_cls_norm\.")                      # DINOv3's satellite model: for its training only
 
 
-def load_vit(name_or_path, img_size=None, patch_size=None, depth=None, pretrained=True, offset=0.0):
+def load_vit(name_or_path, img_size=None, patch_size=None, depth=None, pretrained=True, offset=0.0, official=True):
     """Builds an encoder with its weights; prints one line that says from which file and what was changed.
 
     name_or_path: a name of ENCODERS, or a checkpoint: an official file, this project's student.pt or segmenter.pt, or
     a checkpoint of the official GKD repository. img_size (int or (H, W)) and patch_size, in pixels, resize pos_embed
     and the patch kernels; depth keeps the first blocks only; pretrained=False gives a name's architecture at random.
-    offset: of a DINOv2's pos_embed, see resize_pos_embed; other families have none. Raises UserError where the name,
-    the file, its keys or the sizes are wrong.
+    offset: of a DINOv2's pos_embed, see resize_pos_embed; other families have none. official: a name's file must have
+    its SHA-256. Raises UserError where the name, the file, its keys, its numbers or the sizes are wrong.
     """
     name = str(name_or_path)
     row = ENCODERS.get(name)
@@ -436,7 +485,7 @@ def load_vit(name_or_path, img_size=None, patch_size=None, depth=None, pretraine
     wanted = resized(values, img_size, patch_size, depth)
     is_dinov2 = values["layerscale"] and not values["rope"]
     vit, changes = fit(path, state, values, wanted, offset if is_dinov2 else 0.0)
-    say(f"{vit.name}: " + "; ".join(fingerprint(path, row) + contents + changes))
+    say(f"{vit.name}: " + "; ".join(fingerprint(path, row, official) + contents + changes))
     return vit
 
 
@@ -449,14 +498,29 @@ def student_checkpoint(vit):
 
 def ledger_and_heads(name_or_path):
     """What a checkpoint of this project brings along: the ledgers of the stages behind it, and its heads (or None)."""
-    if not Path(name_or_path).is_file():
+    if name_or_path in ENCODERS or not Path(name_or_path).is_file():
         return [], None
-    saved = open_checkpoint(Path(name_or_path))
-    return saved.get("ledger", []), saved.get("objective")
+    saved = open_checkpoint(name_or_path)
+    return checked_ledger(name_or_path, saved.get("ledger", [])), saved.get("objective")
+
+
+def checked_ledger(path, ledger):
+    """The ledgers of a checkpoint's stages, a dict each; found damaged here, not when they are added up at last."""
+    for stage in ledger if isinstance(ledger, list) else [None]:
+        for cost in ("seconds", "flops"):
+            if not isinstance(stage, dict) or not fits(Weight, stage.get(cost)):
+                raise UserError(f"{path}: its ledger, which says what its training took, is damaged: it was changed by "
+                                "hand; make the file again")
+    return ledger
+
+
+def is_first(variable):
+    """Whether this process is alone, or the one whose RANK, or LOCAL_RANK, is 0 of those that torchrun started."""
+    return os.environ.get("WORLD_SIZE", "1") == "1" or os.environ.get(variable, "0") == "0"
 
 
 def say(line):
-    if os.environ.get("RANK", "0") == "0":                                      # torchrun's: one process speaks for all
+    if is_first("RANK"):                                                        # one process speaks for all
         print(line, flush=True)
 
 
@@ -477,6 +541,10 @@ def find_file(name, row):
             return path
     if row.url == ON_REQUEST:
         raise UserError(f"{name}: its weights are given on request only: ask at {row.url} and put the file at {place}")
+    if not is_first("LOCAL_RANK"):                                              # one process of a machine downloads
+        while not cached.is_file():                                             # if it fails, torchrun ends all
+            time.sleep(1)
+        return cached
     say(f"{name}: downloading {row.url} to {cached}")
     try:
         cached.parent.mkdir(parents=True, exist_ok=True)
@@ -495,11 +563,15 @@ def bare(path):
     return re.sub(r"(-[0-9a-f]{8})?\.(pth|pt|bin)$", "", Path(path).name)
 
 
-def fingerprint(path, row):
-    """Notes that say which file was read, and whether it is the official one of this row."""
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+def fingerprint(path, row, official):
+    """Notes that say which file was read; UserError if it had to be the official one of this row and is another."""
+    with open(path, "rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
     notes = [f"{path} (SHA-256 {digest[:8]})"]
     if row is not None and row.sha256 and not digest.startswith(row.sha256):
+        if official:
+            raise UserError(f"{path}: its SHA-256 starts with {digest[:8]}, the official file's with {row.sha256}; "
+                            "fetch it again, or say --official no if this file is meant")
         notes.append(f"not the official file, whose SHA-256 starts with {row.sha256}")
     return notes
 
@@ -512,15 +584,17 @@ def read_encoder(path, name, row):
     state, prefix = encoder_tensors(path, checkpoint)
     notes = [f"keys under {prefix} only"] if prefix else []
     saved = checkpoint.get("encoder")
-    ours = isinstance(saved, dict) and "embed_dim" in saved                     # a checkpoint of this project
-    if ours and "mask_token" in checkpoint:
+    ours = isinstance(saved, dict) and not saved.keys().isdisjoint(Encoder._fields)     # a checkpoint of this project
+    if "encoder" in checkpoint and not isinstance(saved, dict):
+        raise UserError(f"{path}: its \"encoder\" describes no encoder: it is a {type(saved).__name__}")
+    if ours and torch.is_tensor(checkpoint.get("mask_token")):
         state["mask_token"] = checkpoint["mask_token"]
     state, dropped = official_to_ours(state)
 
     if row is not None:
         values = constructor_values(name, row)
     elif ours:
-        values = saved
+        values = stored_values(f'{path}: its "encoder"', saved)
     else:
         values, guess = infer_values(path, state)
         if prefix.endswith("backbone."):                                        # official GKD: so for EVA-02, too
@@ -537,24 +611,52 @@ def read_encoder(path, name, row):
 
 
 def open_checkpoint(path):
-    """The dict in a checkpoint, whoever wrote it; what it names is not imported. UserError if there is none."""
-    if not path.is_file():
-        raise UserError(f"{path}: no such file")
-    with open(path, "rb") as file:
-        if file.read(512).lstrip().startswith(b"<"):
-            raise UserError(f"{path} is a web page, not a checkpoint: the download did not reach the file, repeat it")
+    """The dict in a checkpoint, of whatever kind: here alone one is opened.
+
+    UserError where it is damaged or none."""
+    path = Path(path)
+    check_file(path)
     try:
+        if zipfile.is_zipfile(path):                                            # torch.load does not check the sums
+            with zipfile.ZipFile(path) as parts:
+                if sum(part.file_size for part in parts.infolist()) > 100 * path.stat().st_size:
+                    raise ValueError("it claims to hold a hundred times its own size")
+                damaged = parts.testzip()
+            if damaged:
+                raise ValueError(f"the bytes of {damaged} have changed")
         try:
             saved = torch.load(path, map_location="cpu", weights_only=True)
         except pickle.UnpicklingError:                                          # it holds other things than tensors
             saved = read_foreign(path)
+        for tensor in tensors_in(saved):
+            if tensor.nbytes > tensor.untyped_storage().nbytes():
+                raise ValueError(f"a tensor claims to hold {tensor.numel()} numbers, and they are not there")
     except Exception as error:                                                  # damaged bytes raise nearly anything
-        reason = str(error).split("\n")[0]
+        reason = next(iter(str(error).splitlines()), type(error).__name__)[:80]
         raise UserError(f"{path} is truncated, damaged or no checkpoint ({path.stat().st_size} bytes; {reason}): fetch "
                         "it again") from None
     if not isinstance(saved, dict):
         raise UserError(f"{path} holds no dict of tensors, but {type(saved).__name__}: save the state dict")
     return saved
+
+
+def check_file(path):
+    """UserError unless a path leads to a file that can be read as a whole."""
+    try:
+        found = path.stat()
+        if not stat.S_ISREG(found.st_mode):
+            raise UserError(f"{path}: is a folder or a device, not a file")
+        with open(path, "rb") as file:
+            beginning = file.read(512)
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror.lower()}") from None
+    if beginning.lstrip().startswith(b"<"):
+        raise UserError(f"{path} is a web page, not a checkpoint: the download did not reach the file, repeat it")
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if 512 * found.st_blocks < found.st_size / 8 or found.st_size > memory:
+        there = 512 * found.st_blocks / 1e9
+        raise UserError(f"{path} has {found.st_size / 1e9:.0f} GB, of which {there:.1f} are there: no checkpoint that "
+                        "this machine could load; fetch it again")
 
 
 class Foreign(dict):
@@ -579,7 +681,7 @@ class Foreign(dict):
 
 
 def rebuild_tensor(storage, offset, size, stride, *unused):
-    return storage.as_strided(size, stride, offset).clone()
+    return storage.as_strided(size, stride, offset)
 
 
 def rebuild_parameter(tensor, *unused):
@@ -602,22 +704,20 @@ KNOWN = {  # all that a file may name and get; a storage's type is taken for its
 
 
 class ForeignUnpickler(pickle.Unpickler):
-    """Reads the pickle in a file of torch.save: tensors and plain values as they are, all else as Foreign."""
+    """Reads a pickle of torch.save: tensors and plain values as they are, all else as Foreign.
 
-    def __init__(self, archive, folder):
-        super().__init__(archive.open(f"{folder}/data.pkl"))
-        self.archive = archive
-        self.folder = folder
+    storage(name, dtype, count) gives the numbers that a tensor is a view of."""
+
+    def __init__(self, file, storage):
+        super().__init__(file)
+        self.storage = storage
 
     def find_class(self, module, name):
         return KNOWN.get((module, name), Foreign)
 
     def persistent_load(self, saved_id):
-        _, dtype, name, _, _ = saved_id                                         # "storage", type, file, device, length
-        content = bytearray(self.archive.read(f"{self.folder}/data/{name}"))
-        if not content or dtype is Foreign:
-            return torch.empty(0)
-        return torch.frombuffer(content, dtype=dtype)
+        _, dtype, name, _, count, *_ = saved_id                                 # "storage", type, name, device, length
+        return self.storage(name, dtype, count)
 
 
 def read_foreign(path):
@@ -625,26 +725,65 @@ def read_foreign(path):
 
     No class or function that it names is imported or called, so that a file made to run code runs none.
     """
+    if not zipfile.is_zipfile(path):
+        return read_old(path)
     with zipfile.ZipFile(path) as archive:
         folder = archive.namelist()[0].split("/")[0]
-        return ForeignUnpickler(archive, folder).load()
+
+        def storage(name, dtype, count):
+            content = bytearray(archive.read(f"{folder}/data/{name}"))
+            if not content or dtype is Foreign:
+                return torch.empty(0)
+            return torch.frombuffer(content, dtype=dtype)
+        return ForeignUnpickler(archive.open(f"{folder}/data.pkl"), storage).load()
+
+
+def read_old(path):
+    """The same of a file of torch before 1.6, as timm's and DeiT's: a pickle, then all numbers."""
+    storages = {}
+
+    def storage(name, dtype, count):
+        if count * dtype.itemsize > path.stat().st_size:
+            raise ValueError("it claims to hold more than its own size")
+        return storages.setdefault(name, torch.zeros(count, dtype=dtype))
+    with open(path, "rb") as file:
+        *_, saved, names = [ForeignUnpickler(file, storage).load() for _ in range(5)]   # number, version, machine first
+        for name in names:
+            file.seek(8, os.SEEK_CUR)                                           # the length, which is known
+            if file.readinto(storages[name].view(torch.uint8).numpy()) != storages[name].nbytes:
+                raise EOFError("it ends too soon")
+    return saved
+
+
+def tensors_in(saved):
+    """All tensors in nested dicts and lists, which may hold themselves."""
+    seen = set()
+    left = [saved]
+    while left:
+        part = left.pop()
+        if torch.is_tensor(part):
+            yield part
+        elif isinstance(part, (dict, list, tuple)) and id(part) not in seen:
+            seen.add(id(part))
+            left += part.values() if isinstance(part, dict) else part
 
 
 def encoder_tensors(path, checkpoint):
     """The tensors of the one encoder in a checkpoint, and the prefix of their keys, which is taken off."""
     ending = "patch_embed.proj.weight"                                          # every encoder has this key
     state = checkpoint
-    while isinstance(state, dict) and not any(str(key).endswith(ending) for key in state):
-        inner = [key for key in ("model", "module", "state_dict", "teacher") if key in state]
-        state = state[inner[0]] if inner else None
-    if not isinstance(state, dict):
+    for _ in range(4):                                                          # and no deeper: a dict may hold itself
+        if isinstance(state, dict) and not any(str(key).endswith(ending) for key in state):
+            inner = [key for key in ("model", "module", "state_dict", "teacher") if key in state]
+            state = state[inner[0]] if inner else None
+    if not isinstance(state, dict) or not any(str(key).endswith(ending) for key in state):
         raise UserError(f"{path} holds no encoder: no key in it ends in {ending}")
-    prefixes = [key.removesuffix(ending) for key in state if key.endswith(ending)]
+    prefixes = [key.removesuffix(ending) for key in state if str(key).endswith(ending)]
     students = [prefix for prefix in prefixes if prefix.endswith("student.backbone.")]      # official GKD saves both
     prefix = (students + prefixes)[0]
     tensors = {}
     for key, tensor in state.items():
-        if key.startswith(prefix) and torch.is_tensor(tensor):
+        if str(key).startswith(prefix) and torch.is_tensor(tensor):
             tensors[key.removeprefix(prefix)] = tensor
     return tensors, prefix
 
@@ -657,7 +796,7 @@ def official_to_ours(state):
         if DROPPED.match(key):
             dropped.add(key.split("attn.")[-1])                                 # one name for all blocks' key
         else:
-            ours[key] = tensor.float()
+            ours[key] = tensor.float() if tensor.is_floating_point() else tensor    # which no weights are: check_state
     if "dist_token" in dropped:
         ours["pos_embed"] = torch.cat([ours["pos_embed"][:, :1], ours["pos_embed"][:, 2:]], dim=1)
     if "mask_token" in ours:
@@ -689,9 +828,9 @@ def infer_values(path, state):
     patch_size = kernel.shape[-1]
     registers = state["register_tokens"].shape[1] if "register_tokens" in state else 0
     side = 16 if pos_embed is None else math.isqrt(pos_embed.shape[1] - 1)      # a row or two are not patches
-    blocks = [int(key.split(".")[1]) for key in state if key.startswith("blocks.")]
+    blocks = [key.split(".")[1] for key in state if key.startswith("blocks.")]
     values = dict(
-        embed_dim=dim, depth=1 + max(blocks, default=0), num_heads=dim // 64,
+        embed_dim=dim, depth=max(1, len(set(blocks))), num_heads=dim // 64,
         patch_size=patch_size, img_size=side * patch_size,
         layerscale="blocks.0.ls1.gamma" in state,
         registers=registers,
@@ -712,6 +851,27 @@ def infer_values(path, state):
         family = "EVA-02"
     statistics = {"EVA-02": CLIP, "AugReg": HALF, "ImageNet": IMAGENET}[family]
     return values | dict(name=bare(path)) | statistics, [f"normalisation taken to be {family}'s"]
+
+
+def stored_values(what, saved):
+    """The "encoder" of one of this project's checkpoints, of which ViT is built; UserError where it is none."""
+    kinds = typing.get_type_hints(Encoder, include_extras=True) | dict(name=str)
+    required = set(kinds) - set(Encoder._field_defaults)
+    wrong = [f"{key} is missing" for key in sorted(required - saved.keys())]
+    for key, value in saved.items():
+        if key not in kinds:
+            wrong.append(f"{key} is unknown to this version")
+        elif not fits(kinds[key], value):
+            wrong.append(f"{key} is {value!r}"[:80])
+    for key, count, kind in (("mean", 3, Positive), ("std", 3, Positive), ("img_size", 2, Pixels)):
+        numbers = saved.get(key)
+        if isinstance(numbers, (tuple, list)) and (len(numbers) != count or not all(fits(kind, n) for n in numbers)):
+            wrong.append(f"{key} is {numbers!r}"[:80])
+    if not wrong and saved["embed_dim"] % saved["num_heads"]:
+        wrong.append(f"{saved['num_heads']} heads do not share a width of {saved['embed_dim']}")
+    if wrong:
+        raise UserError(f"{what} describes no encoder: {', '.join(wrong[:4])}")
+    return saved
 
 
 def constructor_values(name, e):
@@ -739,6 +899,8 @@ def resized(values, img_size, patch_size, depth):
 
 def fit(path, state, values, wanted, offset):
     """The ViT of the wanted constructor values with the tensors of one of the file's, and notes on what was changed."""
+    if f"blocks.{values['depth'] - 1}.norm1.weight" not in state:               # before so many blocks are built
+        raise UserError(f"{path} does not fit the encoder: block {values['depth'] - 1} is missing")
     with torch.device("meta"):                                                  # shapes only: no memory, no draws
         old = ViT(**values)
         vit = ViT(**wanted)
@@ -760,12 +922,16 @@ def fit(path, state, values, wanted, offset):
 
 
 def check_state(complaint, state, expected):
-    """Refuses a state dict whose names or shapes differ from the expected ones: UserError, the complaint and them."""
+    """Refuses a state dict whose names, shapes or numbers are not those expected: UserError, the complaint and them."""
     wrong = [f"{key} is missing" for key in expected if key not in state]
     wrong += [f"{key} is not expected" for key in state if key not in expected]
     for key in expected:
         if key in state and state[key].shape != expected[key].shape:
             wrong.append(f"{key} has shape {tuple(state[key].shape)} instead of {tuple(expected[key].shape)}")
+        elif key in state and state[key].is_floating_point() != expected[key].is_floating_point():
+            wrong.append(f"{key} holds {state[key].dtype} numbers, and {expected[key].dtype} ones are expected")
+        elif key in state and not state[key].isfinite().all():
+            wrong.append(f"{key} holds numbers that are not finite")
     if wrong:
         more = f" and {len(wrong) - 6} more" if len(wrong) > 6 else ""
         raise UserError(f"{complaint}: {', '.join(wrong[:6])}{more}")
@@ -778,21 +944,21 @@ class LossConfig:
     """Constants of the objectives; distill.Config and segment.Config inherit them: each is a flag of both scripts."""
     loss: Literal["qsd", "mse", "cwd", "afdcd", "g2sd", "vitkd", "proteus"] = "qsd"  # a key of qsd.LOSSES
     # the paper's objective, --loss qsd
-    alpha: float = 1.0          # weight of L_feat; 0 leaves out the term, its head and its work
-    beta: float = 1.0           # weight of L_mask; likewise
-    gamma: float = 1.0          # weight of L_cls; 0 leaves the CLS token out of every term
+    alpha: Weight = 1.0         # weight of L_feat; 0 leaves out the term, its head and its work
+    beta: Weight = 1.0          # weight of L_mask; likewise
+    gamma: Weight = 1.0         # weight of L_cls; 0 leaves the CLS token out of every term
     distance: Literal["mse", "l1", "cosine"] = "mse"  # between student and teacher, in all three terms; paper: mse
     feat_with_cls: bool = True  # official: L_feat is the mean over [CLS; patches]; the paper: over the patches
-    mask_ratio: float = 0.5     # share of the patches hidden in a masked image, int(0.5 N) exactly (official)
+    mask_ratio: Share = 0.5     # share of the patches hidden in a masked image, int(0.5 N) exactly (official)
     mask_all: bool = False      # no: every second image is masked (official: half of the batch); yes: all (the paper)
     mask_loss: Literal["all", "masked_samples", "masked_tokens"] = "all"  # official: all tokens of all images
     attention: Literal["learned", "identity", "teacher"] = "learned"  # identity: W = 1 at itself alone; teacher: v_t
     scale: Literal["one", "sqrt", "cosine"] = "one"  # factor of W: 1 (paper), C_t^-1/2, or cosine / temperature
-    temperature: float = 0.07   # for --scale cosine only
+    temperature: Positive = 0.07    # for --scale cosine only
     layers: Literal["last", "four"] = "last"  # paper: the last block; four: also the three others that a decoder reads
     # every objective
     target_norm: Literal["none", "layernorm"] = "none"  # of the teacher's final tokens; paper and official: none
-    dcd_pool: int = 4           # Af-DCD pools both maps by this first (4 needs a grid of 16x16 patches or more)
+    dcd_pool: Count = 4         # Af-DCD pools both maps by this first (4 needs a grid of 16x16 patches or more)
 
 
 # --- Query-based soft distillation ----------------------------------------------------------------------------------
@@ -1162,6 +1328,9 @@ LOSSES = {"qsd": GKD, "mse": MSE, "cwd": CWD, "afdcd": AfDCD, "g2sd": G2SD, "vit
 
 def build_objective(student, teacher, config):
     """The objective that a LossConfig describes, for these two encoders."""
+    hidden = int(config.mask_ratio * student.grid[0] * student.grid[1])
+    if not hidden and (config.mask_loss == "masked_tokens" or config.loss == "proteus"):
+        raise UserError(f"--mask_ratio {config.mask_ratio} hides no patch, but the loss is one of hidden patches alone")
     if config.loss == "qsd" and config.layers == "four":
         return GKDFourLayers(student, teacher, config)
     return LOSSES[config.loss](student, teacher, config)
@@ -1170,6 +1339,8 @@ def build_objective(student, teacher, config):
 def load_heads(objective, heads, path):
     """Continue with the heads that a student's checkpoint holds, instead of fresh ones (--keep_heads)."""
     try:
-        objective.load_state_dict(heads or {})
-    except RuntimeError:
-        raise UserError(f"--keep_heads: {path} holds no heads of this --loss, teacher and student") from None
+        check_state(f"{path} does not fit the objective", heads or {}, objective.state_dict())
+        objective.load_state_dict(heads)
+    except (UserError, AttributeError, RuntimeError) as error:
+        raise UserError(f"--keep_heads: {path} holds no heads of this --loss, teacher and student ({error})"
+                        ) from None

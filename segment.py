@@ -8,6 +8,7 @@ The same command resumes. With --kd or --kd_logits a rival of the paper is train
 """
 import math
 import re
+import sys
 import warnings
 from dataclasses import dataclass
 from functools import partial
@@ -22,6 +23,7 @@ from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.faster_rcnn import FasterRCNN, FastRCNNPredictor, TwoMLPHead
 from torchvision.models.detection.image_list import ImageList
 
+sys.path.insert(0, str(Path(__file__).parent))  # where python -P does not look
 import data
 import qsd
 from data import IGNORE
@@ -301,8 +303,8 @@ class MaskDecoder(nn.Module):
                  pixel="fpn", pixel_layers=6, pixel_ffn=1024, points=12544, oversample=3, importance=0.75,
                  no_object=0.1, weights=(2, 5, 5), void="negative", geometry="mmdet"):
         super().__init__()
-        if width % 32:
-            raise UserError(f"--width {width}: GroupNorm wants a multiple of 32")
+        if width % 32 or width % heads:
+            raise UserError(f"--width {width}: GroupNorm wants a multiple of 32, and attention one of --heads {heads}")
         if queries < num_classes:
             raise UserError(f"{queries} queries for {num_classes} classes: each class needs a query of its own")
         if void not in ("negative", "ignore"):
@@ -651,6 +653,8 @@ class BoxDecoder(nn.Module):
         super().__init__()
         if patch % 4:
             raise UserError(f"--patch {patch}: the finest map of --decoder boxes wants a multiple of 4")
+        if width % 32:
+            raise UserError(f"--width {width}: GroupNorm wants a multiple of 32")
         self.patch = patch
         self.lateral = nn.Sequential(nn.Conv2d(dim, width, 1), nn.GroupNorm(32, width))
         twice = partial(nn.ConvTranspose2d, width, width, kernel_size=2, stride=2)
@@ -724,54 +728,55 @@ class Config(qsd.LossConfig):
     root: str = "data"              # the folder that holds the data sets
     split: str = "train"            # the images trained on
     labels: str = "1"               # share of the labelled images: 1, 1/4, 1/8, 1/16 (Table 3), a fixed subset
-    classes: int = 0                # number of classes of your own folder; 0 = as the data set says
+    classes: qsd.Classes = 0        # number of classes of your own folder; 0 = as the data set says
     encoder: str = "dinov2_vits14"  # a name of qsd.ENCODERS or a checkpoint, usually distill.py's student.pt
     pretrained: bool = True         # no: the encoder starts from random weights
-    depth: int | None = None        # only the encoder's first k blocks
+    official: bool = True           # a named encoder's file must have its SHA-256; no: whatever lies there is taken
+    depth: qsd.Count | None = None  # only the encoder's first k blocks
     freeze: bool = True             # the paper's stage 2; no: the encoder is trained, too (a row of Table 5)
     out: str = "runs/segment"       # log.jsonl, last.pt, segmenter.pt
     # decoder
     decoder: Literal["mask", "fpn", "linear", "boxes"] = "mask"  # Mask2Former; SemFPN; one layer; Faster R-CNN
     blocks: Literal["four", "last"] = "four"  # encoder blocks it reads: official [3, 5, 7, 11] of 12; or 4 x the last
-    width: int = 256                # channels of the mask and box decoders
-    queries: int = 100              # masks it proposes
-    decoder_layers: int = 9         # its transformer layers
-    ffn: int = 2048                 # their hidden width, and that of the box decoder's head
+    width: qsd.Count = 256          # channels of the mask and box decoders
+    queries: qsd.Count = 100        # masks it proposes
+    decoder_layers: qsd.CountOr0 = 9    # its transformer layers
+    ffn: qsd.Count = 2048           # their hidden width, and that of the box decoder's head
     pixel: Literal["fpn", "deform"] = "deform"  # its pixel decoder: Mask2Former's; fpn: light
-    heads: int = 8                  # attention heads of both
-    points: int = 12544             # pixels on which its masks are compared
+    heads: qsd.Count = 8            # attention heads of both
+    points: qsd.Count = 12544       # pixels on which its masks are compared
     void: Literal["negative", "ignore"] = "negative"  # pixels labelled 255: outside every mask (official) or left out
     geometry: Literal["mmdet", "centred"] = "mmdet"  # positions, padding, finest lateral: official, or of older runs
-    rois: int = 512                 # boxes of an image from which the head of the box decoder learns
-    proposals: int = 1000           # boxes of an image that it sees when it predicts; twice as many in training
+    rois: qsd.Count = 512           # boxes of an image from which the head of the box decoder learns
+    proposals: qsd.Count = 1000     # boxes of an image that it sees when it predicts; twice as many in training
     # one-stage distillation (equation 3)
-    kd: float = 0.0                 # weight of the objective --loss, in units of its published weight; 0 = no teacher
-    kd_logits: float = 0.0          # weight of Hinton's logit distillation; its teacher is a segmenter.pt
+    kd: qsd.Weight = 0.0            # weight of the objective --loss, in units of its published weight; 0 = no teacher
+    kd_logits: qsd.Weight = 0.0     # weight of Hinton's logit distillation; its teacher is a segmenter.pt
     teacher: str = "none"           # encoder name or checkpoint for --kd; a segmenter.pt for --kd_logits
     # images
-    size: int = 512                 # side of the square crop, pixels
-    patch: int = 16                 # patch side of the encoder, pixels
-    cache: int = 0                  # short side of the copy that `python data.py --cache SIZE` made; 0 = the originals
-    cat_max_ratio: float = 0.75     # a crop is drawn again while one class fills more of it
-    workers: int = 8                # image-loading processes per training process; 0 = load in the training process
+    size: qsd.Pixels = 512          # side of the square crop, pixels
+    patch: qsd.Pixels = 16          # patch side of the encoder, pixels
+    cache: qsd.PixelsOr0 = 0        # short side of the copy that `python data.py --cache SIZE` made; 0 = the originals
+    cat_max_ratio: qsd.Share = 0.75 # a crop is drawn again while one class fills more of it
+    workers: qsd.Workers = 8        # image-loading processes per training process; 0 = load in the training process
     # optimiser
-    batch: int = 4                  # global, whatever the number of processes
-    micro: int = 4                  # most images of one forward pass; the rest is gradient accumulation
+    batch: qsd.Count = 4            # global, whatever the number of processes
+    micro: qsd.Count = 4            # most images of one forward pass; the rest is gradient accumulation
     budget: str = "40000"           # 40000 (steps), 50ep, 2h, 3e18flop: the schedule follows the fraction spent
-    lr: float = 1e-4                # of the decoder
-    lr_backbone: float = 1e-5       # of the encoder where it is trained (the paper's 1e-5)
-    power: float = 0.9              # of the polynomial decay to 0
-    weight_decay: float = 0.05      # of all parameters but the next line's
+    lr: qsd.Positive = 1e-4         # of the decoder
+    lr_backbone: qsd.Weight = 1e-5  # of the encoder where it is trained (the paper's 1e-5)
+    power: qsd.Weight = 0.9         # of the polynomial decay to 0
+    weight_decay: qsd.Weight = 0.05 # of all parameters but the next line's
     no_decay: Literal["decoder", "all"] = "decoder"  # whose norms and embeddings do not decay: official, the decoder's
     # running
-    seed: int = 42                  # as the official code
+    seed: qsd.Seed = 42             # as the official code
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "fp32"  # official: fp32
-    log_every: int = 50             # steps
-    save_minutes: float = 10.0      # between checkpoints
-    max_skips: int = 10             # non-finite steps in a row that end the run
+    log_every: qsd.Count = 50       # steps
+    save_minutes: qsd.Weight = 10.0 # between checkpoints
+    max_skips: qsd.Count = 10       # non-finite steps in a row that end the run
 
 
-FREE = {"root", "workers", "micro", "log_every", "save_minutes", "max_skips"}  # these may change when a run resumes
+FREE = {"root", "official", "workers", "micro", "log_every", "save_minutes", "max_skips"}  # may change on resuming
 POINTS = data.MASKS + 1  # the points on which masks are compared have random numbers of their own, see data.mix
 
 # The light decoder of the small worlds.
@@ -861,8 +866,10 @@ def load_segmenter(path, device="cpu"):
 
 def own_segmenter(saved):
     """The Segmenter in a segmenter.pt."""
-    encoder = qsd.ViT(**saved["encoder"])
+    encoder = qsd.ViT(**qsd.stored_values('its "encoder"', saved["encoder"]))
     cfg = Config(**data.known_fields(Config, saved["config"]))
+    if np.shape(saved["colors"]) != (len(saved["classes"]), 3):
+        raise UserError(f"its {len(saved['classes'])} classes have other colours: {saved['colors']!r}"[:80])
     decoder = build_decoder(encoder.embed_dim, len(saved["classes"]), cfg)
     model = Segmenter(encoder, decoder, blocks=cfg.blocks)
     qsd.check_state("not the parameters of a segmenter", saved["model"], model.state_dict())
@@ -1132,7 +1139,8 @@ def main(argv=None):
         raise UserError(f"--decoder {cfg.decoder}: --data {cfg.data} labels {'boxes' if dataset.boxes else 'pixels'}")
     if dataset.boxes and cfg.kd_logits:
         raise UserError("--kd_logits compares the classes of pixels; --decoder boxes has --kd")
-    encoder = qsd.load_vit(cfg.encoder, cfg.size, cfg.patch, depth=cfg.depth, pretrained=cfg.pretrained)
+    load_vit = partial(qsd.load_vit, img_size=cfg.size, patch_size=cfg.patch, official=cfg.official)
+    encoder = load_vit(cfg.encoder, depth=cfg.depth, pretrained=cfg.pretrained)
     decoder = build_decoder(encoder.embed_dim, dataset.num_classes, cfg)
     segmenter = Segmenter(encoder, decoder, cfg.freeze, cfg.blocks).to(device)
     ancestors, _ = qsd.ledger_and_heads(cfg.encoder)
@@ -1142,7 +1150,7 @@ def main(argv=None):
     judge = None
     objective = None
     if cfg.kd:
-        teacher = qsd.load_vit(cfg.teacher, cfg.size, cfg.patch).to(device).eval().requires_grad_(False)
+        teacher = load_vit(cfg.teacher).to(device).eval().requires_grad_(False)
         objective = qsd.build_objective(encoder, teacher, cfg).to(device)
     if cfg.kd_logits:
         judge, trained = load_segmenter(cfg.teacher, device)
@@ -1176,18 +1184,21 @@ def main(argv=None):
     label = torch.zeros(2, cfg.size, cfg.size, dtype=torch.int64)
     if dataset.boxes:
         label = torch.zeros(2, data.OBJECTS, 6)  # no objects
-    flops = data.dry_run(learner, lambda: losses_of(learner, images, label, draws, share=None))
+    probe = partial(losses_of, learner, images, label, draws, share=None)
+    flops = data.dry_run(learner, probe)
     if data.rank() == 0:
         describe(segmenter, cfg, device)
 
     optimizer = torch.optim.AdamW(parameter_groups(learner, cfg), fused=True)
     warnings.filterwarnings("ignore", "Grad strides do not match")  # DDP copies the small gradients of 1x1 convolutions
-    run.start(learner, optimizer, dataset, flops=flops, tokens=N, pairs=bool(cfg.kd))
+    run.start(learner, optimizer, dataset, probe, flops, tokens=N, pairs=bool(cfg.kd))
 
     for micro_batches in run.steps():  # until --budget is spent
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * (1 - run.fraction) ** cfg.power
         share = normalisers([label for _, label, _ in micro_batches])
+        if not share[1] and not run.ledger["steps"]:
+            qsd.say("no pixel of the first images has a label: all are 255")
         for images, label, draws in micro_batches:  # gradient accumulation
             with run.sync():
                 losses = losses_of(run.model, images, label, draws, share)
