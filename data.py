@@ -1396,7 +1396,7 @@ def corrupt(image, name, severity):
     elif name == "brightness":
         value = x.amax(0)
         brighter = (value + c).clamp(max=1)
-        x = torch.where(value > 0, x * brighter / value.clamp(min=1e-6), brighter)
+        x = torch.where(value > 0, x * brighter / value, brighter)
     elif name == "contrast":
         x = x.mean((1, 2), keepdim=True).lerp(x, c)
     elif name == "pixelate":

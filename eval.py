@@ -237,15 +237,14 @@ def average_precision(scores, hits, count):
 
 def evaluate_boxes(model, dataset, side, device, batch=1, workers=0, title=""):
     """AP (K,) of each class; of a corrupted set the mean over all corruptions and severities, shared by processes."""
-    versions = len({sample.corruption for sample in dataset.samples})  # of each image, one behind the other
+    versions = list(dict.fromkeys(sample.corruption for sample in dataset.samples))  # of each image, in this order
     total = torch.zeros(dataset.num_classes, dtype=torch.float64)
-    for version in range(data.rank(), versions, data.world_size()):
+    for number in range(data.rank(), len(versions), data.world_size()):
         verdicts = []
         labels = []
-        own = Subset(dataset, range(version, len(dataset), versions))
+        own = Subset(dataset, range(number, len(dataset), len(versions)))
         loader = DataLoader(own, batch, num_workers=workers, multiprocessing_context=data.start_method(workers))
-        name = f"{title} {dataset.samples[version].corruption or ''}"
-        for images, label, _ in tqdm(loader, name, disable=data.rank() > 0, leave=False):
+        for images, label, _ in tqdm(loader, f"{title} {versions[number] or ''}", disable=data.rank() > 0, leave=False):
             x = data.normalize(images.to(device), model.encoder.mean, model.encoder.std)
             for found, objects in zip(find_objects(model, x, side), map(data.objects_of, label)):
                 verdicts.append(matched(found.cpu(), objects))
@@ -253,7 +252,7 @@ def evaluate_boxes(model, dataset, side, device, batch=1, workers=0, title=""):
         kinds, scores, hits = torch.cat(verdicts).double().numpy().T
         for k in range(dataset.num_classes):
             total[k] += average_precision(scores[kinds == k], hits[kinds == k], labels.count(k))
-    return data.summed(total.to(device)).cpu() / versions
+    return data.summed(total.to(device)).cpu() / len(versions)
 
 
 # --- What is measured ------------------------------------------------------------------------------------------------

@@ -778,9 +778,8 @@ WIDE = TOY | dict(batch=16, micro=16, budget="16000", lr=1.5e-3, lr_backbone=1.5
 CAMVID = LIGHT | dict(size=224, points=2048, batch=8, micro=8, budget="250", lr=1e-3, lr_backbone=1e-4,
                       workers=1, seed=0, log_every=20, dcd_pool=1)
 VOC = dict(decoder="boxes", blocks="last", ffn=1024, batch=16, micro=16, budget="12ep")
-TOY_BOXES = TOY | dict(decoder="boxes", width=32, rois=32, proposals=100)
-PRESETS = dict.fromkeys(data.TOY_SOURCES, TOY) | {"toy-wide": WIDE, "camvid": CAMVID}
-PRESETS |= {"voc": VOC, "toy-boxes": TOY_BOXES}
+BOXES = TOY | dict(decoder="boxes", width=32, rois=32, proposals=100)
+PRESETS = dict.fromkeys(data.TOY_SOURCES, TOY) | {"toy-wide": WIDE, "toy-boxes": BOXES, "camvid": CAMVID, "voc": VOC}
 
 
 def preset(given):
