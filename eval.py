@@ -218,9 +218,9 @@ def matched(found, objects):
     A box stands for the object of its class that it overlaps most, with an IoU of at least 0.5. It is a hit if it is
     the first for this object; a box that stands for a difficult object does not count at all.
     """
-    ious = box_iou(found[:, :4], objects[:, :4]) * (found[:, 4:5] == objects[:, 4])  # (D, M), 0 between classes
-    objects = F.pad(objects, (0, 0, 0, 1))  # a row of zeros behind the last object stands for no object
-    largest, nearest = F.pad(ious, (0, 1)).max(1)
+    objects = F.pad(objects, (0, 0, 0, 1))  # a row of zeros, which no box overlaps: there may be no objects
+    ious = box_iou(found[:, :4], objects[:, :4]) * (found[:, 4:5] == objects[:, 4])  # (D, M + 1), 0 between classes
+    largest, nearest = ious.max(1)
     stands = largest >= 0.5
     repeats = (stands & (nearest[:, None] == nearest)).tril(-1).any(1)  # a better box stands for the same object
     verdicts = torch.column_stack([found[:, 4:], stands & ~repeats])
