@@ -1,9 +1,8 @@
 """Every dataset of the paper, read from its original download without conversion, and the augmentations of both stages;
 in the last part what every training script shares: flags, processes, the run with its checkpoints and its log.
 
-An image is a uint8 tensor (3, H, W), a label an int64 tensor (H, W) of class numbers with 255 = ignore (boxes: as_label
-tells). A domain is a row of DATASETS; sources join with "+" (gtav+synthia+urbansyn). Check a download, or store it at
-training size:
+An image is a uint8 tensor (3, H, W), a label an int64 tensor (H, W) of class numbers, 255 = ignore, or boxes: as_label.
+A domain is a row of DATASETS; sources join with "+" (gtav+synthia). Check a download, or store it at training size:
 
     python data.py --data gtav --root /data --out gtav.png  # opens every file; exit status 1 if something is wrong
     python data.py --data gtav --root /data --cache 512     # 25k slow PNGs -> mapped pixels with short side 512
@@ -584,7 +583,6 @@ def toy_scene(domain, index, jumble=False, seed=0):
     return image.astype(np.uint8), label.astype(np.uint8)
 
 
-TOY_THINGS = {CAR: "car", POLE: "pole", PERSON: "person"}
 TOY_HIDDEN = 12  # a thing of which fewer pixels are visible is difficult
 
 
@@ -595,11 +593,10 @@ def toy_things(domain, index):
     rng = np.random.Generator(np.random.PCG64([0, index, sum(domain.encode())]))  # draws that scene's layout again
     objects, kinds, distances = toy_layout(rng)
     found = []
-    for number, kind in enumerate(TOY_THINGS):
-        for distance in np.unique(distances[kinds == kind]):  # only parts of one thing lie at the same distance
-            y, x = np.nonzero((kinds[objects] == kind) & (distances[objects] == distance))
-            if len(x):
-                found.append([x.min(), y.min(), x.max() + 1, y.max() + 1, number, len(x) < TOY_HIDDEN])
+    for kind, distance in sorted(set(zip(kinds, distances))):  # only parts of one thing are equal in both
+        y, x = np.nonzero((kinds[objects] == kind) & (distances[objects] == distance))
+        if kind >= CAR and len(x):
+            found.append([x.min(), y.min(), x.max() + 1, y.max() + 1, kind - CAR, len(x) < TOY_HIDDEN])
     return image, as_label(found)
 
 
@@ -668,9 +665,9 @@ def toy(domain, jumble=False, train=0, val=0):
 
 
 def toy_boxes(domain, corrupted=False, **counts):
-    """A toy domain whose labels are boxes."""
-    return replace(toy(domain, **counts), classes=tuple(TOY_THINGS.values()), generate=partial(toy_things, domain),
-                   colors=tuple(TOY_COLORS[kind] for kind in TOY_THINGS), boxes=True, corrupted=corrupted)
+    """A toy domain whose labels are boxes; their classes are the last ones of TOY_CLASSES."""
+    return replace(toy(domain, **counts), classes=TOY_CLASSES[CAR:], colors=TOY_COLORS[CAR:],
+                   generate=partial(toy_things, domain), boxes=True, corrupted=corrupted)
 
 
 DATASETS = {
@@ -742,8 +739,7 @@ SETTINGS = {  # labelled source -> domains of the table row
     "camvid": ("camvid", ("camvid-dusk",)),
     "toy": ("toy", ("toy-night", "toy-fog", "toy-snow", "toy-rain")),
     "voc": ("voc", ("voc-corruptions",)),
-    "toy-boxes": ("toy-boxes", ("toy-boxes-night", "toy-boxes-fog", "toy-boxes-snow", "toy-boxes-rain",
-                                "toy-boxes-corruptions")),
+    "toy-boxes": ("toy-boxes", tuple(f"toy-boxes-{look}" for look in ("night", "fog", "snow", "rain", "corruptions"))),
 }
 
 
@@ -1543,10 +1539,9 @@ def corrupt(image, name, severity):
     elif name == "brightness":
         value = x.amax(0)
         brighter = (value + c).clamp(max=1)
-        x = torch.where(value > 0, x * brighter / value.clamp(min=1e-6), brighter)
+        x = torch.where(value > 0, x * brighter / value, brighter)
     elif name == "contrast":
-        mean = x.mean((1, 2), keepdim=True)
-        x = mean + c * (x - mean)
+        x = x.mean((1, 2), keepdim=True).lerp(x, c)
     elif name == "pixelate":
         small = TF.to_pil_image(image).resize((int(c * width), int(c * height)), Image.Resampling.BOX)
         return TF.pil_to_tensor(small.resize((width, height), Image.Resampling.BOX))
@@ -1562,14 +1557,10 @@ def clouds(height, width, decay, generator):
     x = torch.zeros(1, 1)
     for octave in range(math.ceil(math.log2(max(height, width)))):
         noise = decay ** (-2 * octave) * (torch.rand(3, *x.shape, generator=generator) - 0.5)
-        right = x.roll(-1, 1)
-        below = x.roll(-1, 0)
-        centre = (x + right + below + below.roll(-1, 1)) / 4 + noise[0]
-        across = (x + right + centre + centre.roll(1, 0)) / 4 + noise[1]
-        down = (x + below + centre + centre.roll(1, 1)) / 4 + noise[2]
-        top = torch.stack([x, across], 2).flatten(1)
-        bottom = torch.stack([down, centre], 2).flatten(1)
-        x = torch.stack([top, bottom], 1).flatten(0, 1)
+        centre = (x + x.roll(-1, 1) + x.roll(-1, 0) + x.roll((-1, -1), (0, 1))) / 4 + noise[0]
+        across = (x + x.roll(-1, 1) + centre + centre.roll(1, 0)) / 4 + noise[1]
+        down = (x + x.roll(-1, 0) + centre + centre.roll(1, 1)) / 4 + noise[2]
+        x = F.pixel_shuffle(torch.stack([x, across, down, centre]), 2)[0]
     x = (x - x.min()) / (x.max() - x.min())
     return x[:height, :width]
 
@@ -1812,8 +1803,8 @@ def picture_of(sample, width):
     """A sample's image, and below it its label in the classes' colours, or on it its boxes."""
     image = sample.read_image()
     if sample.entry.boxes:
-        objects = objects_of(sample.read_label())
-        return Image.fromarray(with_boxes(image, objects, sample.entry.classes, sample.entry.colors, width))
+        drawn = label_picture(sample.read_label(), image, sample.entry.classes, sample.entry.colors, width)
+        return Image.fromarray(drawn)
     image = Image.fromarray(image.permute(1, 2, 0).numpy())
     height = min(max(1, round(width * image.height / image.width)), 3 * width)  # a narrow strip is not drawn in full
     if not sample.entry.classes:
@@ -1825,10 +1816,13 @@ def picture_of(sample, width):
     return both
 
 
-def with_boxes(image, objects, classes, colors, width=300, scored=False):
-    """An image (3, H, W) scaled to a width, with the boxes of objects (M, 6); scored: their last number is a score.
+def label_picture(label, image, classes, colors, width=300, scored=False):
+    """A label (H, W) in its classes' colours, or boxes (M, 6) on their image (3, H, W), which is scaled to a width.
 
-    uint8; as an array (., width, 3)."""
+    uint8, as an array (., ., 3). scored: the last number of a box is its score."""
+    if not label.is_floating_point():  # classes of pixels
+        return palette(colors)[label]
+    objects = objects_of(label)
     scale = width / image.shape[2]
     image = TF.resize(image, [round(scale * image.shape[1]), width])
     names = []

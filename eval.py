@@ -238,54 +238,47 @@ def find_objects(model, x, side):
 
 
 def matched(found, objects):
-    """VOC's verdict on what was found in an image (D, 6), best first, given its objects (M, 6): [(class, score, hit)].
+    """VOC's verdict on what was found in an image (D, 6), best first, given its objects (M, 6): rows class, score, hit.
 
-    A box stands for the object of its class that it overlaps most. With an IoU of at least 0.5 it is a hit, if it is
+    A box stands for the object of its class that it overlaps most, with an IoU of at least 0.5. It is a hit if it is
     the first for this object; a box that stands for a difficult object does not count at all.
     """
-    ious = box_iou(found[:, :4], objects[:, :4]) * (found[:, 4:5] == objects[:, 4])  # (D, M), 0 between classes
-    largest, nearest = F.pad(ious, (0, 1)).max(1)  # the 0 behind the last object stands for no object
-    verdicts = []
-    taken = set()
-    for (*_, k, score), overlap, n in zip(found.tolist(), largest.tolist(), nearest.tolist()):
-        stands = overlap >= 0.5
-        if not (stands and objects[n, 5]):
-            verdicts.append((k, score, stands and n not in taken))
-        if stands:
-            taken.add(n)
-    return verdicts
+    objects = F.pad(objects, (0, 0, 0, 1))  # a row of zeros, which no box overlaps: there may be no objects
+    ious = box_iou(found[:, :4], objects[:, :4]) * (found[:, 4:5] == objects[:, 4])  # (D, M + 1), 0 between classes
+    largest, nearest = ious.max(1)
+    stands = largest >= 0.5
+    repeats = (stands & (nearest[:, None] == nearest)).tril(-1).any(1)  # a better box stands for the same object
+    verdicts = torch.column_stack([found[:, 4:], stands & ~repeats])
+    return verdicts[~(stands & objects[nearest, 5].bool())]
 
 
 def average_precision(scores, hits, count):
     """Area under the precision that is reached at each recall or a higher one (VOC since 2010); NaN without objects."""
-    if not count:
-        return math.nan
     hits = hits[np.argsort(-scores, kind="stable")]
     precision = hits.cumsum() / np.arange(1, len(hits) + 1)
     reached = np.maximum.accumulate(precision[::-1])[::-1]
-    return (reached * hits).sum() / count  # each hit adds 1 / count to the recall
+    return (reached * hits).sum() / count if count else math.nan  # each hit adds 1 / count to the recall
 
 
 def evaluate_boxes(model, dataset, side, device, batch=1, workers=0, title=""):
     """AP (K,) of each class; of a corrupted set the mean over all corruptions and severities, shared by processes."""
-    numbers = {}  # of the images of each version
-    for i, sample in enumerate(dataset.samples):
-        numbers.setdefault(sample.corruption, []).append(i)
+    versions = list(dict.fromkeys(sample.corruption for sample in dataset.samples))  # of each image, in this order
     total = torch.zeros(dataset.num_classes, dtype=torch.float64)
-    for version in list(numbers)[data.rank()::data.world_size()]:
+    for number in range(data.rank(), len(versions), data.world_size()):
         verdicts = []
         labels = []
-        loader = DataLoader(Subset(dataset, numbers[version]), batch, num_workers=workers,
-                            multiprocessing_context=data.start_method(workers), collate_fn=same_size)
-        for images, label, _ in tqdm(loader, f"{title} {version or ''}", disable=data.rank() > 0, leave=False):
+        own = Subset(dataset, range(number, len(dataset), len(versions)))
+        loader = DataLoader(own, batch, num_workers=workers, multiprocessing_context=data.start_method(workers),
+                            collate_fn=same_size)
+        for images, label, _ in tqdm(loader, f"{title} {versions[number] or ''}", disable=data.rank() > 0, leave=False):
             x = data.normalize(images.to(device), model.encoder.mean, model.encoder.std)
             for found, objects in zip(find_objects(model, x, side), map(data.objects_of, label)):
-                verdicts += matched(found.cpu(), objects)
+                verdicts.append(matched(found.cpu(), objects))
                 labels += objects[objects[:, 5] == 0, 4].tolist()
-        k, scores, hits = np.array(verdicts).reshape(-1, 3).T
-        for number in range(dataset.num_classes):
-            total[number] += average_precision(scores[k == number], hits[k == number], labels.count(number))
-    return data.summed(total.to(device)).cpu() / len(numbers)
+        kinds, scores, hits = torch.cat(verdicts).double().numpy().T
+        for k in range(dataset.num_classes):
+            total[k] += average_precision(scores[kinds == k], hits[kinds == k], labels.count(k))
+    return data.summed(total.to(device)).cpu() / len(versions)
 
 
 # --- What is measured ------------------------------------------------------------------------------------------------
@@ -302,11 +295,10 @@ def class_ious(title, model, saved, cfg, device):
     ious = {}
     for name in data.entries(cfg.data):
         dataset = val_split(name, cfg, title, saved)
+        if dataset.boxes and (cfg.mode != "slide" or cfg.flip or scale_list(cfg) != [1]):
+            raise UserError("--mode, --flip and --scales are for pixels; boxes are found once, in the whole image")
         with data.autocast(cfg.precision, device):
             if dataset.boxes:
-                if cfg.mode != "slide" or cfg.flip or scale_list(cfg) != [1]:
-                    raise UserError("--mode, --flip and --scales are for pixels; boxes are found once, in the whole "
-                                    "image")
                 ious[name] = 100 * evaluate_boxes(model, dataset, window, device, cfg.batch, cfg.workers, name)
                 if ious[name].isnan().all():
                     raise UserError(f"--data {name}: no object in its images counts")
@@ -419,7 +411,7 @@ class Pair(NamedTuple):
     smaller: str = ""                    # a foundation model of the student's size, for comparison
     proxy: str = "imagenet"              # --data of the proxy stage; "": none, the student is a foundation model (F2F)
     source: str = "gtav"                 # labelled
-    labelled: str = ""                   # --data of the task stage, where that is not the source
+    labelled: str = ""                   # --data of the task stage; "": the source
     proxy_flags: dict = {}               # of distill.py in the proxy stage
     source_flags: dict = {}              # of distill.py on source images
     one_stage_flags: dict = {}           # of segment.py in the one-stage rows
@@ -453,12 +445,11 @@ def paper_pair(title, source, out, root):
 
 def small_pair(world, out, seed, root):
     """The pair of a small world, one seed of it."""
-    folder = f"{out}/{world.removesuffix('-boxes')}/{seed}"
+    folder = f"{out}/{world}/{seed}"
     common = dict(root=root, seed=seed)
-    if world.startswith("toy"):
+    if world == "toy":
         # The teacher was trained on a wide world of looks and is shipped; the student starts from random weights.
-        labelled = "" if world == "toy" else world
-        return Pair("toy_teacher", "toy_small", proxy="toy-proxy", source="toy", labelled=labelled,
+        return Pair("toy_teacher", "toy_small", proxy="toy-proxy", source="toy",
                     tuned=dict(freeze=False, lr_backbone=2e-4), common=common, shared=folder, here=folder)
     # Real images: the teacher is an ImageNet ViT-Ti, the student the first 3 of another one's 12 blocks.
     normed = dict(target_norm="layernorm")
@@ -488,7 +479,7 @@ def distilled(p, name, source=None, source_name=None, proxy=True, **flags):
 
 def task(p, name, encoder, source=None, **flags):
     """Stage 2, or a one-stage baseline: its command. flags: of segment.py."""
-    if p.labelled:
+    if p.labelled not in ("", p.source):
         source = p.labelled
         name = f"{name}-{p.labelled}"
     return command("segment.py", data=source or p.source, encoder=encoder, **flags, **p.common, out=f"{p.here}/{name}")
@@ -1096,7 +1087,7 @@ def blocks(name, cfg):
     seeds = []
     several = 5 if name == "effects" else 3
     for seed in range(cfg.seed, cfg.seed + (cfg.seeds or several)):
-        seeds.append(rows_of(small_pair(world, cfg.out, seed, cfg.root)))
+        seeds.append(rows_of(small_pair(cfg.data, cfg.out, seed, cfg.root)._replace(labelled=world)))
     numbers = paper_numbers(name).get("DINOv2-B -> DeiT-S", {}).get("voc" if name == "10" else "gtav", {})
     return [Block(f"{title}, in the {cfg.data} world", seeds, [source], list(unseen), numbers)]
 
@@ -1647,20 +1638,13 @@ def compare(predicted, featured, cfg, path, device):
     if loaded:
         names = dataset.classes
         colors = dataset.colors
-        columns["label"] = [label_picture(label, image, saved) for label, image in zip(labels, images)]
+        columns["label"] = [data.label_picture(label, image, names, colors) for label, image in zip(labels, images)]
         for name, (model, saved) in loaded.items():
             predicted = [classify(model, saved, image, cfg, device) for image in images]
-            columns[name] = [label_picture(*pair, saved, scored=True) for pair in zip(predicted, images)]
+            columns[name] = [data.label_picture(*pair, names, colors, scored=True) for pair in zip(predicted, images)]
     for name, pictures in feature_pictures(encoders(featured, cfg, device), images, device).items():
         columns[f"PCA: {name}"] = pictures
     return sheet(columns, titles, names, colors, path)
-
-
-def label_picture(label, image, saved, **drawing):
-    """A label (H, W) in its classes' colours, or boxes on their image (3, H, W); as an array (., ., 3)."""
-    if saved["config"]["decoder"] != "boxes":
-        return data.palette(saved["colors"])[label]
-    return data.with_boxes(image, data.objects_of(label), saved["classes"], saved["colors"], **drawing)
 
 
 def feature_pictures(vits, images, device):
@@ -2018,10 +2002,7 @@ LEAST_SCORE = 0.5  # of the boxes that are shown
 
 
 def classify(model, saved, image, cfg, device):
-    """The class of each pixel (H, W), uint8, that a segmenter sees in an image uint8 (3, H, W), by cfg's protocol.
-
-    Of a detector the objects that it finds, (D, 6).
-    """
+    """What a segmenter sees in an image uint8 (3, H, W), by cfg's protocol: classes (H, W) uint8, or objects (D, 6)."""
     window = cfg.window or saved["config"]["size"]
     x = data.normalize(image[None].to(device), model.encoder.mean, model.encoder.std)
     with torch.no_grad(), data.autocast(cfg.precision, device):
@@ -2061,7 +2042,7 @@ def segment_images(cfg, device):
             found = classify(model, saved, image, cfg, device)
             if saved["config"]["decoder"] == "boxes":
                 data.write(out / f"{file.stem}_boxes.json", json.dumps(found.tolist()))
-                picture = label_picture(found, image, saved, width=800, scored=True)
+                picture = data.label_picture(found, image, saved["classes"], saved["colors"], width=800, scored=True)
                 save_picture(Image.fromarray(picture), out / f"{file.stem}_boxes.png")
                 continue
             picture = Image.fromarray(found.numpy())

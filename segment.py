@@ -660,15 +660,13 @@ class BoxDecoder(nn.Module):
         twice = partial(nn.ConvTranspose2d, width, width, kernel_size=2, stride=2)
         four_times = nn.Sequential(twice(), nn.GroupNorm(32, width), nn.GELU(), twice())
         self.scales = nn.ModuleList([four_times, twice(), nn.Identity(), nn.MaxPool2d(2)])
-        self.smooth = nn.ModuleList()
-        for _ in self.scales:
-            self.smooth.append(nn.Sequential(nn.Conv2d(width, width, 3, padding=1), nn.GroupNorm(32, width)))
+        smooth = [nn.Sequential(nn.Conv2d(width, width, 3, padding=1), nn.GroupNorm(32, width)) for _ in self.scales]
+        self.smooth = nn.ModuleList(smooth)
 
-        pyramid = nn.Identity()  # only says how many channels its maps have
-        pyramid.out_channels = width
+        self.out_channels = width  # is all that torchvision asks of a pyramid whose maps it does not make
         anchors = AnchorGenerator([[2 * patch * 2 ** level] for level in range(5)], [[0.5, 1.0, 2.0]] * 5)
         parts = FasterRCNN(
-            pyramid, rpn_anchor_generator=anchors, box_head=TwoMLPHead(7 * 7 * width, ffn),
+            self, rpn_anchor_generator=anchors, box_head=TwoMLPHead(7 * 7 * width, ffn),
             box_predictor=FastRCNNPredictor(ffn, num_classes + 1), box_batch_size_per_image=rois,
             rpn_pre_nms_top_n_train=2 * proposals, rpn_post_nms_top_n_train=2 * proposals,
             rpn_pre_nms_top_n_test=proposals, rpn_post_nms_top_n_test=proposals)  # all else as published
@@ -689,8 +687,7 @@ class BoxDecoder(nn.Module):
         The generator seeds which anchors and boxes are compared; share is for the decoders of pixels.
         """
         targets = []
-        for objects in label:
-            objects = data.objects_of(objects)
+        for objects in map(data.objects_of, label):
             objects = objects[objects[:, 5] == 0]  # not the difficult ones
             targets.append({"boxes": objects[:, :4], "labels": objects[:, 4].long() + 1})  # 0 is the background
         with torch.random.fork_rng(devices=[]):
@@ -702,8 +699,7 @@ class BoxDecoder(nn.Module):
     def scores(self, maps, size=None):
         """The objects found in each image of size (H, W), [(D, 6)], best first: box in pixels, class, score."""
         found, _ = self.both_stages(maps, size)
-        columns = [(image["boxes"], image["labels"][:, None] - 1, image["scores"][:, None]) for image in found]
-        return [torch.cat(parts, 1) for parts in columns]
+        return [torch.column_stack([image["boxes"], image["labels"] - 1, image["scores"]]) for image in found]
 
     def both_stages(self, maps, size, targets=None):
         """Proposals, then their classes and boxes, in fp32 -> found objects, or with targets the losses."""
@@ -787,9 +783,8 @@ WIDE = TOY | dict(batch=16, micro=16, budget="16000", lr=1.5e-3, lr_backbone=1.5
 CAMVID = LIGHT | dict(size=224, points=2048, batch=8, micro=8, budget="250", lr=1e-3, lr_backbone=1e-4,
                       workers=1, seed=0, log_every=20, dcd_pool=1)
 VOC = dict(decoder="boxes", blocks="last", ffn=1024, batch=16, micro=16, budget="12ep")
-TOY_BOXES = TOY | dict(decoder="boxes", width=32, rois=32, proposals=100)
-PRESETS = dict.fromkeys(data.TOY_SOURCES, TOY) | {"toy-wide": WIDE, "camvid": CAMVID}
-PRESETS |= {"voc": VOC, "toy-boxes": TOY_BOXES}
+BOXES = TOY | dict(decoder="boxes", width=32, rois=32, proposals=100)
+PRESETS = dict.fromkeys(data.TOY_SOURCES, TOY) | {"toy-wide": WIDE, "toy-boxes": BOXES, "camvid": CAMVID, "voc": VOC}
 
 
 def preset(given):

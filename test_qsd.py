@@ -4294,6 +4294,7 @@ def test_corruptions_grow_with_severity_and_follow_from_the_image_alone():
 def test_corruptions_have_the_published_constants():
     grey = torch.full((3, 200, 200), 128, dtype=torch.uint8)
     colors = torch.randint(0, 256, (3, 60, 80), generator=seeded(0)).to(torch.uint8)
+    colors[:, 0, 0] = 0
     noise = [data.corrupt(grey, "gaussian_noise", s).float().std() / 255 for s in (1, 2, 3)]
     assert noise == pytest.approx([0.08, 0.12, 0.18], rel=0.02)
     for severity, rate in enumerate((60, 25, 12, 5), start=1):
@@ -4318,6 +4319,9 @@ def test_corruptions_have_the_published_constants():
     assert zoomed[20, 20] == pytest.approx(1, abs=0.01) and zoomed.argmax() == 20 * 41 + 20
     fog = data.corrupt(grey, "fog", 5).float()
     assert 18 <= fog.min() < fog.max() <= 128                                   # 128 (x + 3 clouds) / (x + 3)
+    clouds = data.clouds(64, 64, 2, seeded(0))
+    around = (clouds.roll(1, 0) + clouds.roll(-1, 0) + clouds.roll(1, 1) + clouds.roll(-1, 1)) / 4
+    assert (clouds - around)[::2, 1::2].abs().max() < 0.002 > (clouds - around)[1::2, ::2].abs().max()
     jpeg = io.BytesIO()
     Image.fromarray(colors.permute(1, 2, 0).numpy()).save(jpeg, "JPEG", quality=7)
     assert (data.corrupt(colors, "jpeg_compression", 5).float() - pil_to_tensor(Image.open(jpeg))).abs().mean() < 1
@@ -4568,6 +4572,9 @@ def test_table_10_distils_on_the_source_and_replaces_the_decoder_and_its_labels(
             assert (row[-1].data, row[-1].decoder, row[-1].blocks) == (labels, "boxes", "last")
         assert [cfg.data for cfg in rows["+ GKD"][-3:-1]] == ["toy-proxy" if world == "toy" else "imagenet", source]
         assert rows["+ GKD"][-1].freeze and not rows["+ CWD"][-1].freeze and rows["+ CWD"][-1].loss == "cwd"
+        names = [Path(evaluation.parsed(row.runs[-1])[1].out).name for table in ("9", "10") for _, row in
+                 rows_of(table, "toy") if row.name == "student"]
+        assert names == ["no-kd", "no-kd-toy-boxes"]
     block, = evaluation.blocks("10", evaluation.Config())
     assert block.source + block.unseen == ["voc", "voc-corruptions"] and block.paper["+ GKD"] == [72.9]
 
