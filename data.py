@@ -45,6 +45,9 @@ from pathlib import Path
 from typing import Callable, Literal, NamedTuple
 from xml.etree import ElementTree
 
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)    # while torch is loaded Ctrl-C needs no traceback; cli takes over
+
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -1993,6 +1996,7 @@ def cli(main):
     """Run a script's main; what is not the code's fault becomes one line on stderr and exit status 2.
 
     Of several processes that fail alike the first speaks; those that fail because another one did say nothing."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     open_streams()
     status = 0
     line = ""

@@ -8,11 +8,15 @@ With N GPUs write `torchrun --standalone --nproc_per_node=N` for `python`. Proxy
 script, --stage picks the preset. The same command resumes.
 """
 import math
+import signal
 import sys
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Literal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)    # while torch is loaded Ctrl-C needs no traceback; data.cli takes over
 
 import torch
 from torch import nn
@@ -46,7 +50,7 @@ class Config(qsd.LossConfig):
     repeats: qsd.Count = 3          # times that an image comes in a row (repeated augmentation, official); 1: none
     workers: qsd.Workers = 8        # image-loading processes per training process; 0: load in the training process
     # optimiser
-    batch: qsd.Count = 128          # global, whatever the number of processes (proxy 512)
+    batch: qsd.Batch = 128          # global, whatever the number of processes (proxy 512)
     micro: qsd.Count = 64           # most images of one forward pass; the rest is gradient accumulation
     budget: str = "300ep"           # 600 (steps), 300ep, 2h, 3e18flop; the schedule follows the fraction spent
     lr: qsd.Positive = 5e-4         # peak

@@ -25,6 +25,9 @@ from itertools import chain
 from pathlib import Path
 from typing import Annotated, Callable, Literal, NamedTuple
 
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)    # while torch is loaded Ctrl-C needs no traceback; data.cli takes over
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -56,7 +59,7 @@ class Config:
     stride: Annotated[float, qsd.Range(0, 1, open=True)] = 2 / 3    # of its side, rounded (official 341 of 512 pixels)
     flip: bool = False              # average with the mirrored image (official: no)
     scales: str = "1"               # multiples of the image's size to average over, as in 0.75,1,1.25 (official: 1)
-    batch: qsd.Count = 1            # images at once; more than 1 needs images of one size
+    batch: qsd.Batch = 1            # images at once; more than 1 needs images of one size
     workers: qsd.Workers = 2        # image-loading processes
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "fp32"  # official: fp32
     # figures of several models, and a quick look at encoders

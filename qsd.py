@@ -45,6 +45,7 @@ class Range(NamedTuple):
 
 
 Count = Annotated[int, Range(1, 10 ** 9)]
+Batch = Annotated[int, Range(1, 2 ** 16)]
 CountOr0 = Annotated[int, Range(0, 10 ** 9)]        # 0 stands for something, which the field says
 Pixels = Annotated[int, Range(1, 2 ** 14)]          # along one side
 PixelsOr0 = Annotated[int, Range(0, 2 ** 14)]

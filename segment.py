@@ -8,12 +8,16 @@ The same command resumes. With --kd or --kd_logits a rival of the paper is train
 """
 import math
 import re
+import signal
 import sys
 import warnings
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)    # while torch is loaded Ctrl-C needs no traceback; data.cli takes over
 
 import numpy as np
 import torch
@@ -756,7 +760,7 @@ class Config(qsd.LossConfig):
     cat_max_ratio: qsd.Share = 0.75 # a crop is drawn again while one class fills more of it
     workers: qsd.Workers = 8        # image-loading processes per training process; 0 = load in the training process
     # optimiser
-    batch: qsd.Count = 4            # global, whatever the number of processes
+    batch: qsd.Batch = 4            # global, whatever the number of processes
     micro: qsd.Count = 4            # most images of one forward pass; the rest is gradient accumulation
     budget: str = "40000"           # 40000 (steps), 50ep, 2h, 3e18flop: the schedule follows the fraction spent
     lr: qsd.Positive = 1e-4         # of the decoder
