@@ -45,7 +45,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
-from torchvision.io import ImageReadMode, decode_jpeg, read_file
+from torchvision.io import ImageReadMode, decode_jpeg, encode_jpeg, read_file
 from torchvision.ops import box_area
 from torchvision.transforms import InterpolationMode, RandomResizedCrop
 from torchvision.transforms.v2 import Compose, RandomCrop, RandomHorizontalFlip, Resize, functional as TF
@@ -1402,7 +1402,7 @@ def corrupt(image, name, severity):
         small = TF.to_pil_image(image).resize((int(c * width), int(c * height)), Image.Resampling.BOX)
         return TF.pil_to_tensor(small.resize((width, height), Image.Resampling.BOX))
     elif name == "jpeg_compression":
-        return TF.jpeg(image, c)
+        return decode_jpeg(encode_jpeg(image, c))
     return (255 * x).round_().clamp_(0, 255).to(torch.uint8)
 
 
