@@ -586,12 +586,11 @@ def toy_scene(domain, index, jumble=False, seed=0):
     return image.astype(np.uint8), label.astype(np.uint8)
 
 
-TOY_HIDDEN = 12  # a thing of which fewer pixels are visible is difficult
-
-
 @lru_cache(maxsize=8192)
-def toy_things(domain, index):
-    """The image of toy_scene, and as its label boxes around what is visible of each thing."""
+def toy_things(domain, index, hidden=12):
+    """The image of toy_scene, and as its label boxes around what is visible of each thing.
+
+    One of which fewer than `hidden` pixels are visible is difficult."""
     image, _ = toy_scene(domain, index)
     rng = np.random.Generator(np.random.PCG64([0, index, sum(domain.encode())]))  # draws that scene's layout again
     objects, kinds, distances = toy_layout(rng)
@@ -599,7 +598,7 @@ def toy_things(domain, index):
     for kind, distance in sorted(set(zip(kinds, distances))):  # only parts of one thing are equal in both
         y, x = np.nonzero((kinds[objects] == kind) & (distances[objects] == distance))
         if kind >= CAR and len(x):
-            found.append([x.min(), y.min(), x.max() + 1, y.max() + 1, kind - CAR, len(x) < TOY_HIDDEN])
+            found.append([x.min(), y.min(), x.max() + 1, y.max() + 1, kind - CAR, len(x) < hidden])
     return image, as_label(found)
 
 

@@ -2062,9 +2062,12 @@ def image_files(given):
     """The images at a path, one or a folder of them; UserError where two would have results of one name."""
     if not data.is_there(given):
         raise UserError(f"--images {given}: no such file or folder")
+    at_hand = [given]
+    if given.is_dir():
+        at_hand = [given / name for name in data.files_below(given)]
     files = {}
     others = []
-    for file in data.files_below(given) if given.is_dir() else [given]:
+    for file in at_hand:
         if file.suffix.lower() not in data.SUFFIXES or file.parent not in (given, given.parent):
             others.append(file)
             continue
