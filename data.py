@@ -2454,6 +2454,7 @@ def compare_processes(out, found):
 def of_each_step(load, step, passes, workers):
     """The micro-batches of each step from one on; if a loading process fails, this one goes on alone."""
     batches = iter(load(start_step=step, workers=workers))
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)               # torch's would raise in the midst of a step
     while True:
         try:
             micro_batches = [next(batches) for _ in range(passes)]
@@ -2617,7 +2618,6 @@ class Run:
         """For each step the list of its micro-batches, until the budget is spent."""
         batches = of_each_step(self.load, self.ledger["steps"], self.passes, self.cfg.workers)
         while self.fraction < 1:
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)   # torch's would raise in the midst of a step
             self.began = time.time()
             self.losses = {}
             self.backwards = 0
