@@ -2461,7 +2461,8 @@ def of_each_step(load, step, passes, workers):
         except RuntimeError as error:
             if not workers:
                 raise
-            print(f"a loading process failed ({first_line(error)}); this process goes on alone", file=sys.stderr)
+            reason = str(error).strip().splitlines()[-1]    # above it is the worker's traceback
+            print(f"a loading process failed ({reason}); this process goes on alone", file=sys.stderr)
             workers = 0
             batches = iter(load(start_step=step))
             continue

@@ -482,11 +482,13 @@ def load_vit(name_or_path, img_size=None, patch_size=None, depth=None, pretraine
         say(f"{name}: starts at random, {vit.depth} blocks, patch {vit.patch_size}, grid {vit.grid[0]}x{vit.grid[1]}")
         return vit
     path = find_file(name, row)
+    check_file(path)
+    origin = fingerprint(path, row, official)
     state, values, contents = read_encoder(path, name, row)
     wanted = resized(values, img_size, patch_size, depth)
     is_dinov2 = values["layerscale"] and not values["rope"]
     vit, changes = fit(path, state, values, wanted, offset if is_dinov2 else 0.0)
-    say(f"{vit.name}: " + "; ".join(fingerprint(path, row, official) + contents + changes))
+    say(f"{vit.name}: " + "; ".join(origin + contents + changes))
     return vit
 
 

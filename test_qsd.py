@@ -18,6 +18,7 @@ import runpy
 import shlex
 import shutil
 import signal
+import socket
 import struct
 import subprocess
 import sys
@@ -3250,6 +3251,15 @@ def test_variables_of_torchrun_without_torchrun_are_one_line(variables, line, mo
         data.launch()
 
 
+@pytest.mark.parametrize("script", ["data", "distill", "segment", "eval"])
+def test_ctrl_c_ends_a_script_without_a_traceback_from_its_first_second_on(script, monkeypatch):
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    monkeypatch.setitem(sys.modules, "torch", None)                 # cannot be loaded, this once
+    with pytest.raises(ImportError):
+        runpy.run_path(str(HERE / f"{script}.py"), run_name="__main__")
+    assert signal.getsignal(signal.SIGINT) == signal.SIG_DFL
+
+
 @pytest.mark.parametrize("how", ["", ">&- 2>&-", "2>&1 | head -1"])
 def test_a_script_runs_under_a_bare_environment_and_closed_or_deaf_streams(how, flags, tmp_path):
     argv = " ".join(flags("distill", tmp_path / "a", "--loss mse --size 32"))
@@ -3331,6 +3341,11 @@ def alike(teacher, student, out):
 def curves(teacher, student, tmp_path_factory):
     """{run: gradients and losses} of this process, and of two that torchrun starts with the last lines of this file."""
     one, two = [tmp_path_factory.mktemp("world") for _ in range(2)]
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        try:
+            socket.create_connection(server.getsockname()).close()
+        except OSError:
+            pytest.skip("this machine has not even a network of its own, which several processes need")
     alike(teacher, student, one)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     subprocess.run([*torchrun, __file__, teacher, student, two], check=True, cwd=HERE)
