@@ -35,6 +35,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision.transforms.functional as TF
 from PIL import Image
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torchvision.transforms import RandomResizedCrop
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 from tqdm import tqdm
@@ -2819,6 +2820,96 @@ def test_two_processes_in_two_passes_each_have_the_losses_and_gradients_of_one_w
 
 CPU = torch.device("cpu")
 LOOK = {"toy": "game", "toy-night": "night", "toy-fog": "fog", "toy-snow": "snow", "toy-rain": "rain"}
+
+
+# --- Runs: on CUDA, as far as a CPU can tell --------------------------------------------------------------------------
+# Fake tensors have a device, a shape and a dtype, but no values. On them an operation of tensors on two devices fails as
+# it does on CUDA, and so does any whose result the CPU must read before it can go on.
+
+class Reached(Exception):
+    """The losses of the first micro-batch are there."""
+
+
+def reach(losses_of_two_images):
+    raise Reached(losses_of_two_images())
+
+
+def moved(module, device):
+    """module.to(device), which does not take fake tensors."""
+    for part in module.modules():
+        for name, tensor in [*part.named_parameters(recurse=False)]:
+            part._parameters[name] = torch.nn.Parameter(tensor.detach().to(device), tensor.requires_grad)
+        for name, tensor in [*part.named_buffers(recurse=False)]:
+            part._buffers[name] = tensor.to(device)
+    return module
+
+
+@pytest.fixture
+def fake_cuda(monkeypatch):
+    """A machine with a GPU on which all tensors are fake; whatever needs the values of one is replaced."""
+    images, scenes = data.images("toy", "data"), data.scenes("toy", "data")
+    monkeypatch.setattr(data, "images", lambda *rest, **more: images)
+    monkeypatch.setattr(data, "scenes", lambda *rest, **more: scenes)
+    monkeypatch.setattr(data, "launch", lambda: torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
+    monkeypatch.setattr(torch.nn.init, "trunc_normal_", lambda tensor, std: tensor)
+    monkeypatch.setattr(torch.nn.Module, "to", moved)
+    for name, row in qsd.ENCODERS.items():
+        monkeypatch.setitem(qsd.ENCODERS, name, row._replace(url=None, depth=2))    # all start at random
+    monkeypatch.setattr(data, "two_images", lambda size: (torch.zeros(2, 3, size, size, dtype=torch.uint8), [Mock()]))
+    monkeypatch.setattr(data, "erase", lambda x, *rest: x)
+    monkeypatch.setattr(data, "mix", lambda *numbers: 0)
+    monkeypatch.setattr(data, "uniform_noise", lambda draws, N, seed: torch.rand(2, N))
+    monkeypatch.setattr(torch, "Generator", lambda device: Mock(manual_seed=lambda seed: None))
+    with FakeTensorMode():
+        yield torch.device("cuda", 0)
+
+
+def light_segmenter():
+    cfg = segment.Config(**segment.LIGHT | dict(decoder_layers=1))
+    decoder = segment.build_decoder(64, data.scenes("toy").num_classes, cfg)
+    return segment.Segmenter(qsd.load_vit("toy_small"), decoder).to("cuda")
+
+
+@pytest.mark.parametrize("precision, more", [
+    *(("bf16", f"--loss {loss}") for loss in qsd.LOSSES),
+    ("fp32", "--mask_loss masked_tokens --layers four --teacher dinov3_vits16plus --student eva02_base"),
+    ("bf16", "--decoder fpn"), ("bf16", "--decoder linear"),
+    ("fp16", "--decoder mask --pixel deform --points 16 --freeze no --kd 1 --kd_logits 1 --teacher dinov2_vits14_reg")])
+def test_on_cuda_no_tensor_is_left_behind_no_loss_waits_and_products_have_the_precision(
+        precision, more, fake_cuda, tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "dry_run", lambda learner, losses_of_two_images: reach(losses_of_two_images))
+    script = segment if "--decoder" in more else distill
+    if script is segment:       # the CPU reads how many pixels and which classes there are, and what a match costs
+        monkeypatch.setattr(FakeTensor, "__int__", lambda tensor: 2, raising=False)
+        monkeypatch.setattr(FakeTensor, "tolist", lambda tensor: [2] * len(tensor))
+        monkeypatch.setattr(FakeTensor, "numpy", lambda tensor: np.zeros(tensor.shape, dtype=int), raising=False)
+        classes = dict(classes=list(data.scenes("toy").classes))
+        monkeypatch.setattr(segment, "load_segmenter", lambda path, device: (light_segmenter(), classes))
+    products = set()
+    def watch(module, inputs, output):
+        if isinstance(module, (torch.nn.Linear, torch.nn.Conv2d)):
+            products.add((output.device, output.dtype))
+    hook = torch.nn.modules.module.register_module_forward_hook(watch)
+    with pytest.raises(Reached) as reached:
+        script.main(f"--data toy {more} --precision {precision} --workers 0 --out {tmp_path / 'a'}".split())
+    hook.remove()
+    losses, = reached.value.args
+    assert {(loss.device, loss.dtype) for loss in losses.values()} == {(fake_cuda, torch.float32)}
+    assert products == {(fake_cuda, {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[precision])}
+
+
+def test_on_cuda_evaluation_leaves_no_tensor_behind(fake_cuda, monkeypatch):
+    batch = torch.zeros(2, 3, 64, 70, dtype=torch.uint8), torch.zeros(2, 128, 140, dtype=torch.int64), None
+    monkeypatch.setattr(evaluation, "DataLoader", lambda *rest, **more: [batch])
+    compared = []
+    def confusion(pred, label, K):
+        compared.append((pred.device, label.device, pred.shape == label.shape))
+        return torch.zeros(K, K, dtype=torch.int64, device=pred.device)
+    monkeypatch.setattr(evaluation, "confusion", confusion)
+    evaluation.evaluate(light_segmenter(), data.scenes("toy"), 64, fake_cuda)
+    assert compared == [(fake_cuda, fake_cuda, True)]
 
 
 # --- Evaluation: helpers ----------------------------------------------------------------------------------------------
