@@ -145,8 +145,8 @@ def main(argv=None):
     two_images = data.two_images(cfg.size)
     flops = data.dry_run(learner, lambda: losses_of(learner, *two_images))
     if cfg.compile == "yes" or (cfg.compile == "auto" and run.device.type == "cuda"):
-        learner.compile()
-        run_teacher = torch.compile(teacher.run)
+        learner.compile(fullgraph=True)                             # one graph each, or an error: no silent slow path
+        run_teacher = torch.compile(teacher.run, fullgraph=True)
     groups = weight_decay_groups(learner, cfg.weight_decay)
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.999), fused=True)
     run.start(learner, optimizer, dataset, flops, tokens=N, repeats=cfg.repeats)

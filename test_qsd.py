@@ -2912,6 +2912,21 @@ def test_on_cuda_evaluation_leaves_no_tensor_behind(fake_cuda, monkeypatch):
     assert compared == [(fake_cuda, fake_cuda, True)]
 
 
+# --- Runs: compiled ---------------------------------------------------------------------------------------------------
+
+def test_a_compiled_run_is_two_graphs_compiled_once_with_the_losses_of_eager_mode(flags, tmp_path, monkeypatch):
+    run = partial(flags, "distill", more="--budget 3 --student_depth 1")
+    train("distill", run(tmp_path / "eager"))
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))      # traced as ever, but no C++ built
+    torch._dynamo.reset()
+    traced = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        train("distill", run(tmp_path / "compiled") + ["--compile", "yes"])
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] - traced == 2         # teacher; student and objective
+    for eager, compiled in zip(records(tmp_path / "eager"), records(tmp_path / "compiled"), strict=True):
+        assert compiled == pytest.approx(eager, rel=1e-5)
+
+
 # --- Evaluation: helpers ----------------------------------------------------------------------------------------------
 
 def slow_ious(pairs, K):
