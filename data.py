@@ -1707,7 +1707,9 @@ def command_line(Config):
     for field in dataclasses.fields(Config):
         allowed = allowed_values(field.type)
         text = f"{help_of.get(field.name, '')} (default {field.default})".replace("%", "%%")
-        alone = {"nargs": "?", "const": True} if field.type is bool else {}  # --demo alone means yes
+        alone = {}
+        if "yes" in allowed:  # --demo alone means yes
+            alone = {"nargs": "?", "const": parse_value(field.type, "yes")}
         parser.add_argument(f"--{field.name}", type=partial(parse_value, field.type), default=argparse.SUPPRESS,
                             metavar="|".join(allowed) or "X", help=text, **alone)
     return parser
@@ -1779,12 +1781,18 @@ def cli(main):
 
 # --- Processes: one, or as many as torchrun starts ------------------------------------------------------------------
 
+# fp32 products on CUDA, as of stage 2 and evaluation: "high" is TF32, which tensor cores have, "highest" is fp32 proper,
+# which they have not. QSD's logits bear it: under autocast their queries have bf16's 7 bits anyway, and TF32 has 10.
+FP32_PRODUCTS = "high"
+
+
 def launch():
     """Join the processes that torchrun started; a lone process needs no group, and no network. Returns the device."""
     local = int(os.environ.get("LOCAL_RANK", 0))
     device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision(FP32_PRODUCTS)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     return device
@@ -1817,6 +1825,14 @@ def largest(*values):
 
 def device_name(device):
     return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+
+
+def peak_memory():
+    """The most memory held so far, in GiB: on CUDA by tensors, on a CPU by the process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2 ** 30
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2 ** 30
 
 
 def autocast(precision, device):
@@ -2094,14 +2110,7 @@ class Run:
 
     def step(self):
         """The optimiser's step, unless a gradient is not finite; then what every step leaves behind."""
-        self.scaler.unscale_(self.optimizer)
-        gradients = [p.grad for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
-        finite = bool(torch.nn.utils.get_total_norm(gradients).isfinite())
-        if finite:
-            self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self.optimizer.zero_grad()
-
+        finite = self.update()
         stop = self.signals[0] if self.signals else 0
         skipped, stop, seconds = largest(not finite, stop, time.time() - self.began)
         self.skips = self.skips + 1 if skipped else 0
@@ -2116,6 +2125,17 @@ class Run:
         if diverged:
             self.give_up()
 
+    def update(self):
+        """The optimiser's step alone; False if a gradient was not finite and nothing was changed."""
+        self.scaler.unscale_(self.optimizer)
+        gradients = [p.grad for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
+        finite = bool(torch.nn.utils.get_total_norm(gradients).isfinite())
+        if finite:
+            self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad()
+        return finite
+
     # -- what a step leaves behind --
 
     def spend(self, seconds, skipped):
@@ -2126,12 +2146,7 @@ class Run:
         self.ledger["seconds"] += seconds
         self.ledger["skipped"] += skipped
         self.ledger["waited"] += self.waited
-        if torch.cuda.is_available():
-            peak = torch.cuda.max_memory_allocated()
-        else:
-            unit = 1 if sys.platform == "darwin" else 1024
-            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-        self.ledger["peak_gb"] = max(self.ledger["peak_gb"], peak / 2 ** 30)
+        self.ledger["peak_gb"] = max(self.ledger["peak_gb"], peak_memory())
 
     def report(self):
         """Move the bar; every log_every steps, and at the end, write a line of the log (means over all processes)."""

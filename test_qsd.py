@@ -383,8 +383,9 @@ def recorded_encoder(role, folder, size, patch, offset, **file):
     return qsd.load_vit(folder / "encoder.pt", size, patch, offset=offset).double()
 
 
+@pytest.mark.parametrize("form", [distill.Learner, distill.OfficialLearner])    # as trained; as --bench official times
 @pytest.mark.parametrize("case", OFFICIAL_STEP)
-def test_losses_and_every_gradient_equal_the_authors_step(case, tmp_path):
+def test_losses_and_every_gradient_equal_the_authors_step(case, form, tmp_path):
     size, patch, offset, file, want = OFFICIAL_STEP[case]
     student = recorded_encoder("student", tmp_path, size, patch, 0.0, embed_dim=48, depth=2, **file)
     file = dict(patch_size=14, img_size=70, layerscale=True)
@@ -400,7 +401,7 @@ def test_losses_and_every_gradient_equal_the_authors_step(case, tmp_path):
     noise = recorded_tensor("", "noise", (4, 16))[order]
     with torch.no_grad():
         t = teacher.run(x)
-    losses = objective(student, x, student.run(x), t, noise)
+    losses = form(student, objective)(x, t, noise)
     losses["loss"].backward()
 
     got = [t[0].norm(), t[1].norm(), losses["L_feat"], losses["L_mask"], losses["L_cls"], losses["loss"]]
@@ -2437,6 +2438,7 @@ NEEDS_IN_STAGE_2 = dict.fromkeys(OF_MASKS, "--decoder mask") | dict.fromkeys((*L
 NEEDS_IN_STAGE_2 |= dict.fromkeys(("lr_backbone", "no_decay", "kd", "kd_logits"), ONE_STAGE)
 NEEDS_IN_STAGE_2 |= dict.fromkeys(("rois", "proposals"), "--data toy-boxes --decoder boxes --ffn 16")
 OTHERS = {"out", "workers", "micro", "log_every", "save_minutes", "max_skips", "compile", "stage"}  # not mathematical
+OTHERS |= {"bench"}                                     # trains nothing
 OTHERS |= {"root", "cache", "pretrained", "classes"}    # refused below: the toy world's data have no use for them
 CONSTANTS = [(script, field.name) for script in SCRIPTS for field in dataclasses.fields(SCRIPTS[script].Config)
              if field.name not in OTHERS]
@@ -2925,6 +2927,35 @@ def test_a_compiled_run_is_two_graphs_compiled_once_with_the_losses_of_eager_mod
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] - traced == 2         # teacher; student and objective
     for eager, compiled in zip(records(tmp_path / "eager"), records(tmp_path / "compiled"), strict=True):
         assert compiled == pytest.approx(eager, rel=1e-5)
+
+
+# --- Runs: how fast they are ------------------------------------------------------------------------------------------
+
+def test_a_stopwatch_stops_for_an_outer_part_while_an_inner_one_runs(monkeypatch):
+    monkeypatch.setattr(time, "perf_counter", Mock(side_effect=[0, 1, 3, 7, 15, 31]))
+    watch = distill.Stopwatch(torch.device("cpu"))
+    inner = watch.around("inner", lambda x: x + 1)
+    assert watch.around("outer", lambda x: 2 * inner(x))(3) == 8
+    watch.switch("idle")
+    assert watch.seconds == {"input": 1 + 16, "outer": 2 + 8, "inner": 4}
+
+
+def test_the_bench_prints_speed_ratio_and_parts_of_a_step_and_writes_nothing(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    distill.main("--data toy --bench official --micro 2 --student_depth 1".split())
+    speed, ratio, *parts = capsys.readouterr().out.splitlines()[-8:]
+    images, tflops, share, rate, peak = re.fullmatch(
+        r".* auto, 64 px, patch 8, 2 images a step: (\S+) images/s \[\S+], (\S+) TFLOP/s, (\d+)% of the (\S+) of "
+        r"a matrix product, peak (\S+) GiB", speed).groups()
+    gflop = 1e3 * float(tflops) / float(images)
+    assert gflop == pytest.approx(0.28, rel=0.2) and float(peak) > 0.1
+    low, high = re.search(r"times as long \[(\S+)\.\.(\S+)], peak", ratio).groups()
+    assert 0 < float(low) <= float(high)
+    assert [part.split()[0] for part in parts] == ["input", "teacher", "student", "heads", "backward", "optimiser"]
+    assert sum(int(part.split()[-1].rstrip("%")) for part in parts) == pytest.approx(100, abs=3)
+    assert not contents(tmp_path)
+    with pytest.raises(qsd.UserError, match="--bench official is about the paper's objective"):
+        distill.main("--data toy --bench official --micro 2 --loss mse".split())
 
 
 # --- Evaluation: helpers ----------------------------------------------------------------------------------------------
