@@ -1881,7 +1881,9 @@ def command_line(Config):
         allowed = allowed_values(field.type)
         limits = "".join(f"{limit}; " for limit in limits_of(field.type))
         text = f"{help_of.get(field.name, '')} ({limits}default {field.default})".replace("%", "%%")
-        alone = {"nargs": "?", "const": True} if field.type is bool else {}  # --demo alone means yes
+        alone = {}
+        if "yes" in allowed:  # --demo alone means yes
+            alone = {"nargs": "?", "const": parse_value(field.type, "yes")}
         parser.add_argument(f"--{field.name}", type=partial(parse_value, field.type), default=argparse.SUPPRESS,
                             metavar="|".join(allowed) or "X", help=text, **alone)
     return parser
@@ -2049,6 +2051,10 @@ def reason_of(error):
 
 PATIENCE = datetime.timedelta(hours=3)  # how long processes wait for one that saves or downloads
 
+# fp32 products on CUDA, as of stage 2 and evaluation: "high" is TF32, which tensor cores have, "highest" is fp32 proper,
+# which they have not. QSD's logits bear it: under autocast their queries have bf16's 7 bits anyway, and TF32 has 10.
+FP32_PRODUCTS = "high"
+
 
 def launch():
     """Join the processes that torchrun started; a lone process needs no group, and no network. Returns the device."""
@@ -2058,6 +2064,7 @@ def launch():
         if local >= torch.cuda.device_count():
             raise UserError(f"process {local} finds no GPU of its own: --nproc_per_node={torch.cuda.device_count()}")
         torch.cuda.set_device(local)
+        torch.set_float32_matmul_precision(FP32_PRODUCTS)
     device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
     if os.environ.get("TORCHELASTIC_RUN_ID") or os.environ.get(STARTED_BY):
         threading.Thread(target=end_with_its_starter, args=[os.getppid()], daemon=True).start()
@@ -2125,6 +2132,14 @@ def from_the_first(function, *args):
 
 def device_name(device):
     return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+
+
+def peak_memory():
+    """The most memory held so far, in GiB: on CUDA by tensors, on a CPU by the process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2 ** 30
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2 ** 30
 
 
 def autocast(precision, device):
@@ -2512,14 +2527,6 @@ def append(log, lines):
     return []
 
 
-def peak_memory():
-    """The most bytes that this process held at once, on the GPU if there is one."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
 def count_unreadable(dataset, device):
     """How many images no process could read; from now on all know them, and too many end the run."""
     known = summed(dataset.unreadable.to(device, torch.int32))
@@ -2646,14 +2653,7 @@ class Run:
 
     def step(self):
         """The optimiser's step, unless a gradient is not finite; then what every step leaves behind."""
-        self.scaler.unscale_(self.optimizer)
-        gradients = [p.grad for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
-        finite = bool(torch.nn.utils.get_total_norm(gradients).isfinite())
-        if finite:
-            self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self.optimizer.zero_grad()
-
+        finite = self.update()
         stop = self.signals[0] if self.signals else 0
         due = time.time() - self.saved > 60 * self.cfg.save_minutes
         skipped, stop, due, seconds = largest(not finite, stop, due, time.time() - self.began)
@@ -2668,6 +2668,17 @@ class Run:
         if diverged:
             self.give_up()
 
+    def update(self):
+        """The optimiser's step alone; False if a gradient was not finite and nothing was changed."""
+        self.scaler.unscale_(self.optimizer)
+        gradients = [p.grad for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
+        finite = bool(torch.nn.utils.get_total_norm(gradients).isfinite())
+        if finite:
+            self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad()
+        return finite
+
     # -- what a step leaves behind --
 
     def spend(self, seconds, skipped):
@@ -2678,7 +2689,7 @@ class Run:
         self.ledger["seconds"] += seconds
         self.ledger["skipped"] += skipped
         self.ledger["waited"] += self.waited
-        self.ledger["peak_gb"] = max(self.ledger["peak_gb"], peak_memory() / 2 ** 30)
+        self.ledger["peak_gb"] = max(self.ledger["peak_gb"], peak_memory())
 
     def report(self):
         """Move the bar; every log_every steps, and at the end, write a line of the log (means over all processes)."""

@@ -9,8 +9,10 @@ script, --stage picks the preset. The same command resumes.
 """
 import math
 import signal
+import statistics
 import sys
-from dataclasses import dataclass
+import time
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -19,6 +21,7 @@ if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)    # while torch is loaded Ctrl-C needs no traceback; data.cli takes over
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parent))  # where python -P does not look
@@ -65,6 +68,7 @@ class Config(qsd.LossConfig):
     log_every: qsd.Count = 10       # steps
     save_minutes: qsd.Weight = 10.0 # between checkpoints
     max_skips: qsd.Count = 10       # non-finite steps in a row that end the run
+    bench: Literal["no", "yes", "official"] = "no"  # only time a step, of random weights; official: and the authors'
 
 
 FREE = {"root", "official", "workers", "micro", "log_every", "save_minutes", "max_skips"}  # may change on resuming
@@ -120,6 +124,9 @@ def learning_rate(cfg, fraction):
 
 def main(argv=None):
     cfg = data.configure(Config, preset, argv)
+    only_timed = cfg.bench != "no"
+    if only_timed:                                                  # no --out, weights or images are read or written
+        cfg = replace(cfg, out="bench", pretrained=False)
     run = data.Run(cfg, "student.pt", FREE)                         # joins the processes, opens --out
     if run.finished:
         return
@@ -127,9 +134,10 @@ def main(argv=None):
     # the images, the two encoders, the objective between them
     torch.manual_seed(cfg.seed)
     transform = data.distill_transform(cfg.size, cfg.randaugment)
-    dataset = data.images(cfg.data, cfg.root, transform, cache=cfg.cache or None)
+    dataset = None if only_timed else data.images(cfg.data, cfg.root, transform, cache=cfg.cache or None)
     load_vit = partial(qsd.load_vit, img_size=cfg.size, patch_size=cfg.patch, official=cfg.official)
-    teacher = load_vit(cfg.teacher, offset=cfg.hub_offset).to(run.device).eval().requires_grad_(False)
+    teacher = load_vit(cfg.teacher, pretrained=not only_timed, offset=cfg.hub_offset).to(run.device)
+    teacher.eval().requires_grad_(False)
     student = load_vit(cfg.student, depth=cfg.student_depth, pretrained=cfg.pretrained).to(run.device)
     objective = qsd.build_objective(student, teacher, cfg).to(run.device)
     ancestors, heads = qsd.ledger_and_heads(cfg.student)
@@ -155,10 +163,13 @@ def main(argv=None):
     probe = partial(losses_of, learner, *two_images)
     flops = data.dry_run(learner, probe)
     if cfg.compile == "yes" or (cfg.compile == "auto" and run.device.type == "cuda"):
-        learner.compile()
-        run_teacher = torch.compile(teacher.run)
+        learner.compile(fullgraph=True)                             # one graph each, or an error: no silent slow path
+        run_teacher = torch.compile(teacher.run, fullgraph=True)
     groups = weight_decay_groups(learner, cfg.weight_decay)
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.999), fused=True)
+    if only_timed:
+        bench(cfg, run, learner, teacher, losses_of, optimizer, flops)
+        return
     run.start(learner, optimizer, dataset, probe, flops, tokens=N, repeats=cfg.repeats)
 
     for micro_batches in run.steps():                               # until --budget is spent
@@ -173,6 +184,141 @@ def main(argv=None):
     ledger = ancestors + [dict(script="distill", data=cfg.data, **run.ledger)]
     checkpoint = qsd.student_checkpoint(student)                    # timm's keys
     run.finish(checkpoint | dict(objective=objective.state_dict(), config=data.as_plain(cfg), ledger=ledger))
+
+
+# --- How fast a step is: python distill.py --bench ------------------------------------------------------------------
+
+class OfficialLearner(Learner):
+    """The step as the authors' code takes it: the same losses, with more work; what --bench official compares with."""
+
+    def forward(self, x, t, noise):
+        v_t_cls, v_t, _ = t
+        which = qsd.masked_images(self.objective.config)
+        mask = torch.zeros_like(noise, dtype=torch.bool)
+        mask[which] = qsd.random_mask(noise[which], self.objective.config.mask_ratio)
+        cls, v_s = self.student(x)
+        _, v_s_mask = self.student(x, mask)                         # all images again, masked or not
+        cls = self.attend(self.objective.cls, cls[:, None], v_t_cls[:, None])
+        feat = self.attend(self.objective.feat, v_s, v_t)
+        L_cls = F.mse_loss(cls, v_t_cls[:, None])
+        L_feat = F.mse_loss(torch.cat([cls, feat], 1), torch.cat([v_t_cls[:, None], v_t], 1))
+        L_mask = F.mse_loss(self.attend(self.objective.mask, v_s_mask, v_t), v_t)
+        losses = {"L_feat": L_feat, "L_mask": L_mask, "L_cls": L_cls, "loss": L_feat + L_mask + L_cls}
+        for value in losses.values():
+            value.item()                                            # their log waits four times for the device
+        return losses
+
+    def attend(self, head, v_s, v_t):
+        query = head.varphi(v_s)
+        W = query @ v_t.mT.to(query.dtype)                          # (B, N, N), in autocast's precision
+        W = W.softmax(-1, dtype=v_t.dtype).to(query.dtype)
+        return (W @ head.phi(v_s)).to(v_t.dtype)
+
+
+class Stopwatch:
+    """Seconds by part; while a part runs within another one, only the inner one's time goes on."""
+
+    def __init__(self, device):
+        self.device = device
+        self.seconds = {}
+        self.part = "input"
+        self.since = time.perf_counter()
+
+    def switch(self, part):
+        """From here on the time is `part`'s. Returns whose it was."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        now = time.perf_counter()
+        before = self.part
+        self.seconds[before] = self.seconds.get(before, 0) + now - self.since
+        self.part = part
+        self.since = now
+        return before
+
+    def around(self, part, function):
+        """The function, its time being the part's."""
+        def timed(*args, **more):
+            before = self.switch(part)
+            result = function(*args, **more)
+            self.switch(before)
+            return result
+        return timed
+
+
+def matrix_rate(run):
+    """FLOP/s of this device in a product of two large matrices in the run's precision, the best of five."""
+    n = 8192 if run.device.type == "cuda" else 1024
+    a = torch.randn(n, n, device=run.device)
+    watch = Stopwatch(run.device)
+    best = math.inf
+    for _ in range(6):                                              # the first one warms up
+        watch.seconds.clear()
+        with run.autocast:
+            watch.around("product", torch.mm)(a, a)
+        best = min(best, watch.seconds["product"])
+    return 2 * n ** 3 / best
+
+
+def bench(cfg, run, learner, teacher, losses_of, optimizer, flops):
+    """Print images/s, FLOP/s, peak memory and where a step's time goes; --bench official: beside the authors' step."""
+    if cfg.bench == "official" and not asdict(qsd.LossConfig(dcd_pool=cfg.dcd_pool)).items() <= asdict(cfg).items():
+        raise qsd.UserError("--bench official is about the paper's objective: leave --loss and its constants alone")
+    device = run.device
+    rate = matrix_rate(run)
+    watch = Stopwatch(device)
+    run.passes = 1
+
+    def step(model, its_optimizer, B):
+        """A training step on B random images. Returns its seconds and its loss."""
+        images = torch.randint(0, 256, (B, 3, cfg.size, cfg.size), dtype=torch.uint8)
+        run.optimizer = its_optimizer
+        run.losses = {}
+        run.backwards = 0
+        watch.switch("input")
+        began = watch.since
+        losses = losses_of(model, images, torch.arange(B))
+        watch.switch("backward")
+        run.backward(losses)
+        watch.switch("optimiser")
+        run.update()
+        watch.switch("idle")
+        return watch.since - began, losses["loss"].detach()
+
+    step(learner, optimizer, 2)
+    seconds, _ = step(learner, optimizer, 2)
+    B = 2
+    while 2 * B <= cfg.micro and seconds * B < 3:                   # as many images as one pass takes, or 3 seconds do
+        B *= 2
+    step(learner, optimizer, B)
+    times = [step(learner, optimizer, B)[0] for _ in range(5)]
+    speed = B / statistics.median(times)
+    print(f"{data.device_name(device)}, {cfg.precision}, {cfg.size} px, patch {cfg.patch}, {B} images a step: "
+          f"{speed:.2f} images/s [{B / max(times):.2f}..{B / min(times):.2f}], {speed * flops / 1e12:.3g} TFLOP/s, "
+          f"{speed * flops / rate:.0%} of the {rate / 1e12:.3g} of a matrix product, peak {data.peak_memory():.2f} GiB")
+
+    if cfg.bench == "official":
+        official = OfficialLearner(learner.student, learner.objective)
+        groups = weight_decay_groups(learner, cfg.weight_decay)
+        theirs = torch.optim.AdamW(groups, betas=(0.9, 0.999), foreach=False)   # one parameter after the other
+        step(official, theirs, B)
+        ratios = []
+        for _ in range(7):                                          # by turns, so that a busy machine harms both
+            seconds, _ = step(learner, optimizer, B)
+            ratios.append(step(official, theirs, B)[0] / seconds)
+        print(f"the authors' step: {statistics.median(ratios):.2f} times as long [{min(ratios):.2f}..{max(ratios):.2f}], "
+              f"peak {data.peak_memory():.2f} GiB")
+    if cfg.compile == "yes" or (cfg.compile == "auto" and device.type == "cuda"):   # the parts are one then
+        return
+
+    teacher.tokens = watch.around("teacher", teacher.tokens)
+    learner.student.tokens = watch.around("student", learner.student.tokens)
+    learner.objective.forward = watch.around("heads and losses", learner.objective.forward)
+    watch.seconds.clear()
+    for _ in range(3):
+        step(learner, optimizer, B)
+    del watch.seconds["idle"]
+    for part, seconds in watch.seconds.items():
+        print(f"{part:>16} {seconds / 3 * 1000:8.0f} ms {seconds / sum(watch.seconds.values()):5.0%}")
 
 
 if __name__ == "__main__":

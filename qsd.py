@@ -1067,8 +1067,8 @@ class GKD(nn.Module):
             v_t = v_t[which]
         v_s_mask_prime = self.mask(v_s_mask, v_t)                   # (B', N, C_t)
         if c.mask_loss == "masked_tokens":
-            v_s_mask_prime = tokens_at(v_s_mask_prime, hidden)
-            v_t = tokens_at(v_t, hidden)
+            v_s_mask_prime = tokens_at(v_s_mask_prime, hidden, c.mask_ratio)
+            v_t = tokens_at(v_t, hidden, c.mask_ratio)
         return v_s_mask_prime, v_t
 
 
@@ -1082,9 +1082,14 @@ def random_mask(noise, ratio):
     return noise.argsort(1).argsort(1) < int(ratio * noise.shape[1])
 
 
-def tokens_at(v, mask):
-    """The tokens of v (B, N, C) where mask (B, N) is True, equally many in each image: (B, K, C)."""
-    return v[mask].unflatten(0, (len(v), -1))
+def tokens_at(v, mask, ratio):
+    """The tokens of v (B, N, C) that random_mask hides with this ratio: (B, K, C).
+
+    v[mask] would do, but a GPU would have to wait until the CPU knows how many those are: here K is known beforehand.
+    """
+    K = int(ratio * mask.shape[1])
+    index = mask.int().argsort(dim=1, descending=True, stable=True)[:, :K]      # (B, K), ascending
+    return v.gather(1, index[..., None].expand(-1, -1, v.shape[-1]))
 
 
 def normalize_targets(t, how):
@@ -1316,13 +1321,14 @@ class Proteus(nn.Module):
 
     def forward(self, student, x, s, t, noise):
         which = masked_images(self.config)
-        hidden = random_mask(noise[which], self.config.mask_ratio)              # (B/2, N)
+        ratio = self.config.mask_ratio
+        hidden = random_mask(noise[which], ratio)                               # (B/2, N)
         v_s_mask = self.patch(student(x[which], hidden)[1]).float()
         tokens_s = torch.cat([s[0][:, None], s[1]], 1)                          # (B, 1 + N, C_s)
         tokens_t = torch.cat([t[0][:, None], t[1]], 1)
         L_cls = F.mse_loss(self.cls(s[0]).float(), t[0])
         L_feat = F.mse_loss(self.feat(tokens_s).float(), tokens_t)
-        L_mask = F.mse_loss(tokens_at(v_s_mask, hidden), tokens_at(t[1][which], hidden))
+        L_mask = F.mse_loss(tokens_at(v_s_mask, hidden, ratio), tokens_at(t[1][which], hidden, ratio))
         return {"L_cls": L_cls, "L_feat": L_feat, "L_mask": L_mask, "loss": L_cls + L_feat + L_mask}
 
 

@@ -568,7 +568,7 @@ def normalisers(labels):
         pixels += int((part != IGNORE).sum())
         for label in part:
             masks += len(label[label != IGNORE].unique())
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = "cuda" if torch.cuda.is_available() and data.world_size() > 1 else "cpu"   # a lone process need not wait
     total = data.summed(torch.tensor([masks, pixels], dtype=torch.float64, device=device))
     return (total / data.world_size() / len(labels)).tolist()
 

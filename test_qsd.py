@@ -40,6 +40,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision.transforms.functional as TF
 from PIL import Image
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torchvision.transforms import RandomResizedCrop
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 from tqdm import tqdm
@@ -387,8 +388,9 @@ def recorded_encoder(role, folder, size, patch, offset, **file):
     return qsd.load_vit(folder / "encoder.pt", size, patch, offset=offset).double()
 
 
+@pytest.mark.parametrize("form", [distill.Learner, distill.OfficialLearner])    # as trained; as --bench official times
 @pytest.mark.parametrize("case", OFFICIAL_STEP)
-def test_losses_and_every_gradient_equal_the_authors_step(case, tmp_path):
+def test_losses_and_every_gradient_equal_the_authors_step(case, form, tmp_path):
     size, patch, offset, file, want = OFFICIAL_STEP[case]
     student = recorded_encoder("student", tmp_path, size, patch, 0.0, embed_dim=48, depth=2, **file)
     file = dict(patch_size=14, img_size=70, layerscale=True)
@@ -404,7 +406,7 @@ def test_losses_and_every_gradient_equal_the_authors_step(case, tmp_path):
     noise = recorded_tensor("", "noise", (4, 16))[order]
     with torch.no_grad():
         t = teacher.run(x)
-    losses = objective(student, x, student.run(x), t, noise)
+    losses = form(student, objective)(x, t, noise)
     losses["loss"].backward()
 
     got = [t[0].norm(), t[1].norm(), losses["L_feat"], losses["L_mask"], losses["L_cls"], losses["loss"]]
@@ -2446,6 +2448,7 @@ NEEDS_IN_STAGE_2 |= dict.fromkeys(("lr_backbone", "no_decay", "kd", "kd_logits")
 NEEDS_IN_STAGE_2 |= dict.fromkeys(("rois", "proposals"), "--data toy-boxes --decoder boxes --ffn 16")
 OTHERS = {"out", "workers", "micro", "log_every", "save_minutes", "max_skips", "compile", "stage"}  # not mathematical
 OTHERS |= {"root", "cache", "pretrained", "official", "classes"}    # below: the toy world has no use for them
+OTHERS |= {"bench"}                                                 # trains nothing
 CONSTANTS = [(script, field.name) for script in SCRIPTS for field in dataclasses.fields(SCRIPTS[script].Config)
              if field.name not in OTHERS]
 
@@ -3360,6 +3363,140 @@ def test_two_processes_in_two_passes_each_have_the_losses_and_gradients_of_one_w
 
 CPU = torch.device("cpu")
 LOOK = {"toy": "game", "toy-night": "night", "toy-fog": "fog", "toy-snow": "snow", "toy-rain": "rain"}
+
+
+# --- Runs: on CUDA, as far as a CPU can tell --------------------------------------------------------------------------
+# Fake tensors have a device, a shape and a dtype, but no values. On them an operation of tensors on two devices fails as
+# it does on CUDA, and so does any whose result the CPU must read before it can go on.
+
+class Reached(Exception):
+    """The losses of the first micro-batch are there."""
+
+
+def reach(losses_of_two_images):
+    raise Reached(losses_of_two_images())
+
+
+def moved(module, device):
+    """module.to(device), which does not take fake tensors."""
+    for part in module.modules():
+        for name, tensor in [*part.named_parameters(recurse=False)]:
+            part._parameters[name] = torch.nn.Parameter(tensor.detach().to(device), tensor.requires_grad)
+        for name, tensor in [*part.named_buffers(recurse=False)]:
+            part._buffers[name] = tensor.to(device)
+    return module
+
+
+@pytest.fixture
+def fake_cuda(monkeypatch):
+    """A machine with a GPU on which all tensors are fake; whatever needs the values of one is replaced."""
+    images, scenes = data.images("toy", "data"), data.scenes("toy", "data")
+    monkeypatch.setattr(data, "images", lambda *rest, **more: images)
+    monkeypatch.setattr(data, "scenes", lambda *rest, **more: scenes)
+    monkeypatch.setattr(data, "launch", lambda: torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
+    monkeypatch.setattr(torch.nn.init, "trunc_normal_", lambda tensor, std: tensor)
+    monkeypatch.setattr(torch.nn.Module, "to", moved)
+    for name, row in qsd.ENCODERS.items():
+        monkeypatch.setitem(qsd.ENCODERS, name, row._replace(url=None, depth=2))    # all start at random
+    monkeypatch.setattr(data, "two_images", lambda size: (torch.zeros(2, 3, size, size, dtype=torch.uint8), [Mock()]))
+    monkeypatch.setattr(data, "erase", lambda x, *rest: x)
+    monkeypatch.setattr(data, "mix", lambda *numbers: 0)
+    monkeypatch.setattr(data, "uniform_noise", lambda draws, N, seed: torch.rand(2, N))
+    monkeypatch.setattr(torch, "Generator", lambda device: Mock(manual_seed=lambda seed: None))
+    with FakeTensorMode():
+        yield torch.device("cuda", 0)
+
+
+def light_segmenter():
+    cfg = segment.Config(**segment.LIGHT | dict(decoder_layers=1))
+    decoder = segment.build_decoder(64, data.scenes("toy").num_classes, cfg)
+    return segment.Segmenter(qsd.load_vit("toy_small"), decoder).to("cuda")
+
+
+@pytest.mark.parametrize("precision, more", [
+    *(("bf16", f"--loss {loss}") for loss in qsd.LOSSES),
+    ("fp32", "--mask_loss masked_tokens --layers four --teacher dinov3_vits16plus --student eva02_base"),
+    ("bf16", "--decoder fpn"), ("bf16", "--decoder linear"),
+    ("fp16", "--decoder mask --pixel deform --points 16 --freeze no --kd 1 --kd_logits 1 --teacher dinov2_vits14_reg")])
+def test_on_cuda_no_tensor_is_left_behind_no_loss_waits_and_products_have_the_precision(
+        precision, more, fake_cuda, tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "dry_run", lambda learner, losses_of_two_images: reach(losses_of_two_images))
+    script = segment if "--decoder" in more else distill
+    if script is segment:       # the CPU reads how many pixels and which classes there are, and what a match costs
+        monkeypatch.setattr(FakeTensor, "__int__", lambda tensor: 2, raising=False)
+        monkeypatch.setattr(FakeTensor, "tolist", lambda tensor: [2] * len(tensor))
+        monkeypatch.setattr(FakeTensor, "numpy", lambda tensor: np.zeros(tensor.shape, dtype=int), raising=False)
+        classes = dict(classes=list(data.scenes("toy").classes))
+        monkeypatch.setattr(segment, "load_segmenter", lambda path, device: (light_segmenter(), classes))
+    products = set()
+    def watch(module, inputs, output):
+        if isinstance(module, (torch.nn.Linear, torch.nn.Conv2d)):
+            products.add((output.device, output.dtype))
+    hook = torch.nn.modules.module.register_module_forward_hook(watch)
+    with pytest.raises(Reached) as reached:
+        script.main(f"--data toy {more} --precision {precision} --workers 0 --out {tmp_path / 'a'}".split())
+    hook.remove()
+    losses, = reached.value.args
+    assert {(loss.device, loss.dtype) for loss in losses.values()} == {(fake_cuda, torch.float32)}
+    assert products == {(fake_cuda, {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[precision])}
+
+
+def test_on_cuda_evaluation_leaves_no_tensor_behind(fake_cuda, monkeypatch):
+    batch = torch.zeros(2, 3, 64, 70, dtype=torch.uint8), torch.zeros(2, 128, 140, dtype=torch.int64), None
+    monkeypatch.setattr(evaluation, "DataLoader", lambda *rest, **more: [batch])
+    compared = []
+    def confusion(pred, label, K):
+        compared.append((pred.device, label.device, pred.shape == label.shape))
+        return torch.zeros(K, K, dtype=torch.int64, device=pred.device)
+    monkeypatch.setattr(evaluation, "confusion", confusion)
+    evaluation.evaluate(light_segmenter(), data.scenes("toy"), 64, fake_cuda)
+    assert compared == [(fake_cuda, fake_cuda, True)]
+
+
+# --- Runs: compiled ---------------------------------------------------------------------------------------------------
+
+def test_a_compiled_run_is_two_graphs_compiled_once_with_the_losses_of_eager_mode(flags, tmp_path, monkeypatch):
+    run = partial(flags, "distill", more="--budget 3 --student_depth 1")
+    train("distill", run(tmp_path / "eager"))
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))      # traced as ever, but no C++ built
+    torch._dynamo.reset()
+    traced = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        train("distill", run(tmp_path / "compiled") + ["--compile", "yes"])
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] - traced == 2         # teacher; student and objective
+    for eager, compiled in zip(records(tmp_path / "eager"), records(tmp_path / "compiled"), strict=True):
+        assert compiled == pytest.approx(eager, rel=1e-5)
+
+
+# --- Runs: how fast they are ------------------------------------------------------------------------------------------
+
+def test_a_stopwatch_stops_for_an_outer_part_while_an_inner_one_runs(monkeypatch):
+    monkeypatch.setattr(time, "perf_counter", Mock(side_effect=[0, 1, 3, 7, 15, 31]))
+    watch = distill.Stopwatch(torch.device("cpu"))
+    inner = watch.around("inner", lambda x: x + 1)
+    assert watch.around("outer", lambda x: 2 * inner(x))(3) == 8
+    watch.switch("idle")
+    assert watch.seconds == {"input": 1 + 16, "outer": 2 + 8, "inner": 4}
+
+
+def test_the_bench_prints_speed_ratio_and_parts_of_a_step_and_writes_nothing(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    distill.main("--data toy --bench official --micro 2 --student_depth 1".split())
+    speed, ratio, *parts = capsys.readouterr().out.splitlines()[-8:]
+    images, tflops, share, rate, peak = re.fullmatch(
+        r".* auto, 64 px, patch 8, 2 images a step: (\S+) images/s \[\S+], (\S+) TFLOP/s, (\d+)% of the (\S+) of "
+        r"a matrix product, peak (\S+) GiB", speed).groups()
+    gflop = 1e3 * float(tflops) / float(images)
+    assert gflop == pytest.approx(0.28, rel=0.2) and float(peak) > 0.1
+    low, high = re.search(r"times as long \[(\S+)\.\.(\S+)], peak", ratio).groups()
+    assert 0 < float(low) <= float(high)
+    assert [part.split()[0] for part in parts] == ["input", "teacher", "student", "heads", "backward", "optimiser"]
+    assert sum(int(part.split()[-1].rstrip("%")) for part in parts) == pytest.approx(100, abs=3)
+    assert not contents(tmp_path)
+    with pytest.raises(qsd.UserError, match="--bench official is about the paper's objective"):
+        distill.main("--data toy --bench official --micro 2 --loss mse".split())
 
 
 # --- Evaluation: helpers ----------------------------------------------------------------------------------------------
