@@ -3451,6 +3451,7 @@ def test_on_cuda_evaluation_leaves_no_tensor_behind(fake_cuda, monkeypatch):
         compared.append((pred.device, label.device, pred.shape == label.shape))
         return torch.zeros(K, K, dtype=torch.int64, device=pred.device)
     monkeypatch.setattr(evaluation, "confusion", confusion)
+    monkeypatch.setattr(evaluation, "check_finite", lambda scores: None)    # looks at numbers, which fake tensors have not
     evaluation.evaluate(light_segmenter(), data.scenes("toy"), 64, fake_cuda)
     assert compared == [(fake_cuda, fake_cuda, True)]
 
