@@ -46,7 +46,7 @@ from typing import Callable, Literal, NamedTuple
 from xml.etree import ElementTree
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)    # while torch is loaded Ctrl-C needs no traceback; cli takes over
+    signal.signal(signal.SIGINT, signal.SIG_DFL)    # Ctrl-C while torch is loaded: no traceback; see cli
 
 import numpy as np
 import torch
@@ -1639,7 +1639,7 @@ def made_from_these(made_from, folder, samples):
             return False
         if f"{kind}, times" in made_from:  # sets stored by older versions know names and sizes only
             if some_bytes(files, times=True) != made_from[f"{kind}, times"]:
-                if some_bytes(files) != made_from[f"{kind}, bytes"]:
+                if some_bytes(files) != made_from.get(f"{kind}, bytes"):
                     return False
     return True
 
@@ -2230,6 +2230,12 @@ def read_book(path):
     return book if isinstance(book, dict) else {}
 
 
+def dict_in(book, name):
+    """The dict that a book holds under a name; an empty one where there is none."""
+    part = book.get(name)
+    return part if isinstance(part, dict) else {}
+
+
 def read_lines(log):
     """The lines of a run's log.jsonl that hold a dict, as (text, dict); a kill or a full disk cut off the others."""
     lines = []
@@ -2311,7 +2317,7 @@ def passes_of(batch, micro, world, pairs=True):
 def read_header(log):
     """The first line of a run's log.jsonl: its Config, command, files and versions."""
     lines = read_lines(log)
-    if not lines or not isinstance(lines[0][1].get("config"), dict):
+    if not lines or not dict_in(lines[0][1], "config"):
         raise UserError(f"{log} is damaged: it does not begin with the constants of a run; choose another --out, or "
                         "delete the folder if nothing in it is needed")
     return lines[0][1]
@@ -2325,7 +2331,7 @@ def other_constants(cfg, header, free):
     stored = header["config"]
     before = as_plain(type(cfg)()) | RETIRED | stored
     now = before | RETIRED | as_plain(cfg)
-    files = header.get("files", {})
+    files = dict_in(header, "files")
     differing = []
     for name, value in before.items():
         moved = name in files and file_of(now[name]) == files[name]
@@ -2368,7 +2374,7 @@ def check_folder(cfg, free):
         if differing:
             raise UserError(f"--out {out} holds a run with other constants ({', '.join(differing)}); "
                             "choose another --out")
-        for name, text in header.get("files", {}).items():
+        for name, text in dict_in(header, "files").items():
             if (out / "last.pt").exists() and text not in (None, file_of(as_plain(cfg).get(name, ""))):
                 raise UserError(f"--{name} {as_plain(cfg).get(name)} is another file than when the run in --out {out} "
                                 "began; choose another --out")
@@ -2510,7 +2516,7 @@ def header_of(cfg, device):
 def cut(log, steps):
     """Cut a log back to a step."""
     header, *lines = read_lines(log)
-    kept = [text for text, line in lines if line.get("step", 0) <= steps]
+    kept = [text for text, line in lines if qsd.fits(int, line.get("step", 0)) and line.get("step", 0) <= steps]
     write(log, "\n".join([header[0], *kept]) + "\n")
 
 

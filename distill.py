@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Literal
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)    # while torch is loaded Ctrl-C needs no traceback; data.cli takes over
+    signal.signal(signal.SIGINT, signal.SIG_DFL)    # Ctrl-C while torch is loaded: no traceback; see data.cli
 
 import torch
 import torch.nn.functional as F

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Annotated, Callable, Literal, NamedTuple
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)    # while torch is loaded Ctrl-C needs no traceback; data.cli takes over
+    signal.signal(signal.SIGINT, signal.SIG_DFL)    # Ctrl-C while torch is loaded: no traceback; see data.cli
 
 import numpy as np
 import torch
@@ -1280,10 +1280,10 @@ def measured(row, block, cfg, device):
     of = {name: val_contents(name, cfg.root) for name in domains} | {path.name: data.fingerprint(path)}
     stored = data.read_book(kept)
     if stored.get("protocol") == protocol:
-        before = of | stored.get("of", {})  # older versions did not note it; and images may have left this machine
+        before = of | data.dict_in(stored, "of")  # older versions did not note it; images may have left this machine
         for name in domains:
             same = before[path.name] == of[path.name] and of[name] in (None, before[name])
-            if same and qsd.fits(qsd.Weight, stored.get("miou", {}).get(name)):
+            if same and qsd.fits(qsd.Weight, data.dict_in(stored, "miou").get(name)):
                 mious[name] = stored["miou"][name]
     missing = "+".join(name for name in domains if name not in mious)
     if missing:
@@ -1390,7 +1390,7 @@ def chart(series, path, x_title, y_title, title="", log=False):
     """Draw lines {name: [(x, y)]} with axes and a legend, y on a logarithmic scale if log; returns the path."""
     lines = {}
     for name, points in series.items():
-        lines[name] = [(x, y) for x, y in points if y is not None and math.isfinite(x) and math.isfinite(y)]
+        lines[name] = [(x, y) for x, y in points if math.isfinite(x) and math.isfinite(y)]
     log = log and all(y > 0 for _, y in chain(*lines.values()))
     if log:
         for name, points in lines.items():
@@ -1698,6 +1698,13 @@ def check_models(cfg):
         raise UserError("--figure and --probe run in one process: start them with python")
 
 
+def curve(lines, part):
+    """One of the losses in a log's lines as [(step, loss)]; JSON has no NaN, where it was one there is none."""
+    number = Annotated[float, qsd.Range(-math.inf)]
+    points = [(line["step"], line.get(part)) for line in lines]
+    return [(step, loss) for step, loss in points if qsd.fits(number, step) and qsd.fits(number, loss)]
+
+
 def figure_3b(models, cfg, path, device):
     """The losses of several runs against their steps; of a single run all parts of its loss."""
     series = {}
@@ -1711,10 +1718,10 @@ def figure_3b(models, cfg, path, device):
         parts = keys[1:keys.index("lr")]  # all losses stand between step and lr
         if len(models) > 1:
             shown = "kd" if "kd" in parts else "loss"  # of a one-stage run the distillation alone
-            series[name] = [(line["step"], line.get(shown)) for line in lines]
+            series[name] = curve(lines, shown)
         else:
             for part in parts:
-                series[part] = [(line["step"], line.get(part)) for line in lines]
+                series[part] = curve(lines, part)
     chart(series, path, "step", "loss", log=True)
 
 

@@ -2999,7 +2999,7 @@ def test_what_befalls_a_run_between_two_starts_loses_nothing_and_mixes_nothing(
         (out / "notes.tmp").write_text("mine")
     elif mishap == "junk in the log":
         with open(out / "log.jsonl", "ab") as file:
-            file.write(b'ju}nk}\n[1]\n\xff\n{"step": 2, "lo')
+            file.write(b'ju}nk}\n[1]\n\xff\n{"step": "x"}\n{"step": 2, "lo')
     elif mishap == "moved teacher":
         more = ["--teacher", str(moved.rename(tmp_path / "moved.pt"))]
     elif mishap == "replaced teacher":
@@ -3107,12 +3107,13 @@ def bomb(path):
 FILES = (a_flipped_byte, holes, nested, bomb)       # what is done to the file, not to its content
 ENDLESS = {"a dict that contains itself": (contains_itself, "holds no encoder"),
            "a claim of depth 1e7": (one("encoder depth", 10 ** 7), "depth is 10000000"),
-           "a foreign block 1e7": (lambda saved: {"model": saved["model"] | {"blocks.9999999.norm1.weight": torch.ones(64)}},
+           "a foreign block 1e7": (lambda saved: dict(model=saved["model"] | {"blocks.9999999.x": torch.ones(4)}),
                                    "block 4 is missing"),
            "200 GB of holes": (holes, "has 200 GB, of which 0.0 are there"),
            "a list 1e5 deep": (nested, "holds no encoder"),
            "a zip bomb": (bomb, "claims to hold a hundred times its own size"),
-           "a tensor of one number": (one(f"model {KEY}", torch.zeros(1).expand(10 ** 6, 10 ** 6)), "claims to hold 1000"),
+           "a tensor of one number": (one(f"model {KEY}", torch.zeros(1).expand(10 ** 6, 10 ** 6)),
+                                      "claims to hold 1000000000000 numbers"),
            "a device": (None, "neither a file nor a known encoder")}
 
 
@@ -3125,13 +3126,13 @@ def test_no_checkpoint_however_made_keeps_a_script_busy(what, student, tmp_path)
         change(bad)
     elif change:
         changed(bad, bad, change)
-    began = time.time()
+    began = time.process_time()
     with pytest.raises(qsd.UserError, match=line):
         qsd.load_vit(bad if change else "/dev/zero")
     if not change:
         with pytest.raises(qsd.UserError, match="/dev/zero: is a folder or a device"):
             segment.load_segmenter("/dev/zero")
-    assert time.time() - began < 5
+    assert time.process_time() - began < 5
 
 
 @pytest.mark.parametrize("form", ["compressed", "padded", "old", "old with objects", "zip with objects", "integers"])
@@ -3183,18 +3184,20 @@ def test_a_run_ends_with_the_torchrun_or_the_table_that_started_it(starter, aliv
 BOOKS = {   # what stands in a file of --out, a command on it and its line
     "log.jsonl empty": ("log.jsonl", b"", D, "log.jsonl is damaged: it does not begin with"),
     "log.jsonl junk": ("log.jsonl", b"junk\n", D, "log.jsonl is damaged: it does not begin with"),
+    "log.jsonl files": ("log.jsonl", b'{"config": {"lr": [1]}, "files": 5}\n', D, "lr [1] -> 0.001"),
     "log.jsonl list": ("log.jsonl", b'{"config": [1]}\n', D, "log.jsonl is damaged: it does not begin with"),
     "last.pt empty": ("last.pt", b"", D, "last.pt cannot be read ("),
     "last.pt other": ("last.pt", "student", D, "last.pt is no checkpoint of a run"),
     "spent": ("last.pt", one("spent steps", "x"), D, "last.pt is no checkpoint of a run"),
     "spent NaN": ("last.pt", one("spent seconds", math.nan), D, "its ledger is damaged"),
-    "no optimizer": ("last.pt", lambda saved: saved.pop("optimizer") and None, D, "no checkpoint of this run ('optimizer')"),
+    "no optimizer": ("last.pt", lambda saved: saved.pop("optimizer") and None, D, "of this run ('optimizer')"),
     "shapes": ("last.pt", one("learner student.norm.bias", torch.ones(3)), D, "student.norm.bias has shape (3,)"),
     "moments": ("last.pt", lambda saved: saved["optimizer"]["state"][0].update(step=torch.tensor(math.nan)), D,
                 "its optimiser holds numbers that are not finite"),
-    **{f"encoder {name} {value}": ("bad.pt", one(f"encoder {name}", value), S, f"describes no encoder: {name} is {line}")
+    **{f"encoder {name} {value}": ("bad.pt", one(f"encoder {name}", value), S, f"no encoder: {name} is {line}")
        for name, value, line in (("patch_size", 0, "0"), ("depth", "x", "'x'"), ("num_heads", 2.5, "2.5"),
-                                 ("future", 1, "unknown"), ("std", (0, 0, 0), "(0, 0, 0)"), ("img_size", (8,), "(8,)"))},
+                                 ("future", 1, "unknown"), ("std", (0, 0, 0), "(0, 0, 0)"),
+                                 ("img_size", (8,), "(8,)"))},
     "encoder lacks": ("bad.pt", lambda saved: saved["encoder"].pop("depth") and None, S, "encoder: depth is missing"),
     "encoder list": ("bad.pt", one("encoder", [1]), S, "describes no encoder: it is a list"),
     "ledger": ("bad.pt", one("ledger", "x"), S, "its ledger, which says what its training took, is damaged"),
@@ -3289,7 +3292,8 @@ def test_printed_advice_works_when_it_is_followed_for_a_folder_with_spaces(tmp_p
     assert "masks/b.png" not in (out := capsys.readouterr().out) and "images/b.png: has no partner" in out
 
 
-@pytest.mark.parametrize("suffix, tolerance", [("png", 0), ("jpg", 30), ("jpeg", 30), ("webp", 60), ("bmp", 0), ("tif", 0)])
+@pytest.mark.parametrize("suffix, tolerance", [
+    ("png", 0), ("jpg", 30), ("jpeg", 30), ("webp", 60), ("bmp", 0), ("tif", 0)])
 def test_every_kind_of_picture_is_read_without_a_call_that_is_deprecated(suffix, tolerance, tmp_path):
     pixels = torch.from_numpy(np.mgrid[0:64:4, 0:96:4].sum(0)[None].repeat(3, 0).astype(np.uint8))     # (3, 16, 24)
     to_pil_image(pixels).save(tmp_path / f"a.{suffix}")
@@ -4680,8 +4684,8 @@ def test_processes_share_the_corruptions_of_a_detectors_domain(detector, monkeyp
 
 
 @pytest.mark.parametrize("more, line", [
-    ("--batch 2", "--batch 2: images or labels of several sizes; use --batch 1"), ("--flip no", "scores are not finite"),
-    ("--window 8", "no object in its images counts")])
+    ("--batch 2", "--batch 2: images or labels of several sizes; use --batch 1"),
+    ("--flip no", "scores are not finite"), ("--window 8", "no object in its images counts")])
 def test_boxes_that_cannot_be_measured_are_one_line_and_no_ap(more, line, detector, tmp_path, monkeypatch):
     names = ["VOC2007 1 test", "VOC2007 2 test"]
     save_voc(tmp_path, PERSON if "window" in more else DOG, names=names)
