@@ -2051,8 +2051,8 @@ def reason_of(error):
 
 PATIENCE = datetime.timedelta(hours=3)  # how long processes wait for one that saves or downloads
 
-# fp32 products on CUDA, as of stage 2 and evaluation: "high" is TF32, which tensor cores have, "highest" is fp32 proper,
-# which they have not. QSD's logits bear it: under autocast their queries have bf16's 7 bits anyway, and TF32 has 10.
+# fp32 products on CUDA, as of stage 2 and evaluation: "high" is TF32, which tensor cores have, "highest" is fp32
+# proper, which they have not. QSD's logits bear it: under autocast their queries have bf16's 7 bits, and TF32 has 10.
 FP32_PRODUCTS = "high"
 
 

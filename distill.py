@@ -305,8 +305,8 @@ def bench(cfg, run, learner, teacher, losses_of, optimizer, flops):
         for _ in range(7):                                          # by turns, so that a busy machine harms both
             seconds, _ = step(learner, optimizer, B)
             ratios.append(step(official, theirs, B)[0] / seconds)
-        print(f"the authors' step: {statistics.median(ratios):.2f} times as long [{min(ratios):.2f}..{max(ratios):.2f}], "
-              f"peak {data.peak_memory():.2f} GiB")
+        print(f"the authors' step: {statistics.median(ratios):.2f} times as long "
+              f"[{min(ratios):.2f}..{max(ratios):.2f}], peak {data.peak_memory():.2f} GiB")
     if cfg.compile == "yes" or (cfg.compile == "auto" and device.type == "cuda"):   # the parts are one then
         return
 

@@ -3370,7 +3370,7 @@ LOOK = {"toy": "game", "toy-night": "night", "toy-fog": "fog", "toy-snow": "snow
 
 
 # --- Runs: on CUDA, as far as a CPU can tell --------------------------------------------------------------------------
-# Fake tensors have a device, a shape and a dtype, but no values. On them an operation of tensors on two devices fails as
+# Fake tensors have a device, a shape and a dtype, but no values. An operation of them on two devices fails as
 # it does on CUDA, and so does any whose result the CPU must read before it can go on.
 
 class Reached(Exception):
@@ -3455,7 +3455,7 @@ def test_on_cuda_evaluation_leaves_no_tensor_behind(fake_cuda, monkeypatch):
         compared.append((pred.device, label.device, pred.shape == label.shape))
         return torch.zeros(K, K, dtype=torch.int64, device=pred.device)
     monkeypatch.setattr(evaluation, "confusion", confusion)
-    monkeypatch.setattr(evaluation, "check_finite", lambda scores: None)    # looks at numbers, which fake tensors have not
+    monkeypatch.setattr(evaluation, "check_finite", lambda scores: None)    # fake tensors have no values
     evaluation.evaluate(light_segmenter(), data.scenes("toy"), 64, fake_cuda)
     assert compared == [(fake_cuda, fake_cuda, True)]
 
@@ -3465,7 +3465,7 @@ def test_on_cuda_evaluation_leaves_no_tensor_behind(fake_cuda, monkeypatch):
 def test_a_compiled_run_is_two_graphs_compiled_once_with_the_losses_of_eager_mode(flags, tmp_path, monkeypatch):
     run = partial(flags, "distill", more="--budget 3 --student_depth 1")
     train("distill", run(tmp_path / "eager"))
-    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))      # traced as ever, but no C++ built
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))  # traced as ever, but no C++ built
     torch._dynamo.reset()
     traced = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     with torch._dynamo.config.patch(error_on_recompile=True):
