@@ -4287,7 +4287,7 @@ BAD_EVALUATIONS = {
     "--figure 7b --data toy-fog --models a={student},b={student}": "heads are for a teacher of width 128, not 64",
     "--probe --data toy-fog --models a={teacher}": "toy-fog: has no train split",
     "--checkpoint {teacher} --data toy-fog --scales 1,x": "--scales 1,x: numbers",
-    "--checkpoint {teacher} --images {tmp}/empty": "empty: no images here",
+    "--checkpoint {teacher} --images {tmp}/empty": "empty: no images directly in it",
     "--checkpoint {teacher} --images {tmp}/cut.png --out {tmp}/new": "cut.png: cannot be read as an image",
     "--checkpoint {teacher} --images {tmp}/cut.png --out {tmp}": "is where the images lie",
     "--checkpoint {teacher} --images {tmp}/twice --out {tmp}/new": "would both become a_classes.png",
