@@ -2083,7 +2083,8 @@ def image_files(given):
                             "rename one of them")
         files[file.stem] = file
     if not files:
-        raise UserError(f"--images {given}: no images directly in it (files that end in {' '.join(sorted(data.SUFFIXES))})")
+        raise UserError(f"--images {given}: no images directly in it (files that end in "
+                        f"{' '.join(sorted(data.SUFFIXES))})")
     rest = f"; {len(others)} other files there are left out, as {others[0]}" if others else ""
     qsd.say(f"{len(files)} images in {given}{rest}")
     return list(files.values())
