@@ -3336,6 +3336,7 @@ def alike(teacher, student, out):
         train("distill", argv, note)
     data.largest(0)                                                 # waits until the first has written last.pt
     assert train("distill", argv) == 1
+    data.largest(0)                                                 # ... and until it has deleted it
     if data.world_size() > 1:
         with pytest.raises(qsd.UserError, match="some processes find a run there and others do not"):
             train("distill", argv if last else [*argv, "--out", f"{out}/elsewhere"])
