@@ -2479,7 +2479,7 @@ def of_each_step(load, step, passes, workers):
     while True:
         try:
             micro_batches = [next(batches) for _ in range(passes)]
-        except RuntimeError as error:
+        except (RuntimeError, OSError, EOFError) as error:      # whatever a killed process leaves of its pipe
             if not workers:
                 raise
             reason = str(error).strip().splitlines()[-1]    # above it is the worker's traceback
