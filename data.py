@@ -980,7 +980,12 @@ def left_out(folder, entry, others):
     for name in others:
         if os.path.splitext(name)[1].lower() not in SUFFIXES or not regex.fullmatch(name):
             unused.append(name)
-    return f"; {len(unused)} other files there are left out, as {folder / unused[0]}" if unused else ""
+    return and_without(folder, unused)
+
+
+def and_without(folder, names):
+    """The end of a line on a folder's images: how many other files below it are left out, with an example."""
+    return f"; {len(names)} other files there are left out, as {folder / names[0]}" if names else ""
 
 
 def preflight_of(part, entry, root):

@@ -126,7 +126,7 @@ def main(argv=None):
     cfg = data.configure(Config, preset, argv)
     only_timed = cfg.bench != "no"
     if only_timed:                                                  # no --out, weights or images are read or written
-        cfg = replace(cfg, out="bench", pretrained=False)
+        cfg = replace(cfg, out="--bench", pretrained=False)  # no folder of a user is called so
     run = data.Run(cfg, "student.pt", FREE)                         # joins the processes, opens --out
     if run.finished:
         return

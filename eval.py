@@ -2076,7 +2076,7 @@ def image_files(given):
     others = []
     for file in at_hand:
         if file.suffix.lower() not in data.SUFFIXES or file.parent not in (given, given.parent):
-            others.append(file)
+            others.append(file.relative_to(given))
             continue
         if file.stem in files:
             raise UserError(f"--images: {files[file.stem]} and {file.name} would both become {file.stem}_classes.png; "
@@ -2085,8 +2085,7 @@ def image_files(given):
     if not files:
         raise UserError(f"--images {given}: no images directly in it (files that end in "
                         f"{' '.join(sorted(data.SUFFIXES))})")
-    rest = f"; {len(others)} other files there are left out, as {others[0]}" if others else ""
-    qsd.say(f"{len(files)} images in {given}{rest}")
+    qsd.say(f"{len(files)} images in {given}{data.and_without(given, others)}")
     return list(files.values())
 
 
@@ -2143,7 +2142,6 @@ def export(checkpoint, path, dynamic):
 def export_weights(model, saved, path):
     """Write a segmenter's weights as a checkpoint of mmsegmentation; read again, they are the same."""
     meta = dict(dataset_meta=dict(classes=saved["classes"], palette=saved["colors"]))
-    path.parent.mkdir(parents=True, exist_ok=True)
     data.save(path, dict(state_dict=segment.official_state_dict(model), meta=meta))
     again, _ = segment.load_segmenter(path)
     for name, tensor in again.state_dict().items():
