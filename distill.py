@@ -259,8 +259,24 @@ def matrix_rate(run):
     return 2 * n ** 3 / best
 
 
+def kept(losses_of, learner, size, B):
+    """Bytes that a forward pass of B images keeps for its backward pass, the weights among them."""
+    nbytes = {}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()                          # views of one storage count once
+        nbytes[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    images = torch.zeros(B, 3, size, size, dtype=torch.uint8)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        losses = losses_of(learner, images, torch.arange(B))        # while they live, so does what is kept
+    del losses
+    return sum(nbytes.values())
+
+
 def bench(cfg, run, learner, teacher, losses_of, optimizer, flops):
-    """Print images/s, FLOP/s, peak memory and where a step's time goes; --bench official: beside the authors' step."""
+    """Print images/s, FLOP/s, memory and where a step's time goes; --bench official: beside the authors' step."""
     if cfg.bench == "official" and not asdict(qsd.LossConfig(dcd_pool=cfg.dcd_pool)).items() <= asdict(cfg).items():
         raise qsd.UserError("--bench official is about the paper's objective: leave --loss and its constants alone")
     device = run.device
@@ -309,6 +325,11 @@ def bench(cfg, run, learner, teacher, losses_of, optimizer, flops):
               f"[{min(ratios):.2f}..{max(ratios):.2f}], peak {data.peak_memory():.2f} GiB")
     if cfg.compile == "yes" or (cfg.compile == "auto" and device.type == "cuda"):   # the parts are one then
         return
+
+    weights = sum(p.nbytes for p in teacher.parameters()) + 4 * sum(p.nbytes for p in learner.parameters())
+    activations = kept(losses_of, learner, cfg.size, 4) - kept(losses_of, learner, cfg.size, 2)
+    print(f"memory: {weights / 2 ** 20:.1f} MiB for weights, gradients and AdamW; "
+          f"{activations / 2 / 2 ** 20:.1f} MiB for each image of a pass")
 
     teacher.tokens = watch.around("teacher", teacher.tokens)
     learner.student.tokens = watch.around("student", learner.student.tokens)

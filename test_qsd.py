@@ -3487,10 +3487,21 @@ def test_a_stopwatch_stops_for_an_outer_part_while_an_inner_one_runs(monkeypatch
     assert watch.seconds == {"input": 1 + 16, "outer": 2 + 8, "inner": 4}
 
 
+def test_what_a_pass_keeps_is_counted_once_and_grows_with_its_images():
+    layer = torch.nn.Linear(3 * 8 * 8, 5)
+
+    def losses_of(model, images, draws):
+        y = model(images.float().flatten(1)).relu()
+        return {"loss": y.sum(), "again": (2 * y).relu().view(-1).square().sum()}
+
+    for B in (1, 3):                    # the layer keeps its images, each relu its result, the square the second one
+        assert distill.kept(losses_of, layer, 8, B) == 4 * B * (3 * 8 * 8 + 5 + 5)
+
+
 def test_the_bench_prints_speed_ratio_and_parts_of_a_step_and_writes_nothing(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     distill.main("--data toy --bench official --micro 2 --student_depth 1".split())
-    speed, ratio, *parts = capsys.readouterr().out.splitlines()[-8:]
+    speed, ratio, memory, *parts = capsys.readouterr().out.splitlines()[-9:]
     images, tflops, share, rate, peak = re.fullmatch(
         r".* auto, 64 px, patch 8, 2 images a step: (\S+) images/s \[\S+], (\S+) TFLOP/s, (\d+)% of the (\S+) of "
         r"a matrix product, peak (\S+) GiB", speed).groups()
@@ -3498,6 +3509,13 @@ def test_the_bench_prints_speed_ratio_and_parts_of_a_step_and_writes_nothing(tmp
     assert gflop == pytest.approx(0.176, rel=0.03) and float(peak) > 0.1
     low, high = re.search(r"times as long \[(\S+)\.\.(\S+)], peak", ratio).groups()
     assert 0 < float(low) <= float(high)
+    weights, activations = re.fullmatch(r"memory: (\S+) MiB for weights.*; (\S+) MiB for each image.*", memory).groups()
+    teacher = qsd.load_vit("toy_teacher")
+    student = qsd.load_vit("toy_small", depth=1)
+    learner = distill.Learner(student, qsd.build_objective(student, teacher, qsd.LossConfig()))
+    frozen, trained = [sum(p.numel() for p in module.parameters()) for module in (teacher, learner)]
+    assert float(weights) == pytest.approx(4 * (frozen + 4 * trained) / 2 ** 20, abs=0.06)
+    assert 0.5 < float(activations) < 5
     assert [part.split()[0] for part in parts] == ["input", "teacher", "student", "heads", "backward", "optimiser"]
     assert sum(int(part.split()[-1].rstrip("%")) for part in parts) == pytest.approx(100, abs=3)
     assert not contents(tmp_path)
