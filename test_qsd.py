@@ -4686,7 +4686,7 @@ def test_processes_share_the_corruptions_of_a_detectors_domain(detector, monkeyp
 
 @pytest.mark.parametrize("more, line", [
     ("--batch 2", "--batch 2: images or labels of several sizes; use --batch 1"),
-    ("--flip no", "scores are not finite"), ("--window 8", "no object in its images counts")])
+    ("--flip no", "scores are not finite"), ("--window 8", "no object counts")])
 def test_boxes_that_cannot_be_measured_are_one_line_and_no_ap(more, line, detector, tmp_path, monkeypatch):
     names = ["VOC2007 1 test", "VOC2007 2 test"]
     save_voc(tmp_path, PERSON if "window" in more else DOG, names=names)
@@ -4748,7 +4748,7 @@ BOX_MISTAKES = {
     "eval.py --checkpoint {teacher} --data toy-boxes": "--data toy-boxes has the 3 classes car, pole, person",
     "eval.py --checkpoint {detector} --export a.pt2": "finds boxes",
     "eval.py --probe --models toy_small --data toy-boxes": "learns the classes of pixels",
-    "eval.py --table 10 --data camvid": "has no boxes; use --data toy or paper",
+    "eval.py --table 10 --data camvid": "has no boxes or further sources; use --data toy or paper",
     "data.py --data voc --cache 512": "voc is fast without",
 }
 
