@@ -234,7 +234,7 @@ def find_objects(model, x, side):
     h, w = x.shape[2:]
     whole = 4 * model.encoder.patch_size  # a pixel of the coarsest map
     maps = model(F.pad(x, (0, -w % whole, 0, -h % whole)))
-    check_finite(*maps.values())
+    check_finite(*maps)
     scale = x.new_tensor([W / w, H / h, W / w, H / h, 1, 1])
     return [objects * scale for objects in model.decoder.scores(maps, (h, w))]
 

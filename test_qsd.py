@@ -4506,11 +4506,11 @@ def test_losses_and_boxes_of_the_box_decoder_are_those_of_torchvisions_faster_rc
         p.data.normal_()
     feats = [x.float() for x in features((4, 8))]
     maps = decoder(feats)
-    assert [tuple(x.shape[2:]) for x in maps.values()] == [(16, 32), (8, 16), (4, 8), (2, 4), (1, 2)]
+    assert [tuple(x.shape[2:]) for x in maps] == [(16, 32), (8, 16), (4, 8), (2, 4), (1, 2)]
     anchors = segment.AnchorGenerator(((32,), (64,), (128,), (256,), (512,)), ((0.5, 1.0, 2.0),) * 5)
     backbone = torch.nn.Module()
     backbone.out_channels = 32
-    backbone.forward = lambda x: maps
+    backbone.forward = lambda x: dict(zip(["0", "1", "2", "3", "pool"], maps))
     head = segment.TwoMLPHead(32 * 49, 16)
     official = segment.FasterRCNN(backbone, rpn_anchor_generator=anchors, box_head=head,
                                   box_predictor=segment.FastRCNNPredictor(16, 4))
@@ -4534,7 +4534,7 @@ def test_losses_and_boxes_of_the_box_decoder_are_those_of_torchvisions_faster_rc
         torch.testing.assert_close(one[:, :4], other["boxes"])
         torch.testing.assert_close(one[:, 4:], torch.stack([other["labels"] - 1.0, other["scores"]], 1))
         assert len(one) > 20 and len(one[:, 4].unique()) > 1
-    small, = decoder.scores({level: x[:1] for level, x in maps.items()}, (50, 100))
+    small, = decoder.scores([x[:1] for x in maps], (50, 100))
     assert small[:, [0, 2]].max() == 100 and small[:, [1, 3]].max() == 50     # what was padded holds no objects
 
 
@@ -4544,7 +4544,7 @@ def test_the_box_decoder_trains_all_its_parameters_in_fp32_and_repeats_its_draws
     with torch.autocast("cpu", torch.bfloat16):
         maps = decoder([x.float() for x in features((4, 4))])
         losses = [decoder.loss(maps, label, torch.Generator().manual_seed(seed))["loss"] for seed in (0, 0, 1)]
-        nothing = decoder.loss(maps, torch.zeros(2, 100, 6))["loss"]
+        nothing = decoder.loss(maps, torch.zeros(2, 100, 6), torch.Generator())["loss"]
         found = decoder.scores(maps)
     assert losses[0] == losses[1] != losses[2] and losses[0].dtype == found[0].dtype == torch.float32
     nothing.backward(retain_graph=True)
@@ -4668,6 +4668,14 @@ def test_voc_trains_resumes_to_the_bits_and_is_evaluated(more, teacher, tmp_path
     assert found["voc-corruptions"] == pytest.approx(100 * np.mean(expected[1:]))
 
 
+def test_found_boxes_are_in_pixels_of_the_image_whatever_its_shape():
+    decoder = SimpleNamespace(scores=lambda maps, size: [torch.tensor([[0, 0, size[1], size[0], 1, 0.5]])])
+    model = Mock(encoder=SimpleNamespace(patch_size=8), decoder=decoder, return_value=[torch.zeros(1)])
+    found, = evaluation.find_objects(model, torch.zeros(1, 3, 5, 333), 64)      # scaled to 1 x 128, padded to 32 x 128
+    assert found[0].tolist() == pytest.approx([0, 0, 333, 5, 1, 0.5])
+    assert model.call_args.args[0].shape == (1, 3, 32, 128)
+
+
 def test_processes_share_the_corruptions_of_a_detectors_domain(detector, monkeypatch):
     monkeypatch.setattr(data, "CORRUPTIONS", {"contrast": data.CORRUPTIONS["contrast"]})
     monkeypatch.setitem(data.DATASETS, "toy-boxes-few", data.toy_boxes("game", val=2, corrupted=True))
@@ -4695,7 +4703,7 @@ def test_boxes_that_cannot_be_measured_are_one_line_and_no_ap(more, line, detect
     saved = torch.load(detector, weights_only=True) | dict(classes=list(data.VOC_CLASSES))
     encoder = SimpleNamespace(mean=[0.5] * 3, std=[0.1] * 3, patch_size=8)
     decoder = SimpleNamespace(scores=lambda maps, size: [torch.zeros(0, 6)])
-    model = Mock(encoder=encoder, decoder=decoder, return_value={"0": torch.tensor(math.nan if "flip" in more else 0)})
+    model = Mock(encoder=encoder, decoder=decoder, return_value=[torch.tensor(math.nan if "flip" in more else 0)])
     monkeypatch.setattr(segment, "load_segmenter", lambda *args: (model, saved))
     with pytest.raises(qsd.UserError, match=line):
         evaluation.main(f"--checkpoint {detector} --data voc --root {tmp_path} --workers 0 {more}".split())
@@ -4741,7 +4749,7 @@ BOX_MISTAKES = {
     "segment.py --data toy-boxes --decoder linear": "--decoder linear: --data toy-boxes labels boxes",
     "segment.py --data toy --decoder boxes": "--decoder boxes: --data toy labels pixels",
     "segment.py --data toy-boxes --kd_logits 1 --freeze no --teacher {teacher}": "compares the classes of pixels",
-    "segment.py --data toy-boxes --patch 14 --size 56": "--patch 14: the finest map",
+    "segment.py --data toy-boxes --patch 14 --size 56": "--patch 14 --width 32: --decoder boxes wants",
     "segment.py --data toy-boxes --labels 0": "--labels 0: a fraction",
     "eval.py --checkpoint {detector} --data toy-boxes --flip": "--mode, --flip and --scales are for pixels",
     "eval.py --checkpoint {detector} --data toy": "--data toy has the 8 classes",
