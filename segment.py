@@ -1122,7 +1122,7 @@ def main(argv=None):
     device = run.device
     transform = data.segment_transform(cfg.size, cat_max_ratio=cfg.cat_max_ratio)
     if cfg.decoder == "boxes":
-        transform = data.detect_transform(cfg.size)
+        transform = partial(data.detect_transform, size=cfg.size)
     dataset = data.scenes(cfg.data, cfg.root, cfg.split, transform, cfg.labels, cfg.classes or None, cfg.cache or None)
     if dataset.boxes != (cfg.decoder == "boxes"):
         raise UserError(f"--decoder {cfg.decoder}: --data {cfg.data} labels {'boxes' if dataset.boxes else 'pixels'}")

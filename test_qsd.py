@@ -4337,7 +4337,7 @@ def test_voc_is_read_as_downloaded_its_boxes_without_parts_and_its_test_images_i
             for (image, label, _), grey in zip(data.scenes("voc", root, split), greys, strict=True):
                 assert image.shape == (3, 6, 8) and abs(image[0, 0, 0].item() - grey) < 3
                 assert data.objects_of(label).tolist() == [[2, 1, 7, 6, 11, 0], [0, 0.5, 8, 6, 14, 1]]
-                assert label.shape == (100, 6) and label.dtype == torch.float32
+                assert label.shape == (100, 6) and label.dtype == torch.float32 and not label[2:].any()
     assert [image.shape for image, _ in data.images("voc", tmp_path)] == [(3, 6, 8)] * 2
     samples = data.scenes("voc-corruptions", tmp_path, "val").samples
     assert [sample.corruption for sample in samples] == [(name, s) for name in data.CORRUPTIONS for s in range(1, 6)]
@@ -4348,7 +4348,8 @@ def test_voc_is_read_as_downloaded_its_boxes_without_parts_and_its_test_images_i
     assert "voc train: 2 pairs, 0 problems" in text
     assert re.search(r"objects, %\n[\s\S]* dog +50.00[\s\S]* person +50", text)
     picture = np.asarray(Image.open(tmp_path / "out.png").convert("RGB"))[10:235, 10:310]  # 8 x 6 pixels at 300 x 225
-    assert (picture[int(4 * 37.5), 75] == data.VOC_COLORS[11]).all()  # the left border of the dog, below its name
+    dog = data.DATASETS["voc"].colors[11]
+    assert (picture[int(4 * 37.5), 75] == dog).all()  # the left border of the dog, below its name
 
 
 WRONG_BOXES = {
@@ -4376,13 +4377,17 @@ def test_a_missing_image_of_voc_is_named_and_replaced_only_in_training_a_missing
         path.unlink()
     assert data.scenes("voc", tmp_path)[0][0].float().mean() > 30
     assert "000005.jpg: cannot be read as an image" in capfd.readouterr().err
+    lists = tmp_path / "VOCdevkit/VOC2012/ImageSets/Main"
     for split, gone, line in (("val", "", "000001.jpg: cannot be read"),
-                              ("train", "VOC2012/Annotations/2008_000002.xml", "2008_000002.xml: cannot be read as"),
-                              ("train", "VOC2012/ImageSets/Main/trainval.txt", "no VOC2012/ImageSets/Main/trainval")):
+                              ("train", "../../Annotations/2008_000002.xml", "2008_000002.xml: cannot be read as"),
+                              ("train", "trainval.txt", "--data voc: .*VOC2012/ImageSets/Main/trainval.txt is not")):
         if gone:
-            (tmp_path / "VOCdevkit" / gone).unlink()
+            (lists / gone).unlink()
         with pytest.raises(data.UserError, match=line):
             data.scenes("voc", tmp_path, split)[0]
+    (lists / "trainval.txt").write_text("\n")
+    with pytest.raises(data.UserError, match="VOC2012/ImageSets/Main/trainval.txt .* names no image"):
+        data.scenes("voc", tmp_path)
 
 
 def test_toy_boxes_lie_around_the_visible_pixels_of_each_thing(monkeypatch):
@@ -4419,7 +4424,7 @@ def test_images_and_boxes_are_scaled_cropped_and_flipped_together_and_cut_boxes_
         left, top = torch.randint(width - 12, ()).item(), torch.randint(height - 8, ()).item()
         image[0, top:top + 8, left:left + 12] = 255
         label = torch.from_numpy(data.as_label([(left, top, left + 12, top + 8, 3, 1)]))
-        found, label = data.detect_transform(size)(image, label)
+        found, label = data.detect_transform(image, label, size)
         assert found.shape == (3, size, size) and label.shape == (100, 6)
         flips += found[1, 0, 0] > found[1, 0, -1]
         y, x = np.nonzero(found[0].numpy() > 127)
@@ -4727,7 +4732,7 @@ def test_a_detectors_boxes_are_drawn_with_class_and_score_by_images_and_figure_8
     evaluation.main(f"--figure 8 --models a={detector} --data toy-boxes-night --examples 1 --out b.png".split())
     objects = data.objects_of(data.toy_things("night", 10 ** 6)[1])
     classes = [data.DATASETS["toy-boxes"].classes[int(row[4])] for row in objects]
-    assert texts[1:] == [classes, ["pole 0.88"]] and Image.open("b.png").width > 3 * 136
+    assert texts[1:] == [*([name] for name in classes), ["pole 0.88"]] and Image.open("b.png").width > 3 * 136
 
 
 def test_table_10_distils_on_the_source_and_replaces_the_decoder_and_its_labels():
