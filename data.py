@@ -272,9 +272,8 @@ def as_label(objects):
     """Objects as float32 (OBJECTS, 6): left, top, right, bottom in pixels, class, whether it is difficult (0 or 1).
 
     Difficult ones are neither learned nor counted. Rows of zeros follow, as images of a batch need equally many."""
-    label = np.zeros((OBJECTS, 6), np.float32)
-    label[:len(objects)] = np.reshape(objects, (-1, 6))
-    return label
+    padding = (OBJECTS - len(objects)) * [6 * [0]]
+    return np.array([*objects, *padding], np.float32)
 
 
 def objects_of(label):
@@ -321,7 +320,6 @@ CAMVID_COLORS = ((70, 130, 180), (70, 70, 70), (153, 153, 153), (128, 64, 128), 
                  (220, 220, 0), (190, 153, 153), (0, 0, 142), (220, 20, 60), (119, 11, 32))
 VOC_CLASSES = ("aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable",
                "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor")
-VOC_COLORS = (*CITYSCAPES_COLORS, (255, 140, 0))
 
 TRAIN_IDS = lookup_table(range(19))
 URBANSYN_IDS = lookup_table(range(19), ignored=[19])
@@ -623,7 +621,7 @@ class Dataset:
     generate: Callable = None   # scene number -> image uint8 (H, W, 3) and a label like decode's: a set without files
     own: bool = False           # one's own pictures: upright as their EXIF data say, and what is left out is named
     converted: tuple = ()       # ends of names of files that converters write beside the labels: no labels of this set
-    boxes: bool = False         # labels are boxes; of a set with files, "splits" are VOC's lists of image names
+    boxes: bool = False         # labels are boxes; of a set with files, "splits" name VOC's lists of images
     corrupted: bool = False     # every image comes in all CORRUPTIONS at all severities
 
     @property
@@ -639,13 +637,12 @@ POTSDAM = {"train": "{2_10,2_11,2_12,3_10,3_11,3_12,4_10,4_11,4_12,5_10,5_11,5_1
 VAIHINGEN = {"train": "{1,3,5,7,11,13,15,17,21,23,26,28,30,32,34,37}",
              "val": "{2,4,6,8,10,12,14,16,20,22,24,27,29,31,33,35,38}"}
 ENDOVIS = {"train": "miccai_challenge_2018_release_1/seq_{1,2,3,4}", "val": "miccai_challenge_release_2/seq_{5,6,7}"}
-VOC = {"train": "VOC2007/ImageSets/Main/trainval.txt VOC2012/ImageSets/Main/trainval.txt",
-       "val": "VOC2007/ImageSets/Main/test.txt"}
+VOC = {"train": "VOC2007/trainval VOC2012/trainval", "val": "VOC2007/test"}
 street = partial(Dataset, classes=CITYSCAPES_CLASSES, colors=CITYSCAPES_COLORS)
 isprs = partial(Dataset, classes=ISPRS_CLASSES, colors=ISPRS_COLORS, decode=isprs_label, tile=512)
 camvid = partial(Dataset, classes=CAMVID_CLASSES, colors=CAMVID_COLORS, decode=partial(by_value, table=CAMVID_IDS))
-voc = Dataset("VOCdevkit", ("VOC2007/JPEGImages/*",), splits=VOC, decode=voc_boxes, classes=VOC_CLASSES,
-              colors=VOC_COLORS, boxes=True)
+voc = Dataset("VOCdevkit", ("VOC2007/JPEGImages/*",), splits=VOC, decode=voc_boxes, boxes=True, classes=VOC_CLASSES,
+              colors=(*CITYSCAPES_COLORS, (255, 140, 0)))
 
 
 def acdc(condition):
@@ -997,13 +994,12 @@ def preflight_of(part, entry, root):
 def listed(part, entry, folder, split):
     """The samples that VOC's lists name: JPEGImages/NAME.jpg and Annotations/NAME.xml in the folder of the year."""
     samples = []
-    for file in entry.splits[split].split():
-        if not (folder / file).is_file():
-            raise UserError(f"--data {part}: {folder} holds no {file}")
-        year = folder / file.split("/")[0]
-        names = (folder / file).read_text(errors="replace").split()
+    for text in entry.splits[split].split():  # as VOC2007/trainval
+        year = folder / Path(text).parent
+        file = year / f"ImageSets/Main/{Path(text).name}.txt"
+        names = file.read_text(errors="replace").split() if file.is_file() else []
         if not names:
-            raise UserError(f"{folder / file}: names no image")
+            raise UserError(f"--data {part}: {file} is not there, or names no image")
         for name in names:
             samples.append(Sample(entry, year / f"JPEGImages/{name}.jpg", year / f"Annotations/{name}.xml"))
     qsd.say(f"{part} {split}: {len(samples)} images in {folder}")
@@ -1464,20 +1460,17 @@ def saturate(image, factor):
     return (brightest - (brightest - image) * factor).round_().to(torch.uint8)
 
 
-def detect_transform(size, visible=0.3):
+def detect_transform(image, label, size, visible=0.3):
     """Image and boxes together: the short edge scaled to size, a square crop, flip; uint8 (3, size, size), boxes.
 
     A box of which the crop shows less than the share `visible` is dropped."""
+    boxes = BoundingBoxes(label[:, :4], format="XYXY", canvas_size=image.shape[1:])
+    scale = size / min(image.shape[1:])
     together = Compose([Resize(size), RandomCrop(size), RandomHorizontalFlip()])
-
-    def transform(image, label):
-        boxes = BoundingBoxes(label[:, :4], format="XYXY", canvas_size=image.shape[1:])
-        scale = size / min(image.shape[1:])
-        image, seen = together(image, boxes)
-        label = torch.cat([seen, label[:, 4:]], 1)
-        label[box_area(seen) < visible * scale ** 2 * box_area(boxes)] = 0
-        return image, label
-    return transform
+    image, seen = together(image, boxes)
+    label = torch.cat([seen, label[:, 4:]], 1)
+    label[box_area(seen) < visible * scale ** 2 * box_area(boxes)] = 0
+    return image, label
 
 
 def eval_transform(name):
@@ -1529,8 +1522,7 @@ def corrupt(image, name, severity):
         x = torch.poisson(c * x, generator) / c
     elif name == "impulse_noise":
         noise = torch.rand(x.shape, generator=generator)
-        x[noise < c / 2] = 0
-        x[noise > 1 - c / 2] = 1
+        x = x.masked_fill(noise < c / 2, 0).masked_fill(noise > 1 - c / 2, 1)
     elif name == "defocus_blur":
         radius, deviation = c
         reach = torch.arange(-radius, radius + 1) ** 2
@@ -1553,9 +1545,7 @@ def corrupt(image, name, severity):
         small = TF.to_pil_image(image).resize((int(c * width), int(c * height)), Image.Resampling.BOX)
         return TF.pil_to_tensor(small.resize((width, height), Image.Resampling.BOX))
     elif name == "jpeg_compression":
-        with io.BytesIO() as file:
-            TF.to_pil_image(image).save(file, "jpeg", quality=c)
-            return torch.from_numpy(read_rgb(file)).permute(2, 0, 1)
+        return TF.jpeg(image, c)
     return (255 * x).round_().clamp_(0, 255).to(torch.uint8)
 
 
@@ -1808,15 +1798,15 @@ def overview(samples, width=300, gap=10):
 
 def picture_of(sample, width):
     """A sample's image, and below it its label in the classes' colours, or on it its boxes."""
+    entry = sample.entry
     image = sample.read_image()
-    if sample.entry.boxes:
-        drawn = label_picture(sample.read_label(), image, sample.entry.classes, sample.entry.colors, width)
-        return Image.fromarray(drawn)
+    if entry.boxes:
+        return Image.fromarray(label_picture(sample.read_label(), image, entry.classes, entry.colors, width))
     image = Image.fromarray(image.permute(1, 2, 0).numpy())
     height = min(max(1, round(width * image.height / image.width)), 3 * width)  # a narrow strip is not drawn in full
-    if not sample.entry.classes:
+    if not entry.classes:
         return image.resize((width, height))
-    label = Image.fromarray(palette(sample.entry.colors)[sample.read_label().numpy()])
+    label = Image.fromarray(palette(entry.colors)[sample.read_label().numpy()])
     both = Image.new("RGB", (width, 2 * height))
     both.paste(image.resize((width, height)), (0, 0))
     both.paste(label.resize((width, height), Image.Resampling.NEAREST), (0, height))
@@ -1829,16 +1819,13 @@ def label_picture(label, image, classes, colors, width=300, scored=False):
     uint8, as an array (., ., 3). scored: the last number of a box is its score."""
     if not label.is_floating_point():  # classes of pixels
         return palette(colors)[label]
-    objects = objects_of(label)
     scale = width / image.shape[2]
     image = TF.resize(image, [round(scale * image.shape[1]), width])
-    names = []
-    for kind, score in objects[:, 4:].tolist():
-        names.append(f"{classes[int(kind)]} {score:.2f}" if scored else classes[int(kind)])
-    if names:
-        outlines = [tuple(colors[kind]) for kind in objects[:, 4].int()]
-        image = draw_bounding_boxes(image, scale * objects[:, :4], names, outlines, width=2, label_colors="white",
-                                    fill_labels=True)
+    for row in objects_of(label):
+        kind = int(row[4])
+        name = f"{classes[kind]} {row[5]:.2f}" if scored else classes[kind]
+        image = draw_bounding_boxes(image, scale * row[None, :4], [name], tuple(colors[kind]), width=2,
+                                    label_colors="white", fill_labels=True)
     return image.permute(1, 2, 0).numpy()
 
 

@@ -189,15 +189,28 @@ def evaluate(model, dataset, window, device, stride=2 / 3, whole=False, flip=Fal
     """
     K = dataset.num_classes
     conf = torch.zeros(K, K, dtype=torch.int64, device=device)
-    own = Subset(dataset, range(data.rank(), len(dataset), data.world_size()))
-    loader = DataLoader(own, batch, num_workers=workers, multiprocessing_context=data.start_method(workers),
-                        collate_fn=same_size)
-    for images, label, _ in tqdm(loader, title, disable=data.rank() > 0, leave=False):
-        x = data.normalize(images.to(device), model.encoder.mean, model.encoder.std)
+    own = range(data.rank(), len(dataset), data.world_size())
+    for x, label in batches(model, Subset(dataset, own), device, batch, workers, title):
         scores = predict(model, x, window, stride, whole, flip, scales)
         pred = classes_of(segment.resize(scores, label.shape[1:]))
         conf += confusion(pred, label.to(device), K)
     return data.summed(conf).cpu()
+
+
+def batches(model, dataset, device, batch, workers, title):
+    """The images of a labelled dataset, normalised for a model, and their labels; a bar shows the progress."""
+    loader = DataLoader(dataset, batch, num_workers=workers, multiprocessing_context=data.start_method(workers),
+                        collate_fn=same_size)
+    for images, label, _ in tqdm(loader, title, disable=data.rank() > 0, leave=False):
+        yield data.normalize(images.to(device), model.encoder.mean, model.encoder.std), label
+
+
+def same_size(items):
+    """A batch of images and labels of one size."""
+    for shapes in ({image.shape for image, *_ in items}, {label.shape for _, label, _ in items}):
+        if len(shapes) > 1:
+            raise UserError(f"--batch {len(items)}: images or labels of several sizes; use --batch 1")
+    return default_collate(items)
 
 
 def classes_of(scores):
@@ -211,33 +224,19 @@ def check_finite(*scores):
         raise UserError("the segmenter's scores are not finite; use --precision fp32")
 
 
-def same_size(items):
-    """A batch of images and labels of one size."""
-    for shapes in ({image.shape for image, *_ in items}, {label.shape for _, label, _ in items}):
-        if len(shapes) > 1:
-            raise UserError(f"--batch {len(items)}: images or labels of several sizes; use --batch 1")
-    return default_collate(items)
-
-
 # --- AP of boxes -----------------------------------------------------------------------------------------------------
 
 @torch.no_grad()
 def find_objects(model, x, side):
-    """The objects in each of normalised images x (B, 3, H, W) of any size: [(D, 6)], see BoxDecoder.scores.
-
-    The images are scaled as in training: their short edge to `side` pixels, the long one to at most twice that.
-    """
+    """The objects in each of normalised images x (B, 3, H, W) of any size: [(D, 6)], see BoxDecoder.scores."""
     H, W = x.shape[2:]
-    x = TF.resize(x, [side], max_size=2 * side)
+    x = TF.resize(x, [side], max_size=2 * side)  # the short edge as in training, but for long strips
     h, w = x.shape[2:]
     whole = 4 * model.encoder.patch_size  # a pixel of the coarsest map
-    x = F.pad(x, (0, -w % whole, 0, -h % whole))
-    maps = model(x)
-    check_finite(*maps.values())
-    found = model.decoder.scores(maps, (h, w))
-    for objects in found:
-        objects[:, :4] *= objects.new_tensor([W / w, H / h, W / w, H / h])
-    return found
+    maps = model(F.pad(x, (0, -w % whole, 0, -h % whole)))
+    check_finite(*maps)
+    scale = x.new_tensor([W / w, H / h, W / w, H / h, 1, 1])
+    return [objects * scale for objects in model.decoder.scores(maps, (h, w))]
 
 
 def matched(found, objects):
@@ -271,10 +270,7 @@ def evaluate_boxes(model, dataset, side, device, batch=1, workers=0, title=""):
         verdicts = []
         labels = []
         own = Subset(dataset, range(number, len(dataset), len(versions)))
-        loader = DataLoader(own, batch, num_workers=workers, multiprocessing_context=data.start_method(workers),
-                            collate_fn=same_size)
-        for images, label, _ in tqdm(loader, f"{title} {versions[number] or ''}", disable=data.rank() > 0, leave=False):
-            x = data.normalize(images.to(device), model.encoder.mean, model.encoder.std)
+        for x, label in batches(model, own, device, batch, workers, f"{title} {versions[number] or ''}"):
             for found, objects in zip(find_objects(model, x, side), map(data.objects_of, label)):
                 verdicts.append(matched(found.cpu(), objects))
                 labels += objects[objects[:, 5] == 0, 4].tolist()
@@ -302,15 +298,14 @@ def class_ious(title, model, saved, cfg, device):
             raise UserError("--mode, --flip and --scales are for pixels; boxes are found once, in the whole image")
         with data.autocast(cfg.precision, device):
             if dataset.boxes:
-                ious[name] = 100 * evaluate_boxes(model, dataset, window, device, cfg.batch, cfg.workers, name)
-                if ious[name].isnan().all():
-                    raise UserError(f"--data {name}: no object in its images counts")
-                continue
-            conf = evaluate(model, dataset, window, device, cfg.stride, whole=cfg.mode == "whole", flip=cfg.flip,
-                            batch=cfg.batch, workers=cfg.workers, title=name, scales=scale_list(cfg))
-        if not conf.any():
-            raise UserError(f"--data {name}: no pixel of its images has a label, all are 255")
-        ious[name] = 100 * iou(conf)
+                values = evaluate_boxes(model, dataset, window, device, cfg.batch, cfg.workers, name)
+            else:
+                conf = evaluate(model, dataset, window, device, cfg.stride, whole=cfg.mode == "whole", flip=cfg.flip,
+                                batch=cfg.batch, workers=cfg.workers, title=name, scales=scale_list(cfg))
+                values = iou(conf)
+        if values.isnan().all():
+            raise UserError(f"--data {name}: no pixel of its images has a label (all are 255), and no object counts")
+        ious[name] = 100 * values
     return ious
 
 
@@ -1083,8 +1078,7 @@ def blocks(name, cfg):
     if cfg.data == "paper":
         return paper_blocks(name, cfg)
     if name in ("10", "fig6") and cfg.data != "toy":
-        needs = "boxes" if name == "10" else "further sources"
-        raise UserError(f"--table {name} --data {cfg.data}: has no {needs}; use --data toy or paper")
+        raise UserError(f"--table {name} --data {cfg.data}: has no boxes or further sources; use --data toy or paper")
     world = "toy-boxes" if name == "10" else cfg.data
     source, unseen = data.SETTINGS[world]
     seeds = []
@@ -2008,17 +2002,14 @@ def probe(vit, cfg, device, ridge=1e-3):
 
 # --- A segmenter at work ---------------------------------------------------------------------------------------------
 
-LEAST_SCORE = 0.5  # of the boxes that are shown
-
-
-def classify(model, saved, image, cfg, device):
-    """What a segmenter sees in an image uint8 (3, H, W), by cfg's protocol: classes (H, W) uint8, or objects (D, 6)."""
+def classify(model, saved, image, cfg, device, least=0.5):
+    """The classes (H, W) uint8 of an image (3, H, W) by cfg's protocol, or its objects (D, 6) that score `least`."""
     window = cfg.window or saved["config"]["size"]
     x = data.normalize(image[None].to(device), model.encoder.mean, model.encoder.std)
     with torch.no_grad(), data.autocast(cfg.precision, device):
         if saved["config"]["decoder"] == "boxes":
             found = find_objects(model, x, window)[0].cpu()
-            return found[found[:, 5] >= LEAST_SCORE]
+            return found[found[:, 5] >= least]
         if cfg.mode == "slide" and not cfg.flip and scale_list(cfg) == [1]:
             # Band by band, as the scores of all classes of a large photograph would fill the memory.
             bands = score_bands(model, x, window, max(1, round(cfg.stride * window)))

@@ -650,15 +650,13 @@ class SemFPN(PixelClassifier):
 class BoxDecoder(nn.Module):
     """torchvision's Faster R-CNN (Ren et al., 2015) on the simple feature pyramid of ViTDet (Li et al., 2022).
 
-    Of the four feats the map of the token grid's own size is read -> maps {level: (B, width, ., .)} of 4, 2, 1, 0.5 and
-    0.25 times that size. The box head learns from `rois` boxes of an image; when it predicts it sees `proposals` boxes.
+    Of the four feats the map of the token grid's own size is read -> 5 maps (B, width, ., .) of 4, 2, 1, 0.5 and 0.25
+    times that size. The box head learns from `rois` boxes of an image; when it predicts it sees `proposals` boxes.
     """
     def __init__(self, dim, num_classes, patch=16, width=256, ffn=1024, rois=512, proposals=1000):
         super().__init__()
-        if patch % 4:
-            raise UserError(f"--patch {patch}: the finest map of --decoder boxes wants a multiple of 4")
-        if width % 32:
-            raise UserError(f"--width {width}: GroupNorm wants a multiple of 32")
+        if patch % 4 or width % 32:  # the finest map's pixels are quarters of a patch, GroupNorm has 32 groups
+            raise UserError(f"--patch {patch} --width {width}: --decoder boxes wants multiples of 4 and of 32")
         self.patch = patch
         self.lateral = nn.Sequential(nn.Conv2d(dim, width, 1), nn.GroupNorm(32, width))
         twice = partial(nn.ConvTranspose2d, width, width, kernel_size=2, stride=2)
@@ -679,24 +677,17 @@ class BoxDecoder(nn.Module):
 
     def forward(self, feats):
         x = self.lateral(feats[2])
-        maps = {}
-        for level, (scale, smooth) in enumerate(zip(self.scales, self.smooth)):
-            maps[str(level)] = smooth(scale(x))  # the names by which torchvision knows them
-        maps["pool"] = F.max_pool2d(maps["3"], 1, stride=2)
-        return maps
+        maps = [smooth(scale(x)) for scale, smooth in zip(self.scales, self.smooth)]
+        return [*maps, F.max_pool2d(maps[-1], 1, stride=2)]
 
-    def loss(self, maps, label, generator=None, share=None):
-        """torchvision's four losses, "loss" being their sum; label (B, OBJECTS, 6), see data.as_label.
-
-        The generator seeds which anchors and boxes are compared; share is for the decoders of pixels.
-        """
+    def loss(self, maps, label, generator, share=None):
+        """torchvision's four losses, and "loss", their sum; label (B, OBJECTS, 6): see data.as_label. share: unused."""
         targets = []
         for objects in map(data.objects_of, label):
             objects = objects[objects[:, 5] == 0]  # not the difficult ones
             targets.append({"boxes": objects[:, :4], "labels": objects[:, 4].long() + 1})  # 0 is the background
         with torch.random.fork_rng(devices=[]):
-            if generator:
-                torch.manual_seed(generator.initial_seed())  # torchvision draws from the global generator
+            torch.manual_seed(generator.initial_seed())  # torchvision draws from the global generator
             _, losses = self.both_stages(maps, None, targets)
         return losses | {"loss": sum(losses.values())}
 
@@ -708,10 +699,9 @@ class BoxDecoder(nn.Module):
     def both_stages(self, maps, size, targets=None):
         """Proposals, then their classes and boxes, in fp32 -> found objects, or with targets the losses."""
         self.train(targets is not None)  # decides which of the two torchvision returns
-        maps = {level: x.float() for level, x in maps.items()}
-        B, _, h, w = maps["0"].shape
-        padded = (h * self.patch // 4, w * self.patch // 4)
-        images = ImageList(torch.empty(B, 3, *padded, device="meta"), [size or padded] * B)  # only sizes count
+        maps = {str(level): x.float() for level, x in enumerate(maps)}  # the names by which torchvision knows them
+        padded = [side * self.patch // 4 for side in maps["0"].shape[2:]]
+        images = ImageList(torch.empty(padded, device="meta"), [size or padded] * len(maps["0"]))  # only sizes count
         with torch.autocast(maps["0"].device.type, enabled=False):
             boxes, of_proposals = self.propose(images, maps, targets)
             found, of_boxes = self.judge(maps, boxes, images.image_sizes, targets)
@@ -1132,7 +1122,7 @@ def main(argv=None):
     device = run.device
     transform = data.segment_transform(cfg.size, cat_max_ratio=cfg.cat_max_ratio)
     if cfg.decoder == "boxes":
-        transform = data.detect_transform(cfg.size)
+        transform = partial(data.detect_transform, size=cfg.size)
     dataset = data.scenes(cfg.data, cfg.root, cfg.split, transform, cfg.labels, cfg.classes or None, cfg.cache or None)
     if dataset.boxes != (cfg.decoder == "boxes"):
         raise UserError(f"--decoder {cfg.decoder}: --data {cfg.data} labels {'boxes' if dataset.boxes else 'pixels'}")
@@ -1180,9 +1170,7 @@ def main(argv=None):
 
     # Two images through one step tell what it costs; the parameters it does not touch are not trained.
     images, draws = data.two_images(cfg.size)
-    label = torch.zeros(2, cfg.size, cfg.size, dtype=torch.int64)
-    if dataset.boxes:
-        label = torch.zeros(2, data.OBJECTS, 6)  # no objects
+    label = torch.zeros(2, data.OBJECTS, 6) if dataset.boxes else torch.zeros(2, cfg.size, cfg.size, dtype=torch.int64)
     probe = partial(losses_of, learner, images, label, draws, share=None)
     flops = data.dry_run(learner, probe)
     if data.rank() == 0:

@@ -4355,7 +4355,7 @@ def test_voc_is_read_as_downloaded_its_boxes_without_parts_and_its_test_images_i
             for (image, label, _), grey in zip(data.scenes("voc", root, split), greys, strict=True):
                 assert image.shape == (3, 6, 8) and abs(image[0, 0, 0].item() - grey) < 3
                 assert data.objects_of(label).tolist() == [[2, 1, 7, 6, 11, 0], [0, 0.5, 8, 6, 14, 1]]
-                assert label.shape == (100, 6) and label.dtype == torch.float32
+                assert label.shape == (100, 6) and label.dtype == torch.float32 and not label[2:].any()
     assert [image.shape for image, _ in data.images("voc", tmp_path)] == [(3, 6, 8)] * 2
     samples = data.scenes("voc-corruptions", tmp_path, "val").samples
     assert [sample.corruption for sample in samples] == [(name, s) for name in data.CORRUPTIONS for s in range(1, 6)]
@@ -4366,7 +4366,8 @@ def test_voc_is_read_as_downloaded_its_boxes_without_parts_and_its_test_images_i
     assert "voc train: 2 pairs, 0 problems" in text
     assert re.search(r"objects, %\n[\s\S]* dog +50.00[\s\S]* person +50", text)
     picture = np.asarray(Image.open(tmp_path / "out.png").convert("RGB"))[10:235, 10:310]  # 8 x 6 pixels at 300 x 225
-    assert (picture[int(4 * 37.5), 75] == data.VOC_COLORS[11]).all()  # the left border of the dog, below its name
+    dog = data.DATASETS["voc"].colors[11]
+    assert (picture[int(4 * 37.5), 75] == dog).all()  # the left border of the dog, below its name
 
 
 WRONG_BOXES = {
@@ -4394,13 +4395,17 @@ def test_a_missing_image_of_voc_is_named_and_replaced_only_in_training_a_missing
         path.unlink()
     assert data.scenes("voc", tmp_path)[0][0].float().mean() > 30
     assert "000005.jpg: cannot be read as an image" in capfd.readouterr().err
+    lists = tmp_path / "VOCdevkit/VOC2012/ImageSets/Main"
     for split, gone, line in (("val", "", "000001.jpg: cannot be read"),
-                              ("train", "VOC2012/Annotations/2008_000002.xml", "2008_000002.xml: cannot be read as"),
-                              ("train", "VOC2012/ImageSets/Main/trainval.txt", "no VOC2012/ImageSets/Main/trainval")):
+                              ("train", "../../Annotations/2008_000002.xml", "2008_000002.xml: cannot be read as"),
+                              ("train", "trainval.txt", "--data voc: .*VOC2012/ImageSets/Main/trainval.txt is not")):
         if gone:
-            (tmp_path / "VOCdevkit" / gone).unlink()
+            (lists / gone).unlink()
         with pytest.raises(data.UserError, match=line):
             data.scenes("voc", tmp_path, split)[0]
+    (lists / "trainval.txt").write_text("\n")
+    with pytest.raises(data.UserError, match="VOC2012/ImageSets/Main/trainval.txt .* names no image"):
+        data.scenes("voc", tmp_path)
 
 
 def test_toy_boxes_lie_around_the_visible_pixels_of_each_thing(monkeypatch):
@@ -4437,7 +4442,7 @@ def test_images_and_boxes_are_scaled_cropped_and_flipped_together_and_cut_boxes_
         left, top = torch.randint(width - 12, ()).item(), torch.randint(height - 8, ()).item()
         image[0, top:top + 8, left:left + 12] = 255
         label = torch.from_numpy(data.as_label([(left, top, left + 12, top + 8, 3, 1)]))
-        found, label = data.detect_transform(size)(image, label)
+        found, label = data.detect_transform(image, label, size)
         assert found.shape == (3, size, size) and label.shape == (100, 6)
         flips += found[1, 0, 0] > found[1, 0, -1]
         y, x = np.nonzero(found[0].numpy() > 127)
@@ -4524,11 +4529,11 @@ def test_losses_and_boxes_of_the_box_decoder_are_those_of_torchvisions_faster_rc
         p.data.normal_()
     feats = [x.float() for x in features((4, 8))]
     maps = decoder(feats)
-    assert [tuple(x.shape[2:]) for x in maps.values()] == [(16, 32), (8, 16), (4, 8), (2, 4), (1, 2)]
+    assert [tuple(x.shape[2:]) for x in maps] == [(16, 32), (8, 16), (4, 8), (2, 4), (1, 2)]
     anchors = segment.AnchorGenerator(((32,), (64,), (128,), (256,), (512,)), ((0.5, 1.0, 2.0),) * 5)
     backbone = torch.nn.Module()
     backbone.out_channels = 32
-    backbone.forward = lambda x: maps
+    backbone.forward = lambda x: dict(zip(["0", "1", "2", "3", "pool"], maps))
     head = segment.TwoMLPHead(32 * 49, 16)
     official = segment.FasterRCNN(backbone, rpn_anchor_generator=anchors, box_head=head,
                                   box_predictor=segment.FastRCNNPredictor(16, 4))
@@ -4552,7 +4557,7 @@ def test_losses_and_boxes_of_the_box_decoder_are_those_of_torchvisions_faster_rc
         torch.testing.assert_close(one[:, :4], other["boxes"])
         torch.testing.assert_close(one[:, 4:], torch.stack([other["labels"] - 1.0, other["scores"]], 1))
         assert len(one) > 20 and len(one[:, 4].unique()) > 1
-    small, = decoder.scores({level: x[:1] for level, x in maps.items()}, (50, 100))
+    small, = decoder.scores([x[:1] for x in maps], (50, 100))
     assert small[:, [0, 2]].max() == 100 and small[:, [1, 3]].max() == 50     # what was padded holds no objects
 
 
@@ -4562,7 +4567,7 @@ def test_the_box_decoder_trains_all_its_parameters_in_fp32_and_repeats_its_draws
     with torch.autocast("cpu", torch.bfloat16):
         maps = decoder([x.float() for x in features((4, 4))])
         losses = [decoder.loss(maps, label, torch.Generator().manual_seed(seed))["loss"] for seed in (0, 0, 1)]
-        nothing = decoder.loss(maps, torch.zeros(2, 100, 6))["loss"]
+        nothing = decoder.loss(maps, torch.zeros(2, 100, 6), torch.Generator())["loss"]
         found = decoder.scores(maps)
     assert losses[0] == losses[1] != losses[2] and losses[0].dtype == found[0].dtype == torch.float32
     nothing.backward(retain_graph=True)
@@ -4686,6 +4691,14 @@ def test_voc_trains_resumes_to_the_bits_and_is_evaluated(more, teacher, tmp_path
     assert found["voc-corruptions"] == pytest.approx(100 * np.mean(expected[1:]))
 
 
+def test_found_boxes_are_in_pixels_of_the_image_whatever_its_shape():
+    decoder = SimpleNamespace(scores=lambda maps, size: [torch.tensor([[0, 0, size[1], size[0], 1, 0.5]])])
+    model = Mock(encoder=SimpleNamespace(patch_size=8), decoder=decoder, return_value=[torch.zeros(1)])
+    found, = evaluation.find_objects(model, torch.zeros(1, 3, 5, 333), 64)      # scaled to 1 x 128, padded to 32 x 128
+    assert found[0].tolist() == pytest.approx([0, 0, 333, 5, 1, 0.5])
+    assert model.call_args.args[0].shape == (1, 3, 32, 128)
+
+
 def test_processes_share_the_corruptions_of_a_detectors_domain(detector, monkeypatch):
     monkeypatch.setattr(data, "CORRUPTIONS", {"contrast": data.CORRUPTIONS["contrast"]})
     monkeypatch.setitem(data.DATASETS, "toy-boxes-few", data.toy_boxes("game", val=2, corrupted=True))
@@ -4704,7 +4717,7 @@ def test_processes_share_the_corruptions_of_a_detectors_domain(detector, monkeyp
 
 @pytest.mark.parametrize("more, line", [
     ("--batch 2", "--batch 2: images or labels of several sizes; use --batch 1"),
-    ("--flip no", "scores are not finite"), ("--window 8", "no object in its images counts")])
+    ("--flip no", "scores are not finite"), ("--window 8", "no object counts")])
 def test_boxes_that_cannot_be_measured_are_one_line_and_no_ap(more, line, detector, tmp_path, monkeypatch):
     names = ["VOC2007 1 test", "VOC2007 2 test"]
     save_voc(tmp_path, PERSON if "window" in more else DOG, names=names)
@@ -4713,7 +4726,7 @@ def test_boxes_that_cannot_be_measured_are_one_line_and_no_ap(more, line, detect
     saved = torch.load(detector, weights_only=True) | dict(classes=list(data.VOC_CLASSES))
     encoder = SimpleNamespace(mean=[0.5] * 3, std=[0.1] * 3, patch_size=8)
     decoder = SimpleNamespace(scores=lambda maps, size: [torch.zeros(0, 6)])
-    model = Mock(encoder=encoder, decoder=decoder, return_value={"0": torch.tensor(math.nan if "flip" in more else 0)})
+    model = Mock(encoder=encoder, decoder=decoder, return_value=[torch.tensor(math.nan if "flip" in more else 0)])
     monkeypatch.setattr(segment, "load_segmenter", lambda *args: (model, saved))
     with pytest.raises(qsd.UserError, match=line):
         evaluation.main(f"--checkpoint {detector} --data voc --root {tmp_path} --workers 0 {more}".split())
@@ -4737,7 +4750,7 @@ def test_a_detectors_boxes_are_drawn_with_class_and_score_by_images_and_figure_8
     evaluation.main(f"--figure 8 --models a={detector} --data toy-boxes-night --examples 1 --out b.png".split())
     objects = data.objects_of(data.toy_things("night", 10 ** 6)[1])
     classes = [data.DATASETS["toy-boxes"].classes[int(row[4])] for row in objects]
-    assert texts[1:] == [classes, ["pole 0.88"]] and Image.open("b.png").width > 3 * 136
+    assert texts[1:] == [*([name] for name in classes), ["pole 0.88"]] and Image.open("b.png").width > 3 * 136
 
 
 def test_table_10_distils_on_the_source_and_replaces_the_decoder_and_its_labels():
@@ -4759,14 +4772,14 @@ BOX_MISTAKES = {
     "segment.py --data toy-boxes --decoder linear": "--decoder linear: --data toy-boxes labels boxes",
     "segment.py --data toy --decoder boxes": "--decoder boxes: --data toy labels pixels",
     "segment.py --data toy-boxes --kd_logits 1 --freeze no --teacher {teacher}": "compares the classes of pixels",
-    "segment.py --data toy-boxes --patch 14 --size 56": "--patch 14: the finest map",
+    "segment.py --data toy-boxes --patch 14 --size 56": "--patch 14 --width 32: --decoder boxes wants",
     "segment.py --data toy-boxes --labels 0": "--labels 0: a fraction",
     "eval.py --checkpoint {detector} --data toy-boxes --flip": "--mode, --flip and --scales are for pixels",
     "eval.py --checkpoint {detector} --data toy": "--data toy has the 8 classes",
     "eval.py --checkpoint {teacher} --data toy-boxes": "--data toy-boxes has the 3 classes car, pole, person",
     "eval.py --checkpoint {detector} --export a.pt2": "finds boxes",
     "eval.py --probe --models toy_small --data toy-boxes": "learns the classes of pixels",
-    "eval.py --table 10 --data camvid": "has no boxes; use --data toy or paper",
+    "eval.py --table 10 --data camvid": "has no boxes or further sources; use --data toy or paper",
     "data.py --data voc --cache 512": "voc is fast without",
 }
 
