@@ -87,10 +87,12 @@ def read_image(path, mapped=True, upright=False):
     Stored .npy files are mapped into memory, and so are TIFFs if `mapped`: a crop then reads its own rows only."""
     try:
         if path.suffix == ".npy":
-            return torch.from_numpy(np.load(path, mmap_mode="c")).permute(2, 0, 1)
-        if path.suffix.lower() in (".tif", ".tiff") and mapped:
-            return torch.from_numpy(map_tiff(path)).permute(2, 0, 1)
-        return torch.from_numpy(read_rgb(path, upright)).permute(2, 0, 1)
+            pixels = np.load(path, mmap_mode="c")
+        elif path.suffix.lower() in (".tif", ".tiff") and mapped:
+            pixels = map_tiff(path)
+        else:
+            pixels = read_rgb(path, upright)
+        return torch.from_numpy(pixels).permute(2, 0, 1)
     except BROKEN as error:
         raise UserError(f"{path}: cannot be read as an image ({error})") from None
 
@@ -121,7 +123,7 @@ def map_tiff(path):
     """Map a TIFF as uint8 (H, W, 3): as it lies if its pixels are raw, else from a copy unpacked once beside it."""
     unpacked = path.with_name(path.name + ".npy")
     made_from = bytes.fromhex(fingerprint(path, path.stat().st_mtime_ns))   # stands behind the pixels of the copy
-    if not unpacked.exists() or tail(unpacked, len(made_from)) != made_from:
+    if not unpacked.exists() or np.memmap(unpacked, mode="r")[-len(made_from):].tobytes() != made_from:
         with Image.open(path) as image:
             offset = raw_offset(image)
             if offset is not None:
@@ -136,13 +138,6 @@ def map_tiff(path):
         finally:
             part.unlink(missing_ok=True)
     return np.load(unpacked, mmap_mode="c")
-
-
-def tail(path, count):
-    """The last bytes of a file."""
-    with open(path, "rb") as file:
-        file.seek(-count, os.SEEK_END)
-        return file.read()
 
 
 def fingerprint(path, *more):
@@ -861,17 +856,26 @@ def find(folder, patterns, text, skipped=()):
     for pattern in patterns:
         pattern = pattern.replace("<split>", text)
         regex = as_regex(pattern)
+        top = re.split(r"[*{]", pattern)[0].rpartition("/")[0]  # the folder below which all its files lie
         names = Names()
         others = Names()
-        for name in files_below(folder, top_of(pattern)):
-            stem, suffix = os.path.splitext(name)
-            if suffix.lower() not in SUFFIXES or not regex.fullmatch(name):
+        for name in files_below(folder, top):
+            if not regex.fullmatch(name):
                 others.append(name)
-            elif not stem.endswith(skipped):
+            elif not os.path.splitext(name)[0].endswith(skipped):
                 names.append(name)
         if len(names):
             return names, regex, others
     return Names(), None, Names()
+
+
+def find_some(part, folder, patterns, text, skipped=()):
+    """What find finds, in the first process for all; UserError if that is nothing."""
+    names, regex, others = from_the_first(find, folder, patterns, text, skipped)
+    if not len(names):
+        looked_for = " or ".join(pattern.replace("<split>", text) for pattern in patterns)
+        raise UserError(f"--data {part}: {folder} holds no files like {looked_for}")
+    return names, regex, others
 
 
 def by_key(names, regex):
@@ -880,11 +884,6 @@ def by_key(names, regex):
     for name in names:
         found.setdefault(regex.fullmatch(name).groups(), []).append(name)
     return dict(sorted(found.items()))
-
-
-def top_of(pattern):
-    """The folder below which all files of a pattern lie."""
-    return re.split(r"[*{]", pattern)[0].rpartition("/")[0]
 
 
 def files_below(folder, top=""):
@@ -914,21 +913,15 @@ def as_regex(pattern):
     regex = re.escape(pattern)
     regex = regex.replace(r"\{", "(").replace(r"\}", ")").replace(",", "|")
     regex = regex.replace(r"\*\*/", "(?:.*/)?").replace(r"\*", "([^/]*)")
-    return re.compile(regex + r"\.\w+")
+    suffix = "|".join(map(re.escape, SUFFIXES))
+    return re.compile(f"{regex}(?i:{suffix})")
 
 
 def tile_boxes(width, height, side):
     """Boxes (left, top, right, bottom) every `side` pixels, the last flush with the border; 12 x 12 for 6000 px."""
-    boxes = []
-    for top in tile_starts(height, side):
-        for left in tile_starts(width, side):
-            boxes.append((left, top, left + side, top + side))
-    return boxes
-
-
-def tile_starts(length, side):
-    last = max(length - side, 0)
-    return sorted({min(start, last) for start in range(0, length, side)})
+    lefts = [min(left, max(width - side, 0)) for left in range(0, width, side)]
+    tops = [min(top, max(height - side, 0)) for top in range(0, height, side)]
+    return [(left, top, left + side, top + side) for top in tops for left in lefts]
 
 
 def listing(part, entry, root, split, labelled, cache=None):
@@ -976,11 +969,7 @@ def left_out(folder, entry, others):
     """Names the files of one's own folder that are of no split, as text."""
     patterns = [pattern.replace("<split>", text) for pattern in entry.images for text in entry.splits.values()]
     regex = re.compile("|".join(as_regex(pattern).pattern for pattern in patterns))
-    unused = []
-    for name in others:
-        if os.path.splitext(name)[1].lower() not in SUFFIXES or not regex.fullmatch(name):
-            unused.append(name)
-    return and_without(folder, unused)
+    return and_without(folder, [name for name in others if not regex.fullmatch(name)])
 
 
 def and_without(folder, names):
@@ -1008,15 +997,6 @@ def listed(part, entry, folder, split):
             samples.append(Sample(entry, year / f"JPEGImages/{name}.jpg", year / f"Annotations/{name}.xml"))
     qsd.say(f"{part} {split}: {len(samples)} images in {folder}")
     return samples
-
-
-def find_some(part, folder, patterns, text, skipped=()):
-    """What find finds, in the first process for all; UserError if that is nothing."""
-    names, regex, others = from_the_first(find, folder, patterns, text, skipped)
-    if not len(names):
-        looked_for = " or ".join(pattern.replace("<split>", text) for pattern in patterns)
-        raise UserError(f"--data {part}: {folder} holds no files like {looked_for}")
-    return names, regex, others
 
 
 def gather(name, root, split, labelled, cache, classes=None):
