@@ -1232,9 +1232,7 @@ def shift(image, dx, dy):
     return out
 
 
-# The operations of RandAugment: each takes the image uint8 (3, H, W), a level in 0..1 and the level with a random sign.
-
-def rotate(image, level, signed):
+def rotate(image, signed):
     angle = math.radians(30 * signed)
     cos = math.cos(angle)
     sin = math.sin(angle)
@@ -1243,77 +1241,39 @@ def rotate(image, level, signed):
     return warp(image, cos, -sin, x - cos * x + sin * y, sin, cos, y - sin * x - cos * y)
 
 
-def shear_x(image, level, signed):
-    return warp(image, b=0.3 * signed)
-
-
-def shear_y(image, level, signed):
-    return warp(image, d=0.3 * signed)
-
-
-def translate_x(image, level, signed):
-    return shift(image, round(0.45 * signed * image.shape[2]), 0)
-
-
-def translate_y(image, level, signed):
-    return shift(image, 0, round(0.45 * signed * image.shape[1]))
-
-
-def autocontrast(image, level, signed):
-    return TF.autocontrast(image)
-
-
-def equalize(image, level, signed):
-    return TF.equalize(image)
-
-
-def invert(image, level, signed):
-    return 255 - image
-
-
-def posterize(image, level, signed):
-    bits = 4 - int(4 * level)  # that are kept: none at level 1
-    return image & (0xFF00 >> bits & 0xFF)
-
-
-def solarize(image, level, signed):
-    return torch.where(image < 256 - int(256 * level), image, 255 - image)
-
-
-def solarize_add(image, level, signed):
-    return torch.where(image < 128, image + int(110 * level), image)
-
-
-def strength(signed):
-    """The factor of the next four operations; 1 changes nothing, and the level leads away from 1 ("increasing")."""
-    return max(0.1, 1 + 0.9 * signed)
-
-
-def adjust_color(image, level, signed):
-    return TF.adjust_saturation(image, strength(signed))
-
-
-def adjust_contrast(image, level, signed):
-    return TF.adjust_contrast(image, strength(signed))
-
-
-def adjust_brightness(image, level, signed):
-    return TF.adjust_brightness(image, strength(signed))
-
-
-def adjust_sharpness(image, level, signed):
+def sharpen(image, factor):
     """Pillow's sharpness: away from the image smoothed by (1 1 1, 1 5 1, 1 1 1) / 13, borders kept."""
     x = image.float()
     inner = x[:, 1:-1, 1:-1]
     three_rows = x[:, :-2] + x[:, 1:-1] + x[:, 2:]
     nine = three_rows[:, :, :-2] + three_rows[:, :, 1:-1] + three_rows[:, :, 2:]
     smooth = (nine + 4 * inner).div_(13).round_()
-    inner.copy_(smooth.lerp(inner, strength(signed)))
+    inner.copy_(smooth.lerp(inner, factor))
     return x.clamp_(0, 255).to(torch.uint8)
 
 
-RAND_AUGMENT = (rotate, posterize, solarize, solarize_add, autocontrast, equalize, invert, adjust_color,
-                adjust_contrast, adjust_brightness, adjust_sharpness, shear_x, shear_y, translate_x, translate_y)
+def strength(signed):
+    """A factor that changes nothing at 1; the level leads away from 1 ("increasing")."""
+    return max(0.1, 1 + 0.9 * signed)
+
+
+RAND_AUGMENT = (  # each operation takes an image, a level in 0..1, and the level with a random sign
+    lambda image, level, signed: rotate(image, signed),
+    lambda image, level, signed: image & (0xF0 << int(4 * level) & 0xFF),   # posterize: 4 bits stay at level 0, 0 at 1
+    lambda image, level, signed: torch.where(image < 256 - int(256 * level), image, 255 - image),   # solarize
+    lambda image, level, signed: torch.where(image < 128, image + int(110 * level), image),         # solarize, add
+    lambda image, level, signed: TF.autocontrast(image),
+    lambda image, level, signed: TF.equalize(image),
+    lambda image, level, signed: 255 - image,                                                       # invert
+    lambda image, level, signed: TF.adjust_saturation(image, strength(signed)),
+    lambda image, level, signed: TF.adjust_contrast(image, strength(signed)),
+    lambda image, level, signed: TF.adjust_brightness(image, strength(signed)),
+    lambda image, level, signed: sharpen(image, strength(signed)),
+    lambda image, level, signed: warp(image, b=0.3 * signed),                                       # shear x
+    lambda image, level, signed: warp(image, d=0.3 * signed),                                       # shear y
+    lambda image, level, signed: shift(image, round(0.45 * signed * image.shape[2]), 0),            # translate x
+    lambda image, level, signed: shift(image, 0, round(0.45 * signed * image.shape[1])),            # translate y
+)
 
 
 # --- On the device: normalisation, random erasing, the noise of the masks -------------------------------------------
@@ -1557,8 +1517,7 @@ def clouds(height, width, decay, generator):
 def store(name, root, size, classes=None, workers=0):
     """Write the training split at short side `size` beside its folder: raw pixels that are mapped, not decoded.
 
-    The pixels see one bicubic reduction with antialias before the random crop's own: crops smaller than `size` come out
-    coarser than from the original. GTAV at 512 takes 36 GB, 3 x 512 x 932 bytes per image. Only "train" is stored."""
+    GTAV at 512 takes 36 GB. Crops smaller than `size` come out coarser than from the original."""
     for part, entry in entries(name, classes).items():
         if entry.generate or entry.tile or entry.boxes:
             raise UserError(f"--cache {size}: {part} is fast without")
@@ -1570,8 +1529,8 @@ def store(name, root, size, classes=None, workers=0):
         unfinished = target.with_name(f"{target.name}.{os.getpid()}.part")
         try:
             job = partial(store_sample, folder=folder, target=unfinished, size=size)
-            left_out = sum(in_parallel(job, samples, workers, f"storing {part}"))
-            made_from = {"from": str(folder), "short_side": size, "unreadable": left_out,
+            unreadable = sum(in_parallel(job, samples, workers, f"storing {part}"))
+            made_from = {"from": str(folder), "short_side": size, "unreadable": unreadable,
                          "pixels": "uint8, bicubic with antialias; labels are class numbers, nearest pixel"}
             for kind, files in files_of(samples).items():
                 made_from[kind] = names_and_sizes(folder, files)
@@ -1581,7 +1540,7 @@ def store(name, root, size, classes=None, workers=0):
             os.replace(unfinished, target)  # complete or absent
         finally:
             shutil.rmtree(unfinished, ignore_errors=True)
-        print(f"{target}: {len(samples) - left_out} images")
+        print(f"{target}: {len(samples) - unreadable} images")
 
 
 def stored_folder(part, folder, size):
@@ -1622,10 +1581,10 @@ def made_from_these(made_from, folder, samples):
     for kind, files in files_of(samples).items():
         if made_from.get(kind) != names_and_sizes(folder, files):
             return False
-        if f"{kind}, times" in made_from:  # sets stored by older versions know names and sizes only
-            if some_bytes(files, times=True) != made_from[f"{kind}, times"]:
-                if some_bytes(files) != made_from.get(f"{kind}, bytes"):
-                    return False
+        old = f"{kind}, times" not in made_from     # a set that an older version stored, with names and sizes only
+        if not old and made_from[f"{kind}, times"] != some_bytes(files, times=True):
+            if made_from.get(f"{kind}, bytes") != some_bytes(files):
+                return False
     return True
 
 
@@ -1639,17 +1598,14 @@ def store_sample(sample, folder, target, size):
     height, width = image.shape[1:]
     scale = min(1, size / min(height, width))
     smaller = (round(width * scale), round(height * scale))
-    image = resize(image, smaller, InterpolationMode.BICUBIC, antialias=True)
-    store_array(stored_file(folder, target, sample.image), image.permute(1, 2, 0))
+    arrays = {sample.image: resize(image, smaller, InterpolationMode.BICUBIC, antialias=True).permute(1, 2, 0)}
     if sample.label:
-        label = resize_label(sample.read_label(), smaller)
-        store_array(stored_file(folder, target, sample.label), label)
+        arrays[sample.label] = resize_label(sample.read_label(), smaller)
+    for original, array in arrays.items():
+        file = stored_file(folder, target, original)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        np.save(file, np.ascontiguousarray(array))
     return False
-
-
-def store_array(file, array):
-    file.parent.mkdir(parents=True, exist_ok=True)
-    np.save(file, np.ascontiguousarray(array))
 
 
 def use_stored(samples, part, folder, size):
@@ -1861,16 +1817,16 @@ def command_line(Config):
     for cls in Config.__mro__[-2::-1]:  # base classes first: a subclass may comment a field anew
         help_of |= dict(re.findall(r"^    (\w+): .*?# (.*)$", inspect.getsource(cls), re.M))
     parser = argparse.ArgumentParser(allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.error = lambda message: stop_parsing(message)
+    parser.error = stop_parsing
     for field in dataclasses.fields(Config):
-        allowed = allowed_values(field.type)
-        limits = "".join(f"{limit}; " for limit in limits_of(field.type))
-        text = f"{help_of.get(field.name, '')} ({limits}default {field.default})".replace("%", "%%")
+        _, limits, words, _ = parts_of(field.type)
+        within = f"{limits}; " if limits else ""
+        text = f"{help_of.get(field.name, '')} ({within}default {field.default})".replace("%", "%%")
         alone = {}
-        if "yes" in allowed:  # --demo alone means yes
+        if "yes" in words:  # --demo alone means yes
             alone = {"nargs": "?", "const": parse_value(field.type, "yes")}
         parser.add_argument(f"--{field.name}", type=partial(parse_value, field.type), default=argparse.SUPPRESS,
-                            metavar="|".join(allowed) or "X", help=text, **alone)
+                            metavar="|".join(words) or "X", help=text, **alone)
     return parser
 
 
@@ -1878,46 +1834,36 @@ def stop_parsing(message):
     raise UserError(f"{message} (--help lists the flags)")
 
 
-def allowed_values(kind):
-    """The words that a field's type allows; nothing for numbers and free text."""
-    if kind is bool:
-        return ("yes", "no")
-    return typing.get_args(kind) if typing.get_origin(kind) is Literal else ()
-
-
-def limits_of(kind):
-    """The Range that a field's type names, in a list; nothing for words and free text."""
+def parts_of(kind):
+    """Of a field's type the plain type, its qsd.Range or None, the words that it allows, whether it may be none."""
+    optional = typing.get_origin(kind) in (typing.Union, types.UnionType)   # like Count | None
+    if optional:
+        kind = typing.get_args(kind)[0]
+    limits = None
     if typing.get_origin(kind) is typing.Annotated:
-        return [typing.get_args(kind)[1]]
-    return limits_of(typing.get_args(kind)[0]) if is_optional(kind) else []
-
-
-def is_optional(kind):
-    """Whether a type is like Count | None."""
-    return typing.get_origin(kind) in (typing.Union, types.UnionType)
+        kind, limits = typing.get_args(kind)
+    words = ("yes", "no") if kind is bool else ()
+    if typing.get_origin(kind) is Literal:
+        words = typing.get_args(kind)
+    return kind, limits, words, optional
 
 
 def parse_value(kind, text):
     """One flag's text as the type that its field declares, within its range."""
-    if is_optional(kind):
-        return None if text == "none" else parse_value(typing.get_args(kind)[0], text)
-    if typing.get_origin(kind) is typing.Annotated:
-        kind, limits = typing.get_args(kind)
-        value = parse_value(kind, text)
-        if value not in limits:
-            raise argparse.ArgumentTypeError(f"{limits} was expected, not {text}")
-        return value
-    allowed = allowed_values(kind)
-    if allowed and text not in allowed:
-        raise argparse.ArgumentTypeError(f"'{text}' is none of {', '.join(allowed)}")
-    if kind is bool:
-        return text == "yes"
-    if allowed:
-        return text
+    kind, limits, words, optional = parts_of(kind)
+    if optional and text == "none":
+        return None
+    if words and text not in words:
+        raise argparse.ArgumentTypeError(f"'{text}' is none of {', '.join(words)}")
+    if words:
+        return text == "yes" if kind is bool else text
     try:
-        return kind(text)
+        value = kind(text)
     except ValueError:
         raise argparse.ArgumentTypeError(f"'{text}' is no {kind.__name__}") from None
+    if limits and value not in limits:
+        raise argparse.ArgumentTypeError(f"{limits} was expected, not {text}")
+    return value
 
 
 def as_plain(cfg):
