@@ -833,20 +833,21 @@ class Names:
         return os.fsdecode(bytes(self.buffer[self.ends[i]:self.ends[i + 1]]))
 
 
-class Pictures:
-    """The Samples of a set without labels, each made when it is asked for; `ending`: what follows each of the names."""
-
-    def __init__(self, entry, folder, names, ending=""):
-        self.entry = entry
-        self.folder = folder
-        self.names = names
-        self.ending = ending
+@dataclass
+class Samples:
+    """The Samples of a set with files, each made when it is asked for."""
+    entry: Dataset
+    folder: Path
+    images: Names
+    labels: list = None     # names like those of the images
+    ending: str = ""        # what follows each name
 
     def __len__(self):
-        return len(self.names)
+        return len(self.images)
 
     def __getitem__(self, i):
-        return Sample(self.entry, self.folder / (self.names[i] + self.ending))
+        label = self.folder / (self.labels[i] + self.ending) if self.labels else None
+        return Sample(self.entry, self.folder / (self.images[i] + self.ending), label)
 
 
 def find(folder, patterns, text, skipped=()):
@@ -925,7 +926,7 @@ def tile_boxes(width, height, side):
 
 
 def listing(part, entry, root, split, labelled, cache=None):
-    """The samples of one dataset, and the files that lack their partner."""
+    """The samples of one dataset, and the files that have no partner, or several."""
     if split not in entry.splits:
         raise UserError(f"--data {part}: has no {split} split, only {' '.join(entry.splits)}")
     if entry.generate:
@@ -937,32 +938,34 @@ def listing(part, entry, root, split, labelled, cache=None):
         raise UserError(f"--data {part}: {missing}")
 
     folder = locate(root, entry)
-    names, regex, others = find_some(part, folder, entry.images, entry.splits[split])
+    images, regex, others = find_some(part, folder, entry.images, entry.splits[split])
+    labels = None
     alone = []
     if labelled:
         labels, labels_regex, _ = find_some(part, folder, entry.labels, entry.splits[split], entry.converted)
-        pairs, alone = paired(by_key(names, regex), by_key(labels, labels_regex))
-        samples = [Sample(entry, folder / image, folder / label) for image, label in pairs]
-    else:
-        samples = Pictures(entry, folder, names)
+        images, labels, alone = paired(by_key(images, regex), by_key(labels, labels_regex))
+    samples = Samples(entry, folder, images, labels)
     if cache and split == "train":  # evaluation sees the original pixels
-        samples = use_stored(samples, part, folder, cache)
+        samples = use_stored(samples, part, cache)
     rest = left_out(folder, entry, others) if entry.own else ""
     qsd.say(f"{part} {split}: {len(samples)} images in {folder}{rest}")
     return samples, [folder / name for name in alone]
 
 
 def paired(images, labels):
-    """Of {key: [names]} the pairs (image, label), and the names that have no partner or several."""
-    pairs = []
+    """Of {key: [names]} twice: the images with one label each, those labels, and the names of all others."""
+    with_label = []
+    with_image = []
     alone = []
     for key in images | labels:
-        of_both = images.get(key, []) + labels.get(key, [])
-        if len(images.get(key, [])) == len(labels.get(key, [])) == 1:
-            pairs.append(of_both)
+        here = images.get(key, [])
+        there = labels.get(key, [])
+        if len(here) == len(there) == 1:
+            with_label += here
+            with_image += there
         else:
-            alone += of_both
-    return pairs, alone
+            alone += here + there
+    return with_label, with_image, alone
 
 
 def left_out(folder, entry, others):
@@ -1522,7 +1525,7 @@ def store(name, root, size, classes=None, workers=0):
         if entry.generate or entry.tile or entry.boxes:
             raise UserError(f"--cache {size}: {part} is fast without")
         samples = gather(part, root, "train", bool(entry.decode), None, classes)
-        folder = locate(root, entry)
+        folder = samples.folder
         target = stored_folder(part, folder, size)
         if target.exists():
             raise UserError(f"--cache {size}: {target} exists; delete it to make it again")
@@ -1547,15 +1550,11 @@ def stored_folder(part, folder, size):
     return folder.resolve().parent / f"{part}-{size}"
 
 
-def stored_file(folder, target, file):
-    return Path(f"{target / file.relative_to(folder)}.npy")
-
-
 def files_of(samples):
-    """The files of some samples: {"images": [Path]}, and if they are labelled "labels"."""
-    files = {"images": [sample.image for sample in samples]}
-    if samples[0].label:
-        files["labels"] = [sample.label for sample in samples]
+    """The files of a set: {"images": [Path]}, and if it is labelled "labels"."""
+    files = {"images": [samples.folder / name for name in samples.images]}
+    if samples.labels:
+        files["labels"] = [samples.folder / name for name in samples.labels]
     return files
 
 
@@ -1576,13 +1575,13 @@ def some_bytes(files, times=False):
     return digest.hexdigest()
 
 
-def made_from_these(made_from, folder, samples):
+def made_from_these(made_from, samples):
     """Whether a stored set comes from these files as they are; a copy of them has other times, but the same bytes."""
     for kind, files in files_of(samples).items():
-        if made_from.get(kind) != names_and_sizes(folder, files):
+        if made_from.get(kind) != names_and_sizes(samples.folder, files):
             return False
-        old = f"{kind}, times" not in made_from     # a set that an older version stored, with names and sizes only
-        if not old and made_from[f"{kind}, times"] != some_bytes(files, times=True):
+        times = some_bytes(files, times=True)
+        if made_from.get(f"{kind}, times", times) != times:     # older versions noted names and sizes only
             if made_from.get(f"{kind}, bytes") != some_bytes(files):
                 return False
     return True
@@ -1602,27 +1601,21 @@ def store_sample(sample, folder, target, size):
     if sample.label:
         arrays[sample.label] = resize_label(sample.read_label(), smaller)
     for original, array in arrays.items():
-        file = stored_file(folder, target, original)
+        file = Path(f"{target / original.relative_to(folder)}.npy")
         file.parent.mkdir(parents=True, exist_ok=True)
         np.save(file, np.ascontiguousarray(array))
     return False
 
 
-def use_stored(samples, part, folder, size):
+def use_stored(samples, part, size):
     """The same samples with the stored files; UserError unless those were made from the files as they are now."""
-    target = stored_folder(part, folder, size)
+    target = stored_folder(part, samples.folder, size)
     made_from = read_book(target / "made_from.json")
-    if not from_the_first(made_from_these, made_from, folder, samples):
+    if not from_the_first(made_from_these, made_from, samples):
         state = "was made from other files; delete it and run" if target.exists() else "is not there; run"
         raise UserError(f"--cache {size}: {target} {state} "
-                        f"{preflight_of(part, samples[0].entry, folder)} --cache {size}")
-    if isinstance(samples, Pictures):
-        return Pictures(samples.entry, target, samples.names, ".npy")
-    moved = []
-    for sample in samples:
-        image = stored_file(folder, target, sample.image)
-        moved.append(sample._replace(image=image, label=stored_file(folder, target, sample.label)))
-    return moved
+                        f"{preflight_of(part, samples.entry, samples.folder)} --cache {size}")
+    return replace(samples, folder=target, ending=".npy")
 
 
 def in_parallel(job, items, workers, title):
