@@ -652,11 +652,8 @@ def acdc(condition):
 
 def toy(domain, jumble=False, train=0, val=0):
     """A toy domain with so many scenes for training and for evaluation."""
-    splits = {}
-    if train:
-        splits["train"] = range(train)
-    if val:
-        splits["val"] = range(10 ** 6, 10 ** 6 + val)
+    splits = {"train": range(train), "val": range(10 ** 6, 10 ** 6 + val)}
+    splits = {split: numbers for split, numbers in splits.items() if numbers}
     return Dataset("toy", splits=splits, classes=TOY_CLASSES, colors=TOY_COLORS,
                    generate=partial(toy_scene, domain, jumble=jumble))
 
@@ -686,10 +683,7 @@ DATASETS = {
     "mapillary": street("mapillary", ("<split>/images/*",), ("<split>/v1.2/labels/*", "<split>/labels/*"),
                         {"train": "training", "val": "validation"}, partial(by_value, table=MAPILLARY_IDS),
                         eval_size=(1024, 512), eval_half=True),
-    "acdc-night": acdc("night"),
-    "acdc-snow": acdc("snow"),
-    "acdc-fog": acdc("fog"),
-    "acdc-rain": acdc("rain"),
+    **{f"acdc-{condition}": acdc(condition) for condition in ("night", "snow", "fog", "rain")},
     # from the air
     "potsdam-rgb": isprs("potsdam", ("**/top_potsdam_<split>_RGB",),
                          ("**/top_potsdam_<split>_label_noBoundary",), POTSDAM),
@@ -712,10 +706,7 @@ DATASETS = {
                       own=True),
     # the toy world
     "toy": toy("game", train=1000, val=100),
-    "toy-night": toy("night", val=100),
-    "toy-fog": toy("fog", val=100),
-    "toy-snow": toy("snow", val=100),
-    "toy-rain": toy("rain", val=100),
+    **{f"toy-{look}": toy(look, val=100) for look in ("night", "fog", "snow", "rain")},
     "toy-arcade": toy("arcade", train=1000, val=100),
     "toy-diorama": toy("diorama", train=1000, val=100),
     "toy-wide": toy("wide", train=4000, val=100),
@@ -764,10 +755,12 @@ class Sample(NamedTuple):
             return torch.from_numpy(self.entry.generate(self.image)[1])
         try:
             if self.label.suffix == ".npy":
-                return torch.from_numpy(np.load(self.label))
-            if self.entry.tile:
-                return torch.from_numpy(self.entry.decode(self.label, self.box))
-            return torch.from_numpy(self.entry.decode(self.label))
+                label = np.load(self.label)
+            elif self.box:
+                label = self.entry.decode(self.label, self.box)
+            else:
+                label = self.entry.decode(self.label)
+            return torch.from_numpy(label)
         except UserError:
             raise
         except BROKEN as error:
@@ -1428,13 +1421,12 @@ def eval_transform(name):
     (entry,) = entries(name).values()
 
     def transform(image, label):
-        height, width = image.shape[1:]
         if entry.eval_half:
-            height = height // 2
-            width = width // 2
-            image = resize(image, (width, height), InterpolationMode.BICUBIC, antialias=True)
-            label = resize_label(label, (width, height))
+            half = (image.shape[2] // 2, image.shape[1] // 2)
+            image = resize(image, half, InterpolationMode.BICUBIC, antialias=True)
+            label = resize_label(label, half)
         if entry.eval_size:
+            height, width = image.shape[1:]
             long_edge, short_edge = entry.eval_size
             scale = min(long_edge / max(height, width), short_edge / min(height, width))
             image = resize(image, (round(width * scale), round(height * scale)))
@@ -2238,74 +2230,58 @@ def passes_of(batch, micro, world, pairs=True):
 
 # --- Run folders ----------------------------------------------------------------------------------------------------
 
-def read_header(log):
-    """The first line of a run's log.jsonl: its Config, command, files and versions."""
-    lines = read_lines(log)
-    if not lines or not dict_in(lines[0][1], "config"):
+def check_folder(cfg, free):
+    """Refuse --out if it holds another run or foreign files, and leave it as it is; `free`: see check_header."""
+    out = Path(cfg.out)
+    log = out / "log.jsonl"
+    check_place("--out", out)
+    if log.exists():
+        check_header(log, cfg, free)
+    elif out.exists() and not out.is_dir():
+        raise UserError(f"--out {out} is a file, not a folder; choose another --out")
+    elif out.exists() and any(path.name not in ("part.log.jsonl", "lock") for path in out.iterdir()):
+        raise UserError(f"--out {out} is not empty and holds no log.jsonl of this script; choose another --out")
+
+
+def check_header(log, cfg, free):
+    """Refuse a run that the first line of its log says began with other constants than cfg, or with other files.
+
+    A constant that one of the two lacks has its default there, or what RETIRED or EARLIER say, which cfg is then set to.
+    Those in `free`, and the folder's name, may differ; a file may have moved, if it is the same."""
+    header = next((line for _, line in read_lines(log)), {})
+    stored = dict_in(header, "config")
+    files = dict_in(header, "files")
+    if not stored:
         raise UserError(f"{log} is damaged: it does not begin with the constants of a run; choose another --out, or "
                         "delete the folder if nothing in it is needed")
-    return lines[0][1]
-
-
-def other_constants(cfg, header, free):
-    """In what the constants in a run's header differ from those of cfg, as ["lr 0.1 -> 0.2"].
-
-    A constant that one of the two lacks has its default there; those in `free`, and the folder's name, may differ. A
-    file may have moved, if it is the same."""
-    stored = header["config"]
-    before = as_plain(type(cfg)()) | RETIRED | stored
+    for name, value in EARLIER.items():
+        if hasattr(cfg, name) and name not in stored:
+            setattr(cfg, name, value)
+    before = as_plain(type(cfg)()) | RETIRED | EARLIER | stored
     now = before | RETIRED | as_plain(cfg)
-    files = dict_in(header, "files")
     differing = []
     for name, value in before.items():
         moved = name in files and file_of(now[name]) == files[name]
         if not moved and not same_value(value, now[name]) and name not in free and name != "out":
             differing.append(f"{name} {value} -> {now[name]}")
-    return differing
-
-
-def files_named_by(cfg):
-    """{constant: fingerprint} of the files that constants name: checkpoints of teacher and student."""
-    found = {name: file_of(value) for name, value in as_plain(cfg).items() if name not in ("out", "root", "data")}
-    return {name: text for name, text in found.items() if text}
+    if differing:
+        raise UserError(f"--out {log.parent} holds a run with other constants ({', '.join(differing)}); "
+                        "choose another --out")
+    for name, text in files.items():
+        value = as_plain(cfg).get(name)
+        if (log.parent / "last.pt").exists() and text not in (None, file_of(value)):
+            raise UserError(f"--{name} {value} is another file than when the run in --out {log.parent} began; "
+                            "choose another --out")
 
 
 def file_of(value):
-    """The fingerprint of a file that a constant names; None if it names none."""
+    """The fingerprint of a file that a constant names, as those of teacher and student; None if it names none."""
     return fingerprint(value) if isinstance(value, str) and value and os.path.isfile(value) else None
 
 
 def same_value(a, b):
     """Whether two constants are equal, or two spellings of one path."""
     return a == b or (isinstance(a, str) and isinstance(b, str) and os.path.abspath(a) == os.path.abspath(b))
-
-
-def check_folder(cfg, free):
-    """Refuse --out if it holds another run or foreign files, and leave it as it is.
-
-    A run that began before a constant of EARLIER existed goes on as it began: cfg is set so.
-    """
-    out = Path(cfg.out)
-    log = out / "log.jsonl"
-    check_place("--out", out)
-    if log.exists():
-        header = read_header(log)
-        stored = header["config"]
-        for name, value in EARLIER.items():
-            if hasattr(cfg, name) and name not in stored:
-                setattr(cfg, name, value)
-        differing = other_constants(cfg, header | dict(config=EARLIER | stored), free)
-        if differing:
-            raise UserError(f"--out {out} holds a run with other constants ({', '.join(differing)}); "
-                            "choose another --out")
-        for name, text in dict_in(header, "files").items():
-            if (out / "last.pt").exists() and text not in (None, file_of(as_plain(cfg).get(name, ""))):
-                raise UserError(f"--{name} {as_plain(cfg).get(name)} is another file than when the run in --out {out} "
-                                "began; choose another --out")
-    elif out.exists() and not out.is_dir():
-        raise UserError(f"--out {out} is a file, not a folder; choose another --out")
-    elif out.exists() and any(path.name not in ("part.log.jsonl", "lock") for path in out.iterdir()):
-        raise UserError(f"--out {out} is not empty and holds no log.jsonl of this script; choose another --out")
 
 
 def lock(folder):
@@ -2432,9 +2408,12 @@ def steps_of(checkpoint):
 
 def header_of(cfg, device):
     """The first line of a log: what a run was begun with."""
+    config = as_plain(cfg)
     versions = dict(torch=torch.__version__, torchvision=torchvision.__version__, python=sys.version.split()[0])
-    return dict(config=as_plain(cfg), command=" ".join(sys.argv), git=git_commit(), **versions,
-                device=device_name(device), world=world_size(), files=files_named_by(cfg))
+    files = {name: file_of(value) for name, value in config.items() if name not in ("out", "root", "data")}
+    files = {name: text for name, text in files.items() if text}
+    return dict(config=config, command=" ".join(sys.argv), git=git_commit(), **versions,
+                device=device_name(device), world=world_size(), files=files)
 
 
 def cut(log, steps):
