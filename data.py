@@ -600,13 +600,14 @@ def toy_things(domain, index, hidden=12):
 # --- The datasets: one row each -------------------------------------------------------------------------------------
 # A pattern names files of any image suffix below the dataset's folder: "*" stands for text within one name, "{a,b}" for
 # either, "**/" for any folders, "<split>" for the row's text of that split. Image and label are a pair where "*" and
-# "{}" stood for the same texts. Of several patterns (layouts of different releases) the first that finds a file counts.
+# "{}" stood for the same texts. A space is between patterns for the layouts of several releases: the first that finds a
+# file counts.
 
 @dataclass(frozen=True)
 class Dataset:
     folder: str                 # below --root, which may also be the folder itself
-    images: tuple = ()          # patterns
-    labels: tuple = ()
+    images: str = ""            # patterns
+    labels: str = ""
     splits: dict = None         # {split: text of "<split>"}; of a generated set {split: range of scene numbers}
     decode: Callable = None     # label file -> uint8 (H, W), or boxes
     classes: tuple = ()
@@ -626,6 +627,7 @@ class Dataset:
         return len(self.classes)
 
 
+CONVERTED = ("_labelTrainIds",)
 TRAIN = {"train": "train"}
 TRAIN_VAL = {"train": "train", "val": "val"}
 POTSDAM = {"train": "{2_10,2_11,2_12,3_10,3_11,3_12,4_10,4_11,4_12,5_10,5_11,5_12,"
@@ -639,14 +641,14 @@ VOC = {"train": "VOC2007/ImageSets/Main/trainval.txt VOC2012/ImageSets/Main/trai
 street = partial(Dataset, classes=CITYSCAPES_CLASSES, colors=CITYSCAPES_COLORS)
 isprs = partial(Dataset, classes=ISPRS_CLASSES, colors=ISPRS_COLORS, decode=isprs_label, tile=512)
 camvid = partial(Dataset, classes=CAMVID_CLASSES, colors=CAMVID_COLORS, decode=partial(by_value, table=CAMVID_IDS))
-voc = Dataset("VOCdevkit", ("VOC2007/JPEGImages/*",), splits=VOC, decode=voc_boxes, classes=VOC_CLASSES,
+voc = Dataset("VOCdevkit", "VOC2007/JPEGImages/*", splits=VOC, decode=voc_boxes, classes=VOC_CLASSES,
               colors=VOC_COLORS, boxes=True)
 
 
 def acdc(condition):
     """One of the four conditions of ACDC, each a domain."""
-    return street("acdc", (f"rgb_anon/{condition}/<split>/*/*_rgb_anon",),
-                  (f"gt/{condition}/<split>/*/*_gt_labelTrainIds", f"gt/{condition}/<split>/*/*_gt_labelIds"),
+    return street("acdc", f"rgb_anon/{condition}/<split>/*/*_rgb_anon",
+                  f"gt/{condition}/<split>/*/*_gt_labelTrainIds gt/{condition}/<split>/*/*_gt_labelIds",
                   TRAIN_VAL, cityscapes_label, eval_size=(960, 540))
 
 
@@ -666,44 +668,39 @@ def toy_boxes(domain, corrupted=False, **counts):
 
 DATASETS = {
     # ImageNet, or any folder of images
-    "imagenet": Dataset("imagenet", ("<split>/{**/}*", "{**/}*"), splits=TRAIN_VAL, own=True),
+    "imagenet": Dataset("imagenet", "<split>/{**/}* {**/}*", splits=TRAIN_VAL, own=True),
     # synthetic streets
-    "gtav": street("gtav", ("images/*",), ("labels/*",), TRAIN, cityscapes_label, resize_label=True,
-                   converted=("_labelTrainIds",)),
-    "synthia": street("synthia", ("**/RGB/*",), ("**/GT/LABELS/*",), TRAIN, synthia_label,
-                      converted=("_labelTrainIds",)),
-    "urbansyn": street("urbansyn", ("rgb/**/rgb_*",), ("ss/**/ss_*",), TRAIN, partial(by_value, table=URBANSYN_IDS)),
+    "gtav": street("gtav", "images/*", "labels/*", TRAIN, cityscapes_label, resize_label=True, converted=CONVERTED),
+    "synthia": street("synthia", "**/RGB/*", "**/GT/LABELS/*", TRAIN, synthia_label, converted=CONVERTED),
+    "urbansyn": street("urbansyn", "rgb/**/rgb_*", "ss/**/ss_*", TRAIN, partial(by_value, table=URBANSYN_IDS)),
     # real streets
-    "cityscapes": street("cityscapes", ("leftImg8bit/<split>/*/*_leftImg8bit",),
-                         ("gtFine/<split>/*/*_gtFine_labelIds", "gtFine/<split>/*/*_gtFine_labelTrainIds"),
+    "cityscapes": street("cityscapes", "leftImg8bit/<split>/*/*_leftImg8bit",
+                         "gtFine/<split>/*/*_gtFine_labelIds gtFine/<split>/*/*_gtFine_labelTrainIds",
                          TRAIN_VAL, cityscapes_label, eval_size=(1024, 512)),
-    "bdd100k": street("bdd100k", ("images/10k/<split>/*", "seg/images/<split>/*"),
-                      ("labels/sem_seg/masks/<split>/*", "seg/labels/<split>/*_train_id"),
+    "bdd100k": street("bdd100k", "images/10k/<split>/* seg/images/<split>/*",
+                      "labels/sem_seg/masks/<split>/* seg/labels/<split>/*_train_id",
                       TRAIN_VAL, partial(by_value, table=TRAIN_IDS), eval_size=(1280, 720)),
-    "mapillary": street("mapillary", ("<split>/images/*",), ("<split>/v1.2/labels/*", "<split>/labels/*"),
+    "mapillary": street("mapillary", "<split>/images/*", "<split>/v1.2/labels/* <split>/labels/*",
                         {"train": "training", "val": "validation"}, partial(by_value, table=MAPILLARY_IDS),
                         eval_size=(1024, 512), eval_half=True),
     **{f"acdc-{condition}": acdc(condition) for condition in ("night", "snow", "fog", "rain")},
     # from the air
-    "potsdam-rgb": isprs("potsdam", ("**/top_potsdam_<split>_RGB",),
-                         ("**/top_potsdam_<split>_label_noBoundary",), POTSDAM),
-    "potsdam-irrg": isprs("potsdam", ("**/top_potsdam_<split>_IRRG",),
-                          ("**/top_potsdam_<split>_label_noBoundary",), POTSDAM),
-    "vaihingen-irrg": isprs("vaihingen", ("**/top_mosaic_09cm_area<split>",),
-                            ("**/top_mosaic_09cm_area<split>_noBoundary",), VAIHINGEN),
+    "potsdam-rgb": isprs("potsdam", "**/top_potsdam_<split>_RGB", "**/top_potsdam_<split>_label_noBoundary", POTSDAM),
+    "potsdam-irrg": isprs("potsdam", "**/top_potsdam_<split>_IRRG", "**/top_potsdam_<split>_label_noBoundary", POTSDAM),
+    "vaihingen-irrg": isprs("vaihingen", "**/top_mosaic_09cm_area<split>", "**/top_mosaic_09cm_area<split>_noBoundary",
+                            VAIHINGEN),
     # surgery
-    "endovis18": Dataset("endovis18", ("**/<split>/left_frames/*",), ("**/<split>/labels/*",), ENDOVIS, endovis_label,
+    "endovis18": Dataset("endovis18", "**/<split>/left_frames/*", "**/<split>/labels/*", ENDOVIS, endovis_label,
                          ENDOVIS_CLASSES, ENDOVIS_COLORS),
     # CamVid by day, and at dusk as an unseen domain
-    "camvid": camvid("camvid", ("<split>/{0006R0,0016E5,Seq05VD}_*",), ("<split>annot/{0006R0,0016E5,Seq05VD}_*",),
+    "camvid": camvid("camvid", "<split>/{0006R0,0016E5,Seq05VD}_*", "<split>annot/{0006R0,0016E5,Seq05VD}_*",
                      {"train": "train", "val": "test"}),
-    "camvid-dusk": camvid("camvid", ("<split>/0001TP_*",), ("<split>annot/0001TP_*",), {"val": "{train,val,test}"}),
+    "camvid-dusk": camvid("camvid", "<split>/0001TP_*", "<split>annot/0001TP_*", {"val": "{train,val,test}"}),
     # VOC 2007 and 2012, whose labels are boxes; the corruptions of its test images are an unseen domain
     "voc": voc,
     "voc-corruptions": replace(voc, corrupted=True),
     # one's own images
-    "folder": Dataset("folder", ("images/<split>*",), ("masks/<split>*",), {"train": "{train/,}", "val": "val/"},
-                      own=True),
+    "folder": Dataset("folder", "images/<split>*", "masks/<split>*", {"train": "{train/,}", "val": "val/"}, own=True),
     # the toy world
     "toy": toy("game", train=1000, val=100),
     **{f"toy-{look}": toy(look, val=100) for look in ("night", "fog", "snow", "rain")},
@@ -847,8 +844,7 @@ def find(folder, patterns, text, skipped=()):
     """The files below a folder that the first successful pattern names: Names, the pattern, and the files it does not.
 
     `text` stands for <split>; files whose name without suffix ends in one of `skipped` are passed over."""
-    for pattern in patterns:
-        pattern = pattern.replace("<split>", text)
+    for pattern in patterns.replace("<split>", text).split():
         regex = as_regex(pattern)
         top = re.split(r"[*{]", pattern)[0].rpartition("/")[0]  # the folder below which all its files lie
         names = Names()
@@ -867,7 +863,7 @@ def find_some(part, folder, patterns, text, skipped=()):
     """What find finds, in the first process for all; UserError if that is nothing."""
     names, regex, others = from_the_first(find, folder, patterns, text, skipped)
     if not len(names):
-        looked_for = " or ".join(pattern.replace("<split>", text) for pattern in patterns)
+        looked_for = " or ".join(patterns.replace("<split>", text).split())
         raise UserError(f"--data {part}: {folder} holds no files like {looked_for}")
     return names, regex, others
 
@@ -963,8 +959,8 @@ def paired(images, labels):
 
 def left_out(folder, entry, others):
     """Names the files of one's own folder that are of no split, as text."""
-    patterns = [pattern.replace("<split>", text) for pattern in entry.images for text in entry.splits.values()]
-    regex = re.compile("|".join(as_regex(pattern).pattern for pattern in patterns))
+    patterns = " ".join(entry.images.replace("<split>", text) for text in entry.splits.values())
+    regex = re.compile("|".join(as_regex(pattern).pattern for pattern in patterns.split()))
     return and_without(folder, [name for name in others if not regex.fullmatch(name)])
 
 
@@ -1109,42 +1105,44 @@ def scenes(name, root, split="train", transform=None, labels="1", classes=None, 
 
 # --- Which image when -----------------------------------------------------------------------------------------------
 
+@dataclass
 class Draws:
     """Batch sampler: this process's micro-batches of keys (index, draw), from a step on, forever.
 
     Draw d of a run belongs to epoch d // n. An epoch is a permutation seeded by (seed, epoch) of which each image comes
     `repeats` times in a row (repeated augmentation), cut to n draws. Step s takes draws [s batch, (s + 1) batch); each
     process a contiguous share of them, in `accumulate` micro-batches: the same images at any number of processes."""
+    n: int
+    batch: int
+    seed: int = 0
+    start_step: int = 0
+    rank: int = 0
+    world: int = 1
+    accumulate: int = 1
+    repeats: int = 1
 
-    def __init__(self, n, batch, seed=0, start_step=0, rank=0, world=1, accumulate=1, repeats=1):
-        if batch % (world * accumulate):
-            raise UserError(f"--batch {batch}: not a multiple of {world} processes x {accumulate} micro-batches")
-        self.n = n
-        self.batch = batch
-        self.share = batch // world
-        self.micro = batch // (world * accumulate)
-        self.seed = seed
-        self.start_step = start_step
-        self.rank = rank
-        self.repeats = repeats
-        self.epoch = None  # of the permutation at hand
+    def __post_init__(self):
+        if self.batch % (self.world * self.accumulate):
+            raise UserError(f"--batch {self.batch}: not a multiple of {self.world} processes x {self.accumulate} "
+                            "micro-batches")
 
     def __iter__(self):
-        step = self.start_step
-        while True:
-            first = step * self.batch + self.rank * self.share
-            for start in range(first, first + self.share, self.micro):
-                yield [(self.index(draw), draw) for draw in range(start, start + self.micro)]
-            step += 1
+        share = self.batch // self.world
+        micro = share // self.accumulate
+        for step in itertools.count(self.start_step):
+            first = step * self.batch + self.rank * share
+            for start in range(first, first + share, micro):
+                yield [(self.index(draw), draw) for draw in range(start, start + micro)]
 
     def index(self, draw):
         """The image of a draw."""
-        epoch = draw // self.n
-        if epoch != self.epoch:
-            generator = torch.Generator().manual_seed(mix(self.seed, ORDER, epoch))
-            self.order = torch.randperm(self.n, generator=generator)
-            self.epoch = epoch
-        return self.order[draw % self.n // self.repeats].item()
+        order = order_of_epoch(self.n, self.seed, draw // self.n)
+        return order[draw % self.n // self.repeats].item()
+
+
+@lru_cache(maxsize=1)
+def order_of_epoch(n, seed, epoch):
+    return torch.randperm(n, generator=torch.Generator().manual_seed(mix(seed, ORDER, epoch)))
 
 
 def loader(dataset, batch, seed=0, start_step=0, rank=0, world=1, accumulate=1, repeats=1, workers=0):
@@ -1285,11 +1283,8 @@ def renormalize(x, model, other):
     """Images normalised for one encoder, normalised for another instead: x std + mean are the pixels of both."""
     if (model.mean, model.std) == (other.mean, other.std):
         return x
-    scale = []
-    offset = []
-    for mean, std, other_mean, other_std in zip(model.mean, model.std, other.mean, other.std):
-        scale.append(std / other_std)
-        offset.append((mean - other_mean) / other_std)
+    scale = np.divide(model.std, other.std)
+    offset = np.subtract(model.mean, other.mean) / other.std
     return x * x.new_tensor(scale)[:, None, None] + x.new_tensor(offset)[:, None, None]
 
 
@@ -1657,8 +1652,10 @@ def check(sample):
 
 def preflight(name, root, out=None, classes=None, workers=0):
     """Open every file of every split that is there and print what was found; returns the number of problems."""
+    if out and Path(out).suffix.lower() not in SUFFIXES:
+        raise UserError(f"--out {out}: a picture's name ends in one of {' '.join(sorted(SUFFIXES))}")
     if out:
-        check_picture("--out", out)
+        check_place("--out", out)
     count = 0
     shown = []
     counts = np.zeros(256, np.int64)
@@ -1677,7 +1674,7 @@ def preflight(name, root, out=None, classes=None, workers=0):
             counts += sum(finding.counts for finding in findings)
             good = [sample for sample, finding in zip(samples, findings) if not finding.problem]
             shown += good[::max(1, math.ceil(len(good) / 4))]  # 4 at most, evenly
-    print(shares(entry.classes, counts, "objects" if entry.boxes else "pixels"), end="")
+    print_shares(entry.classes, counts, "objects" if entry.boxes else "pixels")
     if out and shown:
         with whole(Path(out)) as file:
             overview(shown).save(file)
@@ -1693,18 +1690,17 @@ def splits_at_hand(entry, root):
     return found or list(entry.splits)[:1]
 
 
-def shares(classes, counts, what):
-    """The classes' shares of the pixels in percent, as text with a line for each; of a set without labels nothing."""
+def print_shares(classes, counts, what):
+    """A line for each class's share of the pixels or objects; of a set without labels nothing."""
     named = {name: counts[number] for number, name in enumerate(classes)}
     named["ignored"] = counts[IGNORE]
     total = sum(named.values())
     if not total:
-        return ""
-    width = max(len(name) for name in named)
-    text = f"share of the {what}, %\n"
+        return
+    width = max(map(len, named))
+    print(f"share of the {what}, %")
     for name, count in named.items():
-        text += f"  {name:{width}} {100 * count / total:6.2f}\n"
-    return text
+        print(f"  {name:{width}} {100 * count / total:6.2f}")
 
 
 def palette(colors):
@@ -2188,13 +2184,6 @@ def is_there(path):
     return True
 
 
-def check_picture(flag, path):
-    """UserError if a picture cannot be written to a path."""
-    if Path(path).suffix.lower() not in SUFFIXES:
-        raise UserError(f"{flag} {path}: a picture's name ends in one of {' '.join(sorted(SUFFIXES))}")
-    check_place(flag, path)
-
-
 def first_line(error, most=80):
     """The beginning of an exception's text."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)[:most]
@@ -2246,7 +2235,7 @@ def check_folder(cfg, free):
 def check_header(log, cfg, free):
     """Refuse a run that the first line of its log says began with other constants than cfg, or with other files.
 
-    A constant that one of the two lacks has its default there, or what RETIRED or EARLIER say, which cfg is then set to.
+    A constant that one of the two lacks has its default there, or what RETIRED and EARLIER say; cfg is set to EARLIER.
     Those in `free`, and the folder's name, may differ; a file may have moved, if it is the same."""
     header = next((line for _, line in read_lines(log)), {})
     stored = dict_in(header, "config")
