@@ -76,7 +76,6 @@ BAD_SHARE = 0.01            # share of the training images that may be unreadabl
 LABEL_SEED = 0              # of the subset that labels="1/16" takes: the same images in every run
 SUFFIXES = {".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp"}
 BROKEN = (OSError, ValueError, SyntaxError, RuntimeError, Image.DecompressionBombError)  # what damaged files raise
-ORDER, ERASED_BOX, ERASED_PIXELS, MASKS = range(1, 5)  # each use of a draw's number has random numbers of its own
 
 
 # --- Files to pixels ------------------------------------------------------------------------------------------------
@@ -969,7 +968,7 @@ def and_without(folder, names):
     return f"; {len(names)} other files there are left out, as {folder / names[0]}" if names else ""
 
 
-def preflight_of(part, entry, root):
+def preflight_command(part, entry, root):
     """The command that looks through a dataset, as a shell takes it."""
     classes = f" --classes {entry.num_classes}" if part == "folder" and entry.num_classes else ""
     return f"python data.py --data {part} --root {shlex.quote(str(root))}{classes}"
@@ -998,7 +997,7 @@ def gather(name, root, split, labelled, cache, classes=None):
         found, alone = listing(part, entry, root, split, labelled, cache)
         if alone:
             raise UserError(f"{alone[0]}: has no partner, as {len(alone)} files of {part} {split}; list them all with "
-                            f"{preflight_of(part, entry, root)}")
+                            f"{preflight_command(part, entry, root)}")
         if entry.tile or entry.corrupted:
             found = list(itertools.chain.from_iterable(map(pieces, found)))
         samples.append(found)
@@ -1076,6 +1075,9 @@ class Scenes(torch.utils.data.Dataset):
 
 def mismatch(sample, image, label):
     return f"{sample.label}: {label.shape[1]}x{label.shape[0]}, but its image is {image.shape[2]}x{image.shape[1]}"
+
+
+ORDER, ERASED_BOX, ERASED_PIXELS, MASKS = range(1, 5)  # each use of a draw's number has random numbers of its own
 
 
 def mix(*numbers):
@@ -1312,11 +1314,8 @@ def erase(x, draws, seed=0, p=0.25, area=(0.02, 1 / 3), ratio=(0.3, 3.3)):
 
 def uniform_noise(draws, N, seed):
     """Random numbers in 0..1, (B, N), each row by (seed, draw) alone: the same masks at any number of processes."""
-    noise = []
-    for draw in draws.tolist():
-        generator = torch.Generator().manual_seed(mix(seed, MASKS, draw))
-        noise.append(torch.rand(N, generator=generator))
-    return torch.stack(noise)
+    generators = [torch.Generator().manual_seed(mix(seed, MASKS, draw)) for draw in draws.tolist()]
+    return torch.stack([torch.rand(N, generator=generator) for generator in generators])
 
 
 # --- Stage 2: image and label together ------------------------------------------------------------------------------
@@ -1601,7 +1600,7 @@ def use_stored(samples, part, size):
     if not from_the_first(made_from_these, made_from, samples):
         state = "was made from other files; delete it and run" if target.exists() else "is not there; run"
         raise UserError(f"--cache {size}: {target} {state} "
-                        f"{preflight_of(part, samples.entry, samples.folder)} --cache {size}")
+                        f"{preflight_command(part, samples.entry, samples.folder)} --cache {size}")
     return replace(samples, folder=target, ending=".npy")
 
 
@@ -1632,7 +1631,7 @@ class Finding(NamedTuple):
     counts: np.ndarray = np.zeros(256, np.int64)  # pixels of each label value, or objects of each class
 
 
-def check(sample):
+def check_sample(sample):
     """Open both files of a sample."""
     try:
         image = sample.read_image()
@@ -1662,7 +1661,7 @@ def preflight(name, root, out=None, classes=None, workers=0):
     for part, entry in entries(name, classes).items():
         for split in splits_at_hand(entry, root):
             samples, alone = listing(part, entry, root, split, bool(entry.labels))
-            findings = list(in_parallel(check, samples, workers, f"{part} {split}"))
+            findings = list(in_parallel(check_sample, samples, workers, f"{part} {split}"))
             problems = [f"{file}: has no partner, or several" for file in alone]
             problems += [finding.problem for finding in findings if finding.problem]
             oddities = [finding.oddity for finding in findings if finding.oddity]
@@ -1780,7 +1779,6 @@ def main(argv=None):
 
 # --- Flags: every field of a Config is one --------------------------------------------------------------------------
 
-RETIRED = dict(mask_every=2, val_every=0)  # constants that older runs hold and no Config has any more: their defaults
 EARLIER = dict(geometry="centred", no_decay="all")  # what runs had before these constants existed; others: the default
 
 
@@ -1797,7 +1795,7 @@ def command_line(Config):
     help_of = {}
     for cls in Config.__mro__[-2::-1]:  # base classes first: a subclass may comment a field anew
         help_of |= dict(re.findall(r"^    (\w+): .*?# (.*)$", inspect.getsource(cls), re.M))
-    parser = argparse.ArgumentParser(allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(allow_abbrev=False)
     parser.error = stop_parsing
     for field in dataclasses.fields(Config):
         _, limits, words, _ = parts_of(field.type)
@@ -1959,6 +1957,11 @@ def reason_of(error):
     return "" if closed or isinstance(error, dist.DistError) else None
 
 
+def first_line(error, most=80):
+    """The beginning of an exception's text."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)[:most]
+
+
 # --- Processes: one, or as many as torchrun starts ------------------------------------------------------------------
 
 PATIENCE = datetime.timedelta(hours=3)  # how long processes wait for one that saves or downloads
@@ -1967,11 +1970,14 @@ PATIENCE = datetime.timedelta(hours=3)  # how long processes wait for one that s
 # proper, which they have not. QSD's logits bear it: under autocast their queries have bf16's 7 bits, and TF32 has 10.
 FP32_PRODUCTS = "high"
 
+STARTED_BY = "GKD_TABLE"    # eval.py sets it for the runs of a table: its process number
+
 
 def launch():
     """Join the processes that torchrun started; a lone process needs no group, and no network. Returns the device."""
-    local, number, world = [torchrun_says(name, alone) for name, alone in (("LOCAL_RANK", 0), ("RANK", 0),
-                                                                         ("WORLD_SIZE", 1))]
+    local = torchrun_says("LOCAL_RANK", 0)
+    number = torchrun_says("RANK", 0)
+    world = torchrun_says("WORLD_SIZE", 1)
     if torch.cuda.is_available():
         if local >= torch.cuda.device_count():
             raise UserError(f"process {local} finds no GPU of its own: --nproc_per_node={torch.cuda.device_count()}")
@@ -1987,9 +1993,6 @@ def launch():
                             "several processes with torchrun, or one without these variables")
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
     return device
-
-
-STARTED_BY = "GKD_TABLE"    # eval.py sets it for the runs of a table: its process number
 
 
 def end_with_its_starter(parent):
@@ -2025,11 +2028,10 @@ def summed(tensor):
 
 def largest(*values):
     """The largest of each value over all processes, as floats, so that all of them take the same decision."""
-    if not dist.is_initialized():
-        return [float(value) for value in values]
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    values = torch.tensor([float(value) for value in values], dtype=torch.float64, device=device)
-    dist.all_reduce(values, op=dist.ReduceOp.MAX)
+    device = "cuda" if dist.is_initialized() and torch.cuda.is_available() else "cpu"
+    values = torch.tensor(values, dtype=torch.float64, device=device)
+    if dist.is_initialized():
+        dist.all_reduce(values, op=dist.ReduceOp.MAX)
     return values.tolist()
 
 
@@ -2071,7 +2073,7 @@ def catch_signals():
     return caught
 
 
-# --- What a step costs ----------------------------------------------------------------------------------------------
+# --- What a step costs, and how many there are ----------------------------------------------------------------------
 
 def count_flops(work):
     """Floating-point operations (2 per multiply-add) of calling work(), backward passes included.
@@ -2100,6 +2102,34 @@ def dry_run(learner, losses_of_two_images):
         parameter.requires_grad_(parameter.grad is not None)
     learner.zero_grad()
     return flops / 2
+
+
+def parse_budget(text, steps_per_epoch):
+    """A budget as (unit, amount): "600" and "300ep" in steps, "2h" and "30m" in seconds, "3e18flop" in flops."""
+    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?(?:e[0-9]+)?)(ep|h|m|s|flop|)", text)
+    if not match or not 0 < float(match[1]) < math.inf:
+        raise UserError(f"--budget {text} is not one of 600 (steps), 300ep, 2h, 30m, 45s, 3e18flop")
+    amount = float(match[1])
+    if match[2] == "flop":
+        return "flops", amount
+    if match[2] in ("h", "m", "s"):
+        return "seconds", amount * {"h": 3600, "m": 60, "s": 1}[match[2]]
+    steps = amount * steps_per_epoch if match[2] == "ep" else amount
+    return "steps", max(1, round(steps))
+
+
+def passes_of(batch, micro, world, pairs=True):
+    """Forward passes that a step takes on each process: none holds more than `micro` images, and all make up the batch.
+
+    pairs: none holds an odd number of images."""
+    least = 2 if pairs else 1
+    if batch < 1 or batch % (least * world):
+        raise UserError(f"--batch {batch} does not divide into {'pairs of ' if pairs else ''}images over {world} "
+                        f"processes; use a multiple of {least * world}")
+    own = batch // world
+    for count in range(1, own + 1):
+        if own % (least * count) == 0 and (own // count <= micro or own // count == least):
+            return count
 
 
 # --- Files: whole or absent -----------------------------------------------------------------------------------------
@@ -2138,7 +2168,7 @@ def read_book(path):
     try:
         book = json.loads(path.read_text())
     except (OSError, ValueError):
-        return {}
+        book = {}
     return book if isinstance(book, dict) else {}
 
 
@@ -2184,39 +2214,6 @@ def is_there(path):
     return True
 
 
-def first_line(error, most=80):
-    """The beginning of an exception's text."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)[:most]
-
-
-def parse_budget(text, steps_per_epoch):
-    """A budget as (unit, amount): "600" and "300ep" in steps, "2h" and "30m" in seconds, "3e18flop" in flops."""
-    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?(?:e[0-9]+)?)(ep|h|m|s|flop|)", text)
-    if not match or not 0 < float(match[1]) < math.inf:
-        raise UserError(f"--budget {text} is not one of 600 (steps), 300ep, 2h, 30m, 45s, 3e18flop")
-    amount = float(match[1])
-    if match[2] == "flop":
-        return "flops", amount
-    if match[2] in ("h", "m", "s"):
-        return "seconds", amount * {"h": 3600, "m": 60, "s": 1}[match[2]]
-    steps = amount * steps_per_epoch if match[2] == "ep" else amount
-    return "steps", max(1, round(steps))
-
-
-def passes_of(batch, micro, world, pairs=True):
-    """Forward passes that a step takes on each process: none holds more than `micro` images, and all make up the batch.
-
-    pairs: none holds an odd number of images."""
-    least = 2 if pairs else 1
-    if batch < 1 or batch % (least * world):
-        raise UserError(f"--batch {batch} does not divide into {'pairs of ' if pairs else ''}images over {world} "
-                        f"processes; use a multiple of {least * world}")
-    own = batch // world
-    for count in range(1, own + 1):
-        if own % (least * count) == 0 and (own // count <= micro or own // count == least):
-            return count
-
-
 # --- Run folders ----------------------------------------------------------------------------------------------------
 
 def check_folder(cfg, free):
@@ -2230,6 +2227,9 @@ def check_folder(cfg, free):
         raise UserError(f"--out {out} is a file, not a folder; choose another --out")
     elif out.exists() and any(path.name not in ("part.log.jsonl", "lock") for path in out.iterdir()):
         raise UserError(f"--out {out} is not empty and holds no log.jsonl of this script; choose another --out")
+
+
+RETIRED = dict(mask_every=2, val_every=0)  # constants that older runs hold and no Config has any more: their defaults
 
 
 def check_header(log, cfg, free):
@@ -2297,12 +2297,6 @@ def locked(folder):
     return file
 
 
-def check_lock(folder):
-    """UserError if another process works in a run's folder; it is locked later, when the first file is written."""
-    if (folder / "lock").exists() and rank() == 0:
-        locked(folder).close()
-
-
 def load(path, instead=None):
     """A checkpoint of a run, None where there is none; a damaged one is an error unless there is another instead."""
     try:
@@ -2361,9 +2355,9 @@ def compare_processes(out, found):
                         "the same folder, on a shared disk and as an absolute path")
 
 
-def of_each_step(load, step, passes, workers):
+def of_each_step(batches_from, step, passes, workers):
     """The micro-batches of each step from one on; if a loading process fails, this one goes on alone."""
-    batches = iter(load(start_step=step, workers=workers))
+    batches = iter(batches_from(start_step=step, workers=workers))
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)               # torch's would raise in the midst of a step
     while True:
         try:
@@ -2374,7 +2368,7 @@ def of_each_step(load, step, passes, workers):
             reason = str(error).strip().splitlines()[-1]    # above it is the worker's traceback
             print(f"a loading process failed ({reason}); this process goes on alone", file=sys.stderr)
             workers = 0
-            batches = iter(load(start_step=step))
+            batches = iter(batches_from(start_step=step))
             continue
         yield micro_batches
         step += 1
@@ -2470,7 +2464,8 @@ class Run:
         parse_budget(cfg.budget, steps_per_epoch=1)
         check_folder(cfg, free)
         self.found = times_of(self.out / "last.pt", self.result)
-        check_lock(self.out)
+        if rank() == 0 and (self.out / "lock").exists():
+            locked(self.out).close()    # it is locked for good when the first file is written
         self.checkpoint = load(self.out / "last.pt")
         self.finished = bool(load(self.result, instead=self.checkpoint))
         compare_processes(self.out, math.inf if self.finished else steps_of(self.checkpoint))
@@ -2489,7 +2484,7 @@ class Run:
         self.optimizer = optimizer
         self.dataset = dataset
         self.probe = probe
-        self.per_image = dict(images=1, tokens=tokens, flops=flops)     # what an image adds to the ledger
+        self.per_step = dict(steps=1, images=cfg.batch, tokens=cfg.batch * tokens, flops=cfg.batch * flops)
         self.ledger = dict(steps=0, images=0, tokens=0, flops=0.0, seconds=0.0, skipped=0, waited=0.0, peak_gb=0.0)
         self.contents = contents_of(dataset)
         self.sane = 1000 * max(1, loss_of(probe))
@@ -2501,7 +2496,7 @@ class Run:
 
         self.unit, self.budget = parse_budget(cfg.budget, len(dataset) / cfg.batch)
         self.passes = passes_of(cfg.batch, cfg.micro, world_size(), pairs)
-        self.load = partial(loader, dataset, cfg.batch, cfg.seed, rank=rank(), world=world_size(),
+        self.batches_from = partial(loader, dataset, cfg.batch, cfg.seed, rank=rank(), world=world_size(),
                             accumulate=self.passes, repeats=repeats)
         if rank() == 0:
             self.start_log(gflop_per_image=flops / 1e9)
@@ -2522,7 +2517,7 @@ class Run:
 
     def steps(self):
         """For each step the list of its micro-batches, until the budget is spent."""
-        batches = of_each_step(self.load, self.ledger["steps"], self.passes, self.cfg.workers)
+        batches = of_each_step(self.batches_from, self.ledger["steps"], self.passes, self.cfg.workers)
         while self.fraction < 1:
             self.began = time.time()
             self.losses = {}
@@ -2581,12 +2576,8 @@ class Run:
 
     def spend(self, seconds, skipped):
         """Add a step to the ledger."""
-        self.ledger["steps"] += 1
-        for name, amount in self.per_image.items():
-            self.ledger[name] += self.cfg.batch * amount
-        self.ledger["seconds"] += seconds
-        self.ledger["skipped"] += skipped
-        self.ledger["waited"] += self.waited
+        for name, amount in dict(self.per_step, seconds=seconds, skipped=skipped, waited=self.waited).items():
+            self.ledger[name] += amount
         self.ledger["peak_gb"] = max(self.ledger["peak_gb"], peak_memory())
 
     def report(self):
@@ -2650,7 +2641,7 @@ class Run:
 
     def give_up(self):
         """End after too many non-finite steps in a row, naming the images of the last."""
-        draws = self.load().batch_sampler
+        draws = self.batches_from().batch_sampler
         names = [str(self.dataset.samples[draws.index(draw)].image) for draw in self.draws.tolist()]
         kept = f"{self.out}/last.pt holds the weights before them: the same command goes on with the next images"
         if self.kept < self.ledger["steps"]:
@@ -2671,7 +2662,7 @@ class Run:
     def tidy(self):
         """Delete what resuming needed, and files that a kill left half-written."""
         if rank() == 0:
-            halves = [f"part.{name}" for name in ("last.pt", "log.jsonl", self.result.name)]
+            halves = ["part.last.pt", "part.log.jsonl", f"part.{self.result.name}"]
             for name in [*halves, "last.pt", "prev.pt", "lock"]:    # prev.pt: of older runs
                 (self.out / name).unlink(missing_ok=True)
 
