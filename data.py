@@ -35,14 +35,14 @@ import types
 import typing
 import zlib
 from array import array
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Callable
+from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Callable, Literal, NamedTuple
+from typing import Literal, NamedTuple
 from xml.etree import ElementTree
 
 if __name__ == "__main__":
@@ -128,14 +128,9 @@ def map_tiff(path):
             if offset is not None:
                 return np.memmap(path, np.uint8, "c", offset, (image.height, image.width, 3))
             pixels = np.asarray(to_rgb(image))
-        part = path.with_name(f"{path.name}.{os.getpid()}.part")
-        try:
-            with open(part, "wb") as file:
-                np.save(file, pixels)
-                file.write(made_from)
-            os.replace(part, unpacked)  # whole or absent, whoever else unpacks it now
-        finally:
-            part.unlink(missing_ok=True)
+        with whole(unpacked, f"part.{os.getpid()}") as part, open(part, "wb") as file:  # others may unpack it just now
+            np.save(file, pixels)
+            file.write(made_from)
     return np.load(unpacked, mmap_mode="c")
 
 
@@ -339,9 +334,9 @@ ISPRS_CLASS_OF = np.array([IGNORE, 1, 3, 2, 5, UNKNOWN, 4, 0], np.uint8)  # at r
 
 # --- The toy world: streets drawn on the fly, so that the method runs with no download ------------------------------
 # A scene is a layout (which object covers which pixel, with exact labels) seen in a look (palette, texture, light,
-# weather). One fixed look is the labelled source ("the game"), two more ("arcade", "diorama") are further sources; four
-# others are never trained on. The wide world draws a random look for each image. Coordinates are pixels of 64 x 64.
-# Only rng.random() and exact arithmetic are used, so that a scene is the same on every machine.
+# weather). One fixed look is the labelled source ("the game"), two more ("arcade", "diorama") are further sources, as
+# SYNTHIA and UrbanSyn are to GTAV; four others are never trained on. The wide world draws a random look for each image.
+# Coordinates are pixels of 64 x 64. Only rng.random() and exact arithmetic make a scene: the same on every machine.
 
 TOY_SIZE = 64
 TOY_CLASSES = ("sky", "building", "vegetation", "road", "pavement", "car", "pole", "person")
@@ -349,9 +344,8 @@ SKY, BUILDING, VEGETATION, ROAD, PAVEMENT, CAR, POLE, PERSON = range(8)
 TOY_COLORS = ((70, 130, 180), (70, 70, 70), (107, 142, 35), (128, 64, 128), (244, 35, 232), (0, 0, 142), (220, 220, 0),
               (220, 20, 60))
 
-# The palettes: each class's colour, RGB in 0..1, in the order of TOY_CLASSES. The game is the labelled source; arcade
-# and diorama are further sources, as SYNTHIA and UrbanSyn are to GTAV. The city is the place under the unseen weather:
-# it has colours of its own and is not the game behind a filter.
+# The palettes: each class's colour, RGB in 0..1, in the order of TOY_CLASSES. The city is the place under the unseen
+# weather: it has colours of its own and is not the game behind a filter.
 GAME = np.array([[.55, .75, .95], [.62, .50, .42], [.25, .50, .20], [.30, .30, .32],
                  [.62, .60, .58], [.75, .15, .15], [.80, .75, .30], [.85, .60, .45]])
 ARCADE = np.array([[.40, .60, .85], [.75, .68, .55], [.35, .60, .25], [.42, .40, .40],
@@ -1147,10 +1141,12 @@ def order_of_epoch(n, seed, epoch):
     return torch.randperm(n, generator=torch.Generator().manual_seed(mix(seed, ORDER, epoch)))
 
 
-def loader(dataset, batch, seed=0, start_step=0, rank=0, world=1, accumulate=1, repeats=1, workers=0):
-    """Endless batches (image uint8 (B, 3, H, W), [label int64 (B, H, W),] draw (B,)), B = batch/world/accumulate."""
-    dataset.seed = seed
-    draws = Draws(len(dataset), batch, seed, start_step, rank, world, accumulate, repeats)
+def loader(dataset, batch, workers=0, **order):
+    """Endless batches (image uint8 (B, 3, H, W), [label int64 (B, H, W),] draw (B,)), B = batch/world/accumulate.
+
+    `order`: the constants of Draws that follow batch."""
+    draws = Draws(len(dataset), batch, **order)
+    dataset.seed = draws.seed
     return DataLoader(dataset, batch_sampler=draws, num_workers=workers, pin_memory=torch.cuda.is_available(),
                       prefetch_factor=4 if workers else None, worker_init_fn=outlast_signals,
                       multiprocessing_context=start_method(workers))
@@ -1583,13 +1579,14 @@ def store_sample(sample, folder, target, size):
     height, width = image.shape[1:]
     scale = min(1, size / min(height, width))
     smaller = (round(width * scale), round(height * scale))
-    arrays = {sample.image: resize(image, smaller, InterpolationMode.BICUBIC, antialias=True).permute(1, 2, 0)}
+    image = resize(image, smaller, InterpolationMode.BICUBIC, antialias=True)
+    stored = {sample.image: image.permute(1, 2, 0)}
     if sample.label:
-        arrays[sample.label] = resize_label(sample.read_label(), smaller)
-    for original, array in arrays.items():
+        stored[sample.label] = resize_label(sample.read_label(), smaller)
+    for original, pixels in stored.items():
         file = Path(f"{target / original.relative_to(folder)}.npy")
         file.parent.mkdir(parents=True, exist_ok=True)
-        np.save(file, np.ascontiguousarray(array))
+        np.save(file, np.ascontiguousarray(pixels))
     return False
 
 
@@ -1951,7 +1948,7 @@ def reason_of(error):
         return f"{error.filename}: {error.strerror}" if error.filename else text
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in text:
         return f"not enough memory ({text}); lower --micro, --batch or --size"
-    if isinstance(error, BrokenProcessPool) or "DataLoader worker" in text:
+    if isinstance(error, BrokenExecutor) or "DataLoader worker" in text:
         return "a process that reads images was killed, perhaps for its memory; use fewer --workers"
     closed = dist.is_initialized() and ("Connection closed" in text or "Connection reset" in text or "gloo" in text)
     return "" if closed or isinstance(error, dist.DistError) else None
@@ -2135,9 +2132,9 @@ def passes_of(batch, micro, world, pairs=True):
 # --- Files: whole or absent -----------------------------------------------------------------------------------------
 
 @contextmanager
-def whole(path):
+def whole(path, mark="part"):
     """Where to write what becomes the file `path` once it is complete: no kill and no full disk leaves half of it."""
-    unfinished = path.with_name(f"part.{path.name}")
+    unfinished = path.with_name(f"{mark}.{path.name}")
     try:
         unfinished.parent.mkdir(parents=True, exist_ok=True)
         yield unfinished
@@ -2496,8 +2493,8 @@ class Run:
 
         self.unit, self.budget = parse_budget(cfg.budget, len(dataset) / cfg.batch)
         self.passes = passes_of(cfg.batch, cfg.micro, world_size(), pairs)
-        self.batches_from = partial(loader, dataset, cfg.batch, cfg.seed, rank=rank(), world=world_size(),
-                            accumulate=self.passes, repeats=repeats)
+        self.batches_from = partial(loader, dataset, cfg.batch, seed=cfg.seed, rank=rank(), world=world_size(),
+                                    accumulate=self.passes, repeats=repeats)
         if rank() == 0:
             self.start_log(gflop_per_image=flops / 1e9)
         self.bar = tqdm(initial=self.ledger["steps"], desc=str(self.out), disable=rank() > 0, unit="step",
