@@ -1217,11 +1217,9 @@ def warp(image, a=1.0, b=0.0, c=0.0, d=0.0, e=1.0, f=0.0):
 
 def shift(image, dx, dy):
     """Output pixel (x, y) shows input (x + dx, y + dy), in whole pixels: half a pixel off at most, 30 x faster."""
-    height, width = image.shape[1:]
-    out = torch.tensor(FILL, dtype=torch.uint8)[:, None, None].repeat(1, height, width)
-    inside = image[:, max(dy, 0):height + dy, max(dx, 0):width + dx]
-    out[:, max(-dy, 0):height - dy, max(-dx, 0):width - dx] = inside
-    return out
+    pad = [max(-dx, 0), max(-dy, 0), max(dx, 0), max(dy, 0)]  # left, top, right, bottom
+    padded = TF.pad(image, pad, fill=list(FILL))
+    return TF.crop(padded, max(dy, 0), max(dx, 0), *image.shape[1:])
 
 
 def rotate(image, signed):
