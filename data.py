@@ -210,13 +210,13 @@ def by_value(path, table):
     return checked(path, table[values], values)
 
 
-def by_color(path, colors, unknown=UNKNOWN):
+def by_color(path, colors, ignored=(), unknown=UNKNOWN):
     """Class = position of the pixel's colour in `colors`; an alpha channel is dropped."""
     rgb = read_rgb(path)
     packed = rgb @ np.array([1 << 16, 1 << 8, 1], np.int32)  # (H, W), 0xRRGGBB
     label = np.full(packed.shape, unknown, np.uint8)
-    for number, (red, green, blue) in enumerate(colors):
-        label[packed == (red << 16 | green << 8 | blue)] = number
+    for number, (red, green, blue) in enumerate((*colors, *ignored)):
+        label[packed == (red << 16 | green << 8 | blue)] = number if number < len(colors) else IGNORE
     return checked(path, label, rgb)
 
 
@@ -235,14 +235,6 @@ def synthia_label(path):
     image.tile = [(codec, box, start, "RGB;16L") for codec, box, start, _ in image.tile]  # the low bytes
     values = np.asarray(image)[..., 0]
     return checked(path, SYNTHIA_IDS[values], values)
-
-
-def endovis_label(path):
-    """Class by colour; the ultrasound probe has a colour, too, but is not evaluated."""
-    probe = len(ENDOVIS_COLORS)
-    label = by_color(path, (*ENDOVIS_COLORS, (12, 255, 141)))
-    label[label == probe] = IGNORE
-    return label
 
 
 def isprs_label(path, box=None):
@@ -304,6 +296,7 @@ ENDOVIS_CLASSES = ("background", "instrument shaft", "instrument clasper", "inst
                    "covered kidney", "thread", "clamps", "needle", "suction", "small intestine")
 ENDOVIS_COLORS = ((0, 0, 0), (0, 255, 0), (0, 255, 255), (125, 255, 12), (255, 55, 0), (24, 55, 125), (187, 155, 25),
                   (0, 255, 125), (255, 255, 125), (123, 15, 175), (124, 155, 5))
+ENDOVIS_PROBE = (12, 255, 141)  # the ultrasound probe, which is not evaluated
 CAMVID_CLASSES = ("sky", "building", "pole", "road", "pavement", "tree", "sign", "fence", "car", "pedestrian",
                   "bicyclist")
 CAMVID_COLORS = ((70, 130, 180), (70, 70, 70), (153, 153, 153), (128, 64, 128), (244, 35, 232), (107, 142, 35),
@@ -683,8 +676,9 @@ DATASETS = {
     "vaihingen-irrg": isprs("vaihingen", "**/top_mosaic_09cm_area<split>", "**/top_mosaic_09cm_area<split>_noBoundary",
                             VAIHINGEN),
     # surgery
-    "endovis18": Dataset("endovis18", "**/<split>/left_frames/*", "**/<split>/labels/*", ENDOVIS, endovis_label,
-                         ENDOVIS_CLASSES, ENDOVIS_COLORS),
+    "endovis18": Dataset("endovis18", "**/<split>/left_frames/*", "**/<split>/labels/*", ENDOVIS,
+                         partial(by_color, colors=ENDOVIS_COLORS, ignored=[ENDOVIS_PROBE]), ENDOVIS_CLASSES,
+                         ENDOVIS_COLORS),
     # CamVid by day, and at dusk as an unseen domain
     "camvid": camvid("camvid", "<split>/{0006R0,0016E5,Seq05VD}_*", "<split>annot/{0006R0,0016E5,Seq05VD}_*",
                      {"train": "train", "val": "test"}),
