@@ -2017,10 +2017,11 @@ def summed(tensor):
 
 def largest(*values):
     """The largest of each value over all processes, as floats, so that all of them take the same decision."""
-    device = "cuda" if dist.is_initialized() and torch.cuda.is_available() else "cpu"
+    if not dist.is_initialized():
+        return [float(value) for value in values]
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     values = torch.tensor(values, dtype=torch.float64, device=device)
-    if dist.is_initialized():
-        dist.all_reduce(values, op=dist.ReduceOp.MAX)
+    dist.all_reduce(values, op=dist.ReduceOp.MAX)
     return values.tolist()
 
 
