@@ -35,14 +35,14 @@ import types
 import typing
 import zlib
 from array import array
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Callable
+from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Callable, Literal, NamedTuple
+from typing import Literal, NamedTuple
 from xml.etree import ElementTree
 
 if __name__ == "__main__":
@@ -76,7 +76,6 @@ BAD_SHARE = 0.01            # share of the training images that may be unreadabl
 LABEL_SEED = 0              # of the subset that labels="1/16" takes: the same images in every run
 SUFFIXES = {".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp"}
 BROKEN = (OSError, ValueError, SyntaxError, RuntimeError, Image.DecompressionBombError)  # what damaged files raise
-ORDER, ERASED_BOX, ERASED_PIXELS, MASKS = range(1, 5)  # each use of a draw's number has random numbers of its own
 
 
 # --- Files to pixels ------------------------------------------------------------------------------------------------
@@ -87,10 +86,12 @@ def read_image(path, mapped=True, upright=False):
     Stored .npy files are mapped into memory, and so are TIFFs if `mapped`: a crop then reads its own rows only."""
     try:
         if path.suffix == ".npy":
-            return torch.from_numpy(np.load(path, mmap_mode="c")).permute(2, 0, 1)
-        if path.suffix.lower() in (".tif", ".tiff") and mapped:
-            return torch.from_numpy(map_tiff(path)).permute(2, 0, 1)
-        return torch.from_numpy(read_rgb(path, upright)).permute(2, 0, 1)
+            pixels = np.load(path, mmap_mode="c")
+        elif path.suffix.lower() in (".tif", ".tiff") and mapped:
+            pixels = map_tiff(path)
+        else:
+            pixels = read_rgb(path, upright)
+        return torch.from_numpy(pixels).permute(2, 0, 1)
     except BROKEN as error:
         raise UserError(f"{path}: cannot be read as an image ({error})") from None
 
@@ -121,28 +122,16 @@ def map_tiff(path):
     """Map a TIFF as uint8 (H, W, 3): as it lies if its pixels are raw, else from a copy unpacked once beside it."""
     unpacked = path.with_name(path.name + ".npy")
     made_from = bytes.fromhex(fingerprint(path, path.stat().st_mtime_ns))   # stands behind the pixels of the copy
-    if not unpacked.exists() or tail(unpacked, len(made_from)) != made_from:
+    if not unpacked.exists() or np.memmap(unpacked, mode="r")[-len(made_from):].tobytes() != made_from:
         with Image.open(path) as image:
             offset = raw_offset(image)
             if offset is not None:
                 return np.memmap(path, np.uint8, "c", offset, (image.height, image.width, 3))
             pixels = np.asarray(to_rgb(image))
-        part = path.with_name(f"{path.name}.{os.getpid()}.part")
-        try:
-            with open(part, "wb") as file:
-                np.save(file, pixels)
-                file.write(made_from)
-            os.replace(part, unpacked)  # whole or absent, whoever else unpacks it now
-        finally:
-            part.unlink(missing_ok=True)
+        with whole(unpacked, f"part.{os.getpid()}") as part, open(part, "wb") as file:  # others may unpack it just now
+            np.save(file, pixels)
+            file.write(made_from)
     return np.load(unpacked, mmap_mode="c")
-
-
-def tail(path, count):
-    """The last bytes of a file."""
-    with open(path, "rb") as file:
-        file.seek(-count, os.SEEK_END)
-        return file.read()
 
 
 def fingerprint(path, *more):
@@ -221,13 +210,13 @@ def by_value(path, table):
     return checked(path, table[values], values)
 
 
-def by_color(path, colors, unknown=UNKNOWN):
+def by_color(path, colors, ignored=(), unknown=UNKNOWN):
     """Class = position of the pixel's colour in `colors`; an alpha channel is dropped."""
     rgb = read_rgb(path)
     packed = rgb @ np.array([1 << 16, 1 << 8, 1], np.int32)  # (H, W), 0xRRGGBB
     label = np.full(packed.shape, unknown, np.uint8)
-    for number, (red, green, blue) in enumerate(colors):
-        label[packed == (red << 16 | green << 8 | blue)] = number
+    for number, (red, green, blue) in enumerate((*colors, *ignored)):
+        label[packed == (red << 16 | green << 8 | blue)] = number if number < len(colors) else IGNORE
     return checked(path, label, rgb)
 
 
@@ -246,14 +235,6 @@ def synthia_label(path):
     image.tile = [(codec, box, start, "RGB;16L") for codec, box, start, _ in image.tile]  # the low bytes
     values = np.asarray(image)[..., 0]
     return checked(path, SYNTHIA_IDS[values], values)
-
-
-def endovis_label(path):
-    """Class by colour; the ultrasound probe has a colour, too, but is not evaluated."""
-    probe = len(ENDOVIS_COLORS)
-    label = by_color(path, (*ENDOVIS_COLORS, (12, 255, 141)))
-    label[label == probe] = IGNORE
-    return label
 
 
 def isprs_label(path, box=None):
@@ -314,6 +295,7 @@ ENDOVIS_CLASSES = ("background", "instrument shaft", "instrument clasper", "inst
                    "covered kidney", "thread", "clamps", "needle", "suction", "small intestine")
 ENDOVIS_COLORS = ((0, 0, 0), (0, 255, 0), (0, 255, 255), (125, 255, 12), (255, 55, 0), (24, 55, 125), (187, 155, 25),
                   (0, 255, 125), (255, 255, 125), (123, 15, 175), (124, 155, 5))
+ENDOVIS_PROBE = (12, 255, 141)  # the ultrasound probe, which is not evaluated
 CAMVID_CLASSES = ("sky", "building", "pole", "road", "pavement", "tree", "sign", "fence", "car", "pedestrian",
                   "bicyclist")
 CAMVID_COLORS = ((70, 130, 180), (70, 70, 70), (153, 153, 153), (128, 64, 128), (244, 35, 232), (107, 142, 35),
@@ -343,9 +325,9 @@ ISPRS_CLASS_OF = np.array([IGNORE, 1, 3, 2, 5, UNKNOWN, 4, 0], np.uint8)  # at r
 
 # --- The toy world: streets drawn on the fly, so that the method runs with no download ------------------------------
 # A scene is a layout (which object covers which pixel, with exact labels) seen in a look (palette, texture, light,
-# weather). One fixed look is the labelled source ("the game"), two more ("arcade", "diorama") are further sources; four
-# others are never trained on. The wide world draws a random look for each image. Coordinates are pixels of 64 x 64.
-# Only rng.random() and exact arithmetic are used, so that a scene is the same on every machine.
+# weather). One fixed look is the labelled source ("the game"), two more ("arcade", "diorama") are further sources, as
+# SYNTHIA and UrbanSyn are to GTAV; four others are never trained on. The wide world draws a random look for each image.
+# Coordinates are pixels of 64 x 64. Only rng.random() and exact arithmetic make a scene: the same on every machine.
 
 TOY_SIZE = 64
 TOY_CLASSES = ("sky", "building", "vegetation", "road", "pavement", "car", "pole", "person")
@@ -353,9 +335,8 @@ SKY, BUILDING, VEGETATION, ROAD, PAVEMENT, CAR, POLE, PERSON = range(8)
 TOY_COLORS = ((70, 130, 180), (70, 70, 70), (107, 142, 35), (128, 64, 128), (244, 35, 232), (0, 0, 142), (220, 220, 0),
               (220, 20, 60))
 
-# The palettes: each class's colour, RGB in 0..1, in the order of TOY_CLASSES. The game is the labelled source; arcade
-# and diorama are further sources, as SYNTHIA and UrbanSyn are to GTAV. The city is the place under the unseen weather:
-# it has colours of its own and is not the game behind a filter.
+# The palettes: each class's colour, RGB in 0..1, in the order of TOY_CLASSES. The city is the place under the unseen
+# weather: it has colours of its own and is not the game behind a filter.
 GAME = np.array([[.55, .75, .95], [.62, .50, .42], [.25, .50, .20], [.30, .30, .32],
                  [.62, .60, .58], [.75, .15, .15], [.80, .75, .30], [.85, .60, .45]])
 ARCADE = np.array([[.40, .60, .85], [.75, .68, .55], [.35, .60, .25], [.42, .40, .40],
@@ -603,13 +584,14 @@ def toy_things(domain, index, hidden=12):
 # --- The datasets: one row each -------------------------------------------------------------------------------------
 # A pattern names files of any image suffix below the dataset's folder: "*" stands for text within one name, "{a,b}" for
 # either, "**/" for any folders, "<split>" for the row's text of that split. Image and label are a pair where "*" and
-# "{}" stood for the same texts. Of several patterns (layouts of different releases) the first that finds a file counts.
+# "{}" stood for the same texts. A space is between patterns for the layouts of several releases: the first that finds a
+# file counts.
 
 @dataclass(frozen=True)
 class Dataset:
     folder: str                 # below --root, which may also be the folder itself
-    images: tuple = ()          # patterns
-    labels: tuple = ()
+    images: str = ""            # patterns
+    labels: str = ""
     splits: dict = None         # {split: text of "<split>"}; of a generated set {split: range of scene numbers}
     decode: Callable = None     # label file -> uint8 (H, W), or boxes
     classes: tuple = ()
@@ -629,6 +611,7 @@ class Dataset:
         return len(self.classes)
 
 
+CONVERTED = ("_labelTrainIds",)
 TRAIN = {"train": "train"}
 TRAIN_VAL = {"train": "train", "val": "val"}
 POTSDAM = {"train": "{2_10,2_11,2_12,3_10,3_11,3_12,4_10,4_11,4_12,5_10,5_11,5_12,"
@@ -641,24 +624,21 @@ VOC = {"train": "VOC2007/trainval VOC2012/trainval", "val": "VOC2007/test"}
 street = partial(Dataset, classes=CITYSCAPES_CLASSES, colors=CITYSCAPES_COLORS)
 isprs = partial(Dataset, classes=ISPRS_CLASSES, colors=ISPRS_COLORS, decode=isprs_label, tile=512)
 camvid = partial(Dataset, classes=CAMVID_CLASSES, colors=CAMVID_COLORS, decode=partial(by_value, table=CAMVID_IDS))
-voc = Dataset("VOCdevkit", ("VOC2007/JPEGImages/*",), splits=VOC, decode=voc_boxes, boxes=True, classes=VOC_CLASSES,
+voc = Dataset("VOCdevkit", "VOC2007/JPEGImages/*", splits=VOC, decode=voc_boxes, boxes=True, classes=VOC_CLASSES,
               colors=(*CITYSCAPES_COLORS, (255, 140, 0)))
 
 
 def acdc(condition):
     """One of the four conditions of ACDC, each a domain."""
-    return street("acdc", (f"rgb_anon/{condition}/<split>/*/*_rgb_anon",),
-                  (f"gt/{condition}/<split>/*/*_gt_labelTrainIds", f"gt/{condition}/<split>/*/*_gt_labelIds"),
+    return street("acdc", f"rgb_anon/{condition}/<split>/*/*_rgb_anon",
+                  f"gt/{condition}/<split>/*/*_gt_labelTrainIds gt/{condition}/<split>/*/*_gt_labelIds",
                   TRAIN_VAL, cityscapes_label, eval_size=(960, 540))
 
 
 def toy(domain, jumble=False, train=0, val=0):
     """A toy domain with so many scenes for training and for evaluation."""
-    splits = {}
-    if train:
-        splits["train"] = range(train)
-    if val:
-        splits["val"] = range(10 ** 6, 10 ** 6 + val)
+    splits = {"train": range(train), "val": range(10 ** 6, 10 ** 6 + val)}
+    splits = {split: numbers for split, numbers in splits.items() if numbers}
     return Dataset("toy", splits=splits, classes=TOY_CLASSES, colors=TOY_COLORS,
                    generate=partial(toy_scene, domain, jumble=jumble))
 
@@ -671,53 +651,43 @@ def toy_boxes(domain, corrupted=False, **counts):
 
 DATASETS = {
     # ImageNet, or any folder of images
-    "imagenet": Dataset("imagenet", ("<split>/{**/}*", "{**/}*"), splits=TRAIN_VAL, own=True),
+    "imagenet": Dataset("imagenet", "<split>/{**/}* {**/}*", splits=TRAIN_VAL, own=True),
     # synthetic streets
-    "gtav": street("gtav", ("images/*",), ("labels/*",), TRAIN, cityscapes_label, resize_label=True,
-                   converted=("_labelTrainIds",)),
-    "synthia": street("synthia", ("**/RGB/*",), ("**/GT/LABELS/*",), TRAIN, synthia_label,
-                      converted=("_labelTrainIds",)),
-    "urbansyn": street("urbansyn", ("rgb/**/rgb_*",), ("ss/**/ss_*",), TRAIN, partial(by_value, table=URBANSYN_IDS)),
+    "gtav": street("gtav", "images/*", "labels/*", TRAIN, cityscapes_label, resize_label=True, converted=CONVERTED),
+    "synthia": street("synthia", "**/RGB/*", "**/GT/LABELS/*", TRAIN, synthia_label, converted=CONVERTED),
+    "urbansyn": street("urbansyn", "rgb/**/rgb_*", "ss/**/ss_*", TRAIN, partial(by_value, table=URBANSYN_IDS)),
     # real streets
-    "cityscapes": street("cityscapes", ("leftImg8bit/<split>/*/*_leftImg8bit",),
-                         ("gtFine/<split>/*/*_gtFine_labelIds", "gtFine/<split>/*/*_gtFine_labelTrainIds"),
+    "cityscapes": street("cityscapes", "leftImg8bit/<split>/*/*_leftImg8bit",
+                         "gtFine/<split>/*/*_gtFine_labelIds gtFine/<split>/*/*_gtFine_labelTrainIds",
                          TRAIN_VAL, cityscapes_label, eval_size=(1024, 512)),
-    "bdd100k": street("bdd100k", ("images/10k/<split>/*", "seg/images/<split>/*"),
-                      ("labels/sem_seg/masks/<split>/*", "seg/labels/<split>/*_train_id"),
+    "bdd100k": street("bdd100k", "images/10k/<split>/* seg/images/<split>/*",
+                      "labels/sem_seg/masks/<split>/* seg/labels/<split>/*_train_id",
                       TRAIN_VAL, partial(by_value, table=TRAIN_IDS), eval_size=(1280, 720)),
-    "mapillary": street("mapillary", ("<split>/images/*",), ("<split>/v1.2/labels/*", "<split>/labels/*"),
+    "mapillary": street("mapillary", "<split>/images/*", "<split>/v1.2/labels/* <split>/labels/*",
                         {"train": "training", "val": "validation"}, partial(by_value, table=MAPILLARY_IDS),
                         eval_size=(1024, 512), eval_half=True),
-    "acdc-night": acdc("night"),
-    "acdc-snow": acdc("snow"),
-    "acdc-fog": acdc("fog"),
-    "acdc-rain": acdc("rain"),
+    **{f"acdc-{condition}": acdc(condition) for condition in ("night", "snow", "fog", "rain")},
     # from the air
-    "potsdam-rgb": isprs("potsdam", ("**/top_potsdam_<split>_RGB",),
-                         ("**/top_potsdam_<split>_label_noBoundary",), POTSDAM),
-    "potsdam-irrg": isprs("potsdam", ("**/top_potsdam_<split>_IRRG",),
-                          ("**/top_potsdam_<split>_label_noBoundary",), POTSDAM),
-    "vaihingen-irrg": isprs("vaihingen", ("**/top_mosaic_09cm_area<split>",),
-                            ("**/top_mosaic_09cm_area<split>_noBoundary",), VAIHINGEN),
+    "potsdam-rgb": isprs("potsdam", "**/top_potsdam_<split>_RGB", "**/top_potsdam_<split>_label_noBoundary", POTSDAM),
+    "potsdam-irrg": isprs("potsdam", "**/top_potsdam_<split>_IRRG", "**/top_potsdam_<split>_label_noBoundary", POTSDAM),
+    "vaihingen-irrg": isprs("vaihingen", "**/top_mosaic_09cm_area<split>", "**/top_mosaic_09cm_area<split>_noBoundary",
+                            VAIHINGEN),
     # surgery
-    "endovis18": Dataset("endovis18", ("**/<split>/left_frames/*",), ("**/<split>/labels/*",), ENDOVIS, endovis_label,
-                         ENDOVIS_CLASSES, ENDOVIS_COLORS),
+    "endovis18": Dataset("endovis18", "**/<split>/left_frames/*", "**/<split>/labels/*", ENDOVIS,
+                         partial(by_color, colors=ENDOVIS_COLORS, ignored=[ENDOVIS_PROBE]), ENDOVIS_CLASSES,
+                         ENDOVIS_COLORS),
     # CamVid by day, and at dusk as an unseen domain
-    "camvid": camvid("camvid", ("<split>/{0006R0,0016E5,Seq05VD}_*",), ("<split>annot/{0006R0,0016E5,Seq05VD}_*",),
+    "camvid": camvid("camvid", "<split>/{0006R0,0016E5,Seq05VD}_*", "<split>annot/{0006R0,0016E5,Seq05VD}_*",
                      {"train": "train", "val": "test"}),
-    "camvid-dusk": camvid("camvid", ("<split>/0001TP_*",), ("<split>annot/0001TP_*",), {"val": "{train,val,test}"}),
+    "camvid-dusk": camvid("camvid", "<split>/0001TP_*", "<split>annot/0001TP_*", {"val": "{train,val,test}"}),
     # VOC 2007 and 2012, whose labels are boxes; the corruptions of its test images are an unseen domain
     "voc": voc,
     "voc-corruptions": replace(voc, corrupted=True),
     # one's own images
-    "folder": Dataset("folder", ("images/<split>*",), ("masks/<split>*",), {"train": "{train/,}", "val": "val/"},
-                      own=True),
+    "folder": Dataset("folder", "images/<split>*", "masks/<split>*", {"train": "{train/,}", "val": "val/"}, own=True),
     # the toy world
     "toy": toy("game", train=1000, val=100),
-    "toy-night": toy("night", val=100),
-    "toy-fog": toy("fog", val=100),
-    "toy-snow": toy("snow", val=100),
-    "toy-rain": toy("rain", val=100),
+    **{f"toy-{look}": toy(look, val=100) for look in ("night", "fog", "snow", "rain")},
     "toy-arcade": toy("arcade", train=1000, val=100),
     "toy-diorama": toy("diorama", train=1000, val=100),
     "toy-wide": toy("wide", train=4000, val=100),
@@ -766,10 +736,12 @@ class Sample(NamedTuple):
             return torch.from_numpy(self.entry.generate(self.image)[1])
         try:
             if self.label.suffix == ".npy":
-                return torch.from_numpy(np.load(self.label))
-            if self.entry.tile:
-                return torch.from_numpy(self.entry.decode(self.label, self.box))
-            return torch.from_numpy(self.entry.decode(self.label))
+                label = np.load(self.label)
+            elif self.box:
+                label = self.entry.decode(self.label, self.box)
+            else:
+                label = self.entry.decode(self.label)
+            return torch.from_numpy(label)
         except UserError:
             raise
         except BROKEN as error:
@@ -835,40 +807,49 @@ class Names:
         return os.fsdecode(bytes(self.buffer[self.ends[i]:self.ends[i + 1]]))
 
 
-class Pictures:
-    """The Samples of a set without labels, each made when it is asked for; `ending`: what follows each of the names."""
-
-    def __init__(self, entry, folder, names, ending=""):
-        self.entry = entry
-        self.folder = folder
-        self.names = names
-        self.ending = ending
+@dataclass
+class Samples:
+    """The Samples of a set with files, each made when it is asked for."""
+    entry: Dataset
+    folder: Path
+    images: Names
+    labels: list = None     # names like those of the images
+    ending: str = ""        # what follows each name
 
     def __len__(self):
-        return len(self.names)
+        return len(self.images)
 
     def __getitem__(self, i):
-        return Sample(self.entry, self.folder / (self.names[i] + self.ending))
+        label = self.folder / (self.labels[i] + self.ending) if self.labels else None
+        return Sample(self.entry, self.folder / (self.images[i] + self.ending), label)
 
 
 def find(folder, patterns, text, skipped=()):
     """The files below a folder that the first successful pattern names: Names, the pattern, and the files it does not.
 
     `text` stands for <split>; files whose name without suffix ends in one of `skipped` are passed over."""
-    for pattern in patterns:
-        pattern = pattern.replace("<split>", text)
+    for pattern in patterns.replace("<split>", text).split():
         regex = as_regex(pattern)
+        top = re.split(r"[*{]", pattern)[0].rpartition("/")[0]  # the folder below which all its files lie
         names = Names()
         others = Names()
-        for name in files_below(folder, top_of(pattern)):
-            stem, suffix = os.path.splitext(name)
-            if suffix.lower() not in SUFFIXES or not regex.fullmatch(name):
+        for name in files_below(folder, top):
+            if not regex.fullmatch(name):
                 others.append(name)
-            elif not stem.endswith(skipped):
+            elif not os.path.splitext(name)[0].endswith(skipped):
                 names.append(name)
         if len(names):
             return names, regex, others
     return Names(), None, Names()
+
+
+def find_some(part, folder, patterns, text, skipped=()):
+    """What find finds, in the first process for all; UserError if that is nothing."""
+    names, regex, others = from_the_first(find, folder, patterns, text, skipped)
+    if not len(names):
+        looked_for = " or ".join(patterns.replace("<split>", text).split())
+        raise UserError(f"--data {part}: {folder} holds no files like {looked_for}")
+    return names, regex, others
 
 
 def by_key(names, regex):
@@ -877,11 +858,6 @@ def by_key(names, regex):
     for name in names:
         found.setdefault(regex.fullmatch(name).groups(), []).append(name)
     return dict(sorted(found.items()))
-
-
-def top_of(pattern):
-    """The folder below which all files of a pattern lie."""
-    return re.split(r"[*{]", pattern)[0].rpartition("/")[0]
 
 
 def files_below(folder, top=""):
@@ -911,25 +887,19 @@ def as_regex(pattern):
     regex = re.escape(pattern)
     regex = regex.replace(r"\{", "(").replace(r"\}", ")").replace(",", "|")
     regex = regex.replace(r"\*\*/", "(?:.*/)?").replace(r"\*", "([^/]*)")
-    return re.compile(regex + r"\.\w+")
+    suffix = "|".join(map(re.escape, SUFFIXES))
+    return re.compile(f"{regex}(?i:{suffix})")
 
 
 def tile_boxes(width, height, side):
     """Boxes (left, top, right, bottom) every `side` pixels, the last flush with the border; 12 x 12 for 6000 px."""
-    boxes = []
-    for top in tile_starts(height, side):
-        for left in tile_starts(width, side):
-            boxes.append((left, top, left + side, top + side))
-    return boxes
-
-
-def tile_starts(length, side):
-    last = max(length - side, 0)
-    return sorted({min(start, last) for start in range(0, length, side)})
+    lefts = [min(left, max(width - side, 0)) for left in range(0, width, side)]
+    tops = [min(top, max(height - side, 0)) for top in range(0, height, side)]
+    return [(left, top, left + side, top + side) for top in tops for left in lefts]
 
 
 def listing(part, entry, root, split, labelled, cache=None):
-    """The samples of one dataset, and the files that lack their partner."""
+    """The samples of one dataset, and the files that have no partner, or several."""
     if split not in entry.splits:
         raise UserError(f"--data {part}: has no {split} split, only {' '.join(entry.splits)}")
     if entry.generate:
@@ -941,43 +911,41 @@ def listing(part, entry, root, split, labelled, cache=None):
         raise UserError(f"--data {part}: {missing}")
 
     folder = locate(root, entry)
-    names, regex, others = find_some(part, folder, entry.images, entry.splits[split])
+    images, regex, others = find_some(part, folder, entry.images, entry.splits[split])
+    labels = None
     alone = []
     if labelled:
         labels, labels_regex, _ = find_some(part, folder, entry.labels, entry.splits[split], entry.converted)
-        pairs, alone = paired(by_key(names, regex), by_key(labels, labels_regex))
-        samples = [Sample(entry, folder / image, folder / label) for image, label in pairs]
-    else:
-        samples = Pictures(entry, folder, names)
+        images, labels, alone = paired(by_key(images, regex), by_key(labels, labels_regex))
+    samples = Samples(entry, folder, images, labels)
     if cache and split == "train":  # evaluation sees the original pixels
-        samples = use_stored(samples, part, folder, cache)
+        samples = use_stored(samples, part, cache)
     rest = left_out(folder, entry, others) if entry.own else ""
     qsd.say(f"{part} {split}: {len(samples)} images in {folder}{rest}")
     return samples, [folder / name for name in alone]
 
 
 def paired(images, labels):
-    """Of {key: [names]} the pairs (image, label), and the names that have no partner or several."""
-    pairs = []
+    """Of {key: [names]} twice: the images with one label each, those labels, and the names of all others."""
+    with_label = []
+    with_image = []
     alone = []
     for key in images | labels:
-        of_both = images.get(key, []) + labels.get(key, [])
-        if len(images.get(key, [])) == len(labels.get(key, [])) == 1:
-            pairs.append(of_both)
+        here = images.get(key, [])
+        there = labels.get(key, [])
+        if len(here) == len(there) == 1:
+            with_label += here
+            with_image += there
         else:
-            alone += of_both
-    return pairs, alone
+            alone += here + there
+    return with_label, with_image, alone
 
 
 def left_out(folder, entry, others):
     """Names the files of one's own folder that are of no split, as text."""
-    patterns = [pattern.replace("<split>", text) for pattern in entry.images for text in entry.splits.values()]
-    regex = re.compile("|".join(as_regex(pattern).pattern for pattern in patterns))
-    unused = []
-    for name in others:
-        if os.path.splitext(name)[1].lower() not in SUFFIXES or not regex.fullmatch(name):
-            unused.append(name)
-    return and_without(folder, unused)
+    patterns = " ".join(entry.images.replace("<split>", text) for text in entry.splits.values())
+    regex = re.compile("|".join(as_regex(pattern).pattern for pattern in patterns.split()))
+    return and_without(folder, [name for name in others if not regex.fullmatch(name)])
 
 
 def and_without(folder, names):
@@ -985,7 +953,7 @@ def and_without(folder, names):
     return f"; {len(names)} other files there are left out, as {folder / names[0]}" if names else ""
 
 
-def preflight_of(part, entry, root):
+def preflight_command(part, entry, root):
     """The command that looks through a dataset, as a shell takes it."""
     classes = f" --classes {entry.num_classes}" if part == "folder" and entry.num_classes else ""
     return f"python data.py --data {part} --root {shlex.quote(str(root))}{classes}"
@@ -1006,15 +974,6 @@ def listed(part, entry, folder, split):
     return samples
 
 
-def find_some(part, folder, patterns, text, skipped=()):
-    """What find finds, in the first process for all; UserError if that is nothing."""
-    names, regex, others = from_the_first(find, folder, patterns, text, skipped)
-    if not len(names):
-        looked_for = " or ".join(pattern.replace("<split>", text) for pattern in patterns)
-        raise UserError(f"--data {part}: {folder} holds no files like {looked_for}")
-    return names, regex, others
-
-
 def gather(name, root, split, labelled, cache, classes=None):
     """All samples of a name like gtav+synthia, each tile, each corruption; UserError where a file lacks its partner."""
     samples = []
@@ -1022,7 +981,7 @@ def gather(name, root, split, labelled, cache, classes=None):
         found, alone = listing(part, entry, root, split, labelled, cache)
         if alone:
             raise UserError(f"{alone[0]}: has no partner, as {len(alone)} files of {part} {split}; list them all with "
-                            f"{preflight_of(part, entry, root)}")
+                            f"{preflight_command(part, entry, root)}")
         if entry.tile or entry.corrupted:
             found = list(itertools.chain.from_iterable(map(pieces, found)))
         samples.append(found)
@@ -1102,6 +1061,9 @@ def mismatch(sample, image, label):
     return f"{sample.label}: {label.shape[1]}x{label.shape[0]}, but its image is {image.shape[2]}x{image.shape[1]}"
 
 
+ORDER, ERASED_BOX, ERASED_PIXELS, MASKS = range(1, 5)  # each use of a draw's number has random numbers of its own
+
+
 def mix(*numbers):
     """One 32-bit seed from several numbers (torch's CPU generator reads 32 bits, and neighbours must differ)."""
     return int(np.random.SeedSequence(numbers).generate_state(1)[0])
@@ -1129,48 +1091,52 @@ def scenes(name, root, split="train", transform=None, labels="1", classes=None, 
 
 # --- Which image when -----------------------------------------------------------------------------------------------
 
+@dataclass
 class Draws:
     """Batch sampler: this process's micro-batches of keys (index, draw), from a step on, forever.
 
     Draw d of a run belongs to epoch d // n. An epoch is a permutation seeded by (seed, epoch) of which each image comes
     `repeats` times in a row (repeated augmentation), cut to n draws. Step s takes draws [s batch, (s + 1) batch); each
     process a contiguous share of them, in `accumulate` micro-batches: the same images at any number of processes."""
+    n: int
+    batch: int
+    seed: int = 0
+    start_step: int = 0
+    rank: int = 0
+    world: int = 1
+    accumulate: int = 1
+    repeats: int = 1
 
-    def __init__(self, n, batch, seed=0, start_step=0, rank=0, world=1, accumulate=1, repeats=1):
-        if batch % (world * accumulate):
-            raise UserError(f"--batch {batch}: not a multiple of {world} processes x {accumulate} micro-batches")
-        self.n = n
-        self.batch = batch
-        self.share = batch // world
-        self.micro = batch // (world * accumulate)
-        self.seed = seed
-        self.start_step = start_step
-        self.rank = rank
-        self.repeats = repeats
-        self.epoch = None  # of the permutation at hand
+    def __post_init__(self):
+        if self.batch % (self.world * self.accumulate):
+            raise UserError(f"--batch {self.batch}: not a multiple of {self.world} processes x {self.accumulate} "
+                            "micro-batches")
 
     def __iter__(self):
-        step = self.start_step
-        while True:
-            first = step * self.batch + self.rank * self.share
-            for start in range(first, first + self.share, self.micro):
-                yield [(self.index(draw), draw) for draw in range(start, start + self.micro)]
-            step += 1
+        share = self.batch // self.world
+        micro = share // self.accumulate
+        for step in itertools.count(self.start_step):
+            first = step * self.batch + self.rank * share
+            for start in range(first, first + share, micro):
+                yield [(self.index(draw), draw) for draw in range(start, start + micro)]
 
     def index(self, draw):
         """The image of a draw."""
-        epoch = draw // self.n
-        if epoch != self.epoch:
-            generator = torch.Generator().manual_seed(mix(self.seed, ORDER, epoch))
-            self.order = torch.randperm(self.n, generator=generator)
-            self.epoch = epoch
-        return self.order[draw % self.n // self.repeats].item()
+        order = order_of_epoch(self.n, self.seed, draw // self.n)
+        return order[draw % self.n // self.repeats].item()
 
 
-def loader(dataset, batch, seed=0, start_step=0, rank=0, world=1, accumulate=1, repeats=1, workers=0):
-    """Endless batches (image uint8 (B, 3, H, W), [label int64 (B, H, W),] draw (B,)), B = batch/world/accumulate."""
-    dataset.seed = seed
-    draws = Draws(len(dataset), batch, seed, start_step, rank, world, accumulate, repeats)
+@lru_cache(maxsize=1)
+def order_of_epoch(n, seed, epoch):
+    return torch.randperm(n, generator=torch.Generator().manual_seed(mix(seed, ORDER, epoch)))
+
+
+def loader(dataset, batch, workers=0, **order):
+    """Endless batches (image uint8 (B, 3, H, W), [label int64 (B, H, W),] draw (B,)), B = batch/world/accumulate.
+
+    `order`: the constants of Draws that follow batch."""
+    draws = Draws(len(dataset), batch, **order)
+    dataset.seed = draws.seed
     return DataLoader(dataset, batch_sampler=draws, num_workers=workers, pin_memory=torch.cuda.is_available(),
                       prefetch_factor=4 if workers else None, worker_init_fn=outlast_signals,
                       multiprocessing_context=start_method(workers))
@@ -1241,16 +1207,12 @@ def warp(image, a=1.0, b=0.0, c=0.0, d=0.0, e=1.0, f=0.0):
 
 def shift(image, dx, dy):
     """Output pixel (x, y) shows input (x + dx, y + dy), in whole pixels: half a pixel off at most, 30 x faster."""
-    height, width = image.shape[1:]
-    out = torch.tensor(FILL, dtype=torch.uint8)[:, None, None].repeat(1, height, width)
-    inside = image[:, max(dy, 0):height + dy, max(dx, 0):width + dx]
-    out[:, max(-dy, 0):height - dy, max(-dx, 0):width - dx] = inside
-    return out
+    pad = [max(-dx, 0), max(-dy, 0), max(dx, 0), max(dy, 0)]  # left, top, right, bottom
+    padded = TF.pad(image, pad, fill=list(FILL))
+    return TF.crop(padded, max(dy, 0), max(dx, 0), *image.shape[1:])
 
 
-# The operations of RandAugment: each takes the image uint8 (3, H, W), a level in 0..1 and the level with a random sign.
-
-def rotate(image, level, signed):
+def rotate(image, signed):
     angle = math.radians(30 * signed)
     cos = math.cos(angle)
     sin = math.sin(angle)
@@ -1259,77 +1221,39 @@ def rotate(image, level, signed):
     return warp(image, cos, -sin, x - cos * x + sin * y, sin, cos, y - sin * x - cos * y)
 
 
-def shear_x(image, level, signed):
-    return warp(image, b=0.3 * signed)
-
-
-def shear_y(image, level, signed):
-    return warp(image, d=0.3 * signed)
-
-
-def translate_x(image, level, signed):
-    return shift(image, round(0.45 * signed * image.shape[2]), 0)
-
-
-def translate_y(image, level, signed):
-    return shift(image, 0, round(0.45 * signed * image.shape[1]))
-
-
-def autocontrast(image, level, signed):
-    return TF.autocontrast(image)
-
-
-def equalize(image, level, signed):
-    return TF.equalize(image)
-
-
-def invert(image, level, signed):
-    return 255 - image
-
-
-def posterize(image, level, signed):
-    bits = 4 - int(4 * level)  # that are kept: none at level 1
-    return image & (0xFF00 >> bits & 0xFF)
-
-
-def solarize(image, level, signed):
-    return torch.where(image < 256 - int(256 * level), image, 255 - image)
-
-
-def solarize_add(image, level, signed):
-    return torch.where(image < 128, image + int(110 * level), image)
-
-
-def strength(signed):
-    """The factor of the next four operations; 1 changes nothing, and the level leads away from 1 ("increasing")."""
-    return max(0.1, 1 + 0.9 * signed)
-
-
-def adjust_color(image, level, signed):
-    return TF.adjust_saturation(image, strength(signed))
-
-
-def adjust_contrast(image, level, signed):
-    return TF.adjust_contrast(image, strength(signed))
-
-
-def adjust_brightness(image, level, signed):
-    return TF.adjust_brightness(image, strength(signed))
-
-
-def adjust_sharpness(image, level, signed):
+def sharpen(image, factor):
     """Pillow's sharpness: away from the image smoothed by (1 1 1, 1 5 1, 1 1 1) / 13, borders kept."""
     x = image.float()
     inner = x[:, 1:-1, 1:-1]
     three_rows = x[:, :-2] + x[:, 1:-1] + x[:, 2:]
     nine = three_rows[:, :, :-2] + three_rows[:, :, 1:-1] + three_rows[:, :, 2:]
     smooth = (nine + 4 * inner).div_(13).round_()
-    inner.copy_(smooth.lerp(inner, strength(signed)))
+    inner.copy_(smooth.lerp(inner, factor))
     return x.clamp_(0, 255).to(torch.uint8)
 
 
-RAND_AUGMENT = (rotate, posterize, solarize, solarize_add, autocontrast, equalize, invert, adjust_color,
-                adjust_contrast, adjust_brightness, adjust_sharpness, shear_x, shear_y, translate_x, translate_y)
+def strength(signed):
+    """A factor that changes nothing at 1; the level leads away from 1 ("increasing")."""
+    return max(0.1, 1 + 0.9 * signed)
+
+
+RAND_AUGMENT = (  # each operation takes an image, a level in 0..1, and the level with a random sign
+    lambda image, level, signed: rotate(image, signed),
+    lambda image, level, signed: image & (0xF0 << int(4 * level) & 0xFF),   # posterize: 4 bits stay at level 0, 0 at 1
+    lambda image, level, signed: torch.where(image < 256 - int(256 * level), image, 255 - image),   # solarize
+    lambda image, level, signed: torch.where(image < 128, image + int(110 * level), image),         # solarize, add
+    lambda image, level, signed: TF.autocontrast(image),
+    lambda image, level, signed: TF.equalize(image),
+    lambda image, level, signed: 255 - image,                                                       # invert
+    lambda image, level, signed: TF.adjust_saturation(image, strength(signed)),
+    lambda image, level, signed: TF.adjust_contrast(image, strength(signed)),
+    lambda image, level, signed: TF.adjust_brightness(image, strength(signed)),
+    lambda image, level, signed: sharpen(image, strength(signed)),
+    lambda image, level, signed: warp(image, b=0.3 * signed),                                       # shear x
+    lambda image, level, signed: warp(image, d=0.3 * signed),                                       # shear y
+    lambda image, level, signed: shift(image, round(0.45 * signed * image.shape[2]), 0),            # translate x
+    lambda image, level, signed: shift(image, 0, round(0.45 * signed * image.shape[1])),            # translate y
+)
 
 
 # --- On the device: normalisation, random erasing, the noise of the masks -------------------------------------------
@@ -1345,11 +1269,8 @@ def renormalize(x, model, other):
     """Images normalised for one encoder, normalised for another instead: x std + mean are the pixels of both."""
     if (model.mean, model.std) == (other.mean, other.std):
         return x
-    scale = []
-    offset = []
-    for mean, std, other_mean, other_std in zip(model.mean, model.std, other.mean, other.std):
-        scale.append(std / other_std)
-        offset.append((mean - other_mean) / other_std)
+    scale = np.divide(model.std, other.std)
+    offset = np.subtract(model.mean, other.mean) / other.std
     return x * x.new_tensor(scale)[:, None, None] + x.new_tensor(offset)[:, None, None]
 
 
@@ -1377,11 +1298,8 @@ def erase(x, draws, seed=0, p=0.25, area=(0.02, 1 / 3), ratio=(0.3, 3.3)):
 
 def uniform_noise(draws, N, seed):
     """Random numbers in 0..1, (B, N), each row by (seed, draw) alone: the same masks at any number of processes."""
-    noise = []
-    for draw in draws.tolist():
-        generator = torch.Generator().manual_seed(mix(seed, MASKS, draw))
-        noise.append(torch.rand(N, generator=generator))
-    return torch.stack(noise)
+    generators = [torch.Generator().manual_seed(mix(seed, MASKS, draw)) for draw in draws.tolist()]
+    return torch.stack([torch.rand(N, generator=generator) for generator in generators])
 
 
 # --- Stage 2: image and label together ------------------------------------------------------------------------------
@@ -1478,13 +1396,12 @@ def eval_transform(name):
     (entry,) = entries(name).values()
 
     def transform(image, label):
-        height, width = image.shape[1:]
         if entry.eval_half:
-            height = height // 2
-            width = width // 2
-            image = resize(image, (width, height), InterpolationMode.BICUBIC, antialias=True)
-            label = resize_label(label, (width, height))
+            half = (image.shape[2] // 2, image.shape[1] // 2)
+            image = resize(image, half, InterpolationMode.BICUBIC, antialias=True)
+            label = resize_label(label, half)
         if entry.eval_size:
+            height, width = image.shape[1:]
             long_edge, short_edge = entry.eval_size
             scale = min(long_edge / max(height, width), short_edge / min(height, width))
             image = resize(image, (round(width * scale), round(height * scale)))
@@ -1567,21 +1484,20 @@ def clouds(height, width, decay, generator):
 def store(name, root, size, classes=None, workers=0):
     """Write the training split at short side `size` beside its folder: raw pixels that are mapped, not decoded.
 
-    The pixels see one bicubic reduction with antialias before the random crop's own: crops smaller than `size` come out
-    coarser than from the original. GTAV at 512 takes 36 GB, 3 x 512 x 932 bytes per image. Only "train" is stored."""
+    GTAV at 512 takes 36 GB. Crops smaller than `size` come out coarser than from the original."""
     for part, entry in entries(name, classes).items():
         if entry.generate or entry.tile or entry.boxes:
             raise UserError(f"--cache {size}: {part} is fast without")
         samples = gather(part, root, "train", bool(entry.decode), None, classes)
-        folder = locate(root, entry)
+        folder = samples.folder
         target = stored_folder(part, folder, size)
         if target.exists():
             raise UserError(f"--cache {size}: {target} exists; delete it to make it again")
         unfinished = target.with_name(f"{target.name}.{os.getpid()}.part")
         try:
             job = partial(store_sample, folder=folder, target=unfinished, size=size)
-            left_out = sum(in_parallel(job, samples, workers, f"storing {part}"))
-            made_from = {"from": str(folder), "short_side": size, "unreadable": left_out,
+            unreadable = sum(in_parallel(job, samples, workers, f"storing {part}"))
+            made_from = {"from": str(folder), "short_side": size, "unreadable": unreadable,
                          "pixels": "uint8, bicubic with antialias; labels are class numbers, nearest pixel"}
             for kind, files in files_of(samples).items():
                 made_from[kind] = names_and_sizes(folder, files)
@@ -1591,22 +1507,18 @@ def store(name, root, size, classes=None, workers=0):
             os.replace(unfinished, target)  # complete or absent
         finally:
             shutil.rmtree(unfinished, ignore_errors=True)
-        print(f"{target}: {len(samples) - left_out} images")
+        print(f"{target}: {len(samples) - unreadable} images")
 
 
 def stored_folder(part, folder, size):
     return folder.resolve().parent / f"{part}-{size}"
 
 
-def stored_file(folder, target, file):
-    return Path(f"{target / file.relative_to(folder)}.npy")
-
-
 def files_of(samples):
-    """The files of some samples: {"images": [Path]}, and if they are labelled "labels"."""
-    files = {"images": [sample.image for sample in samples]}
-    if samples[0].label:
-        files["labels"] = [sample.label for sample in samples]
+    """The files of a set: {"images": [Path]}, and if it is labelled "labels"."""
+    files = {"images": [samples.folder / name for name in samples.images]}
+    if samples.labels:
+        files["labels"] = [samples.folder / name for name in samples.labels]
     return files
 
 
@@ -1627,15 +1539,15 @@ def some_bytes(files, times=False):
     return digest.hexdigest()
 
 
-def made_from_these(made_from, folder, samples):
+def made_from_these(made_from, samples):
     """Whether a stored set comes from these files as they are; a copy of them has other times, but the same bytes."""
     for kind, files in files_of(samples).items():
-        if made_from.get(kind) != names_and_sizes(folder, files):
+        if made_from.get(kind) != names_and_sizes(samples.folder, files):
             return False
-        if f"{kind}, times" in made_from:  # sets stored by older versions know names and sizes only
-            if some_bytes(files, times=True) != made_from[f"{kind}, times"]:
-                if some_bytes(files) != made_from.get(f"{kind}, bytes"):
-                    return False
+        times = some_bytes(files, times=True)
+        if made_from.get(f"{kind}, times", times) != times:     # older versions noted names and sizes only
+            if made_from.get(f"{kind}, bytes") != some_bytes(files):
+                return False
     return True
 
 
@@ -1650,33 +1562,25 @@ def store_sample(sample, folder, target, size):
     scale = min(1, size / min(height, width))
     smaller = (round(width * scale), round(height * scale))
     image = resize(image, smaller, InterpolationMode.BICUBIC, antialias=True)
-    store_array(stored_file(folder, target, sample.image), image.permute(1, 2, 0))
+    stored = {sample.image: image.permute(1, 2, 0)}
     if sample.label:
-        label = resize_label(sample.read_label(), smaller)
-        store_array(stored_file(folder, target, sample.label), label)
+        stored[sample.label] = resize_label(sample.read_label(), smaller)
+    for original, pixels in stored.items():
+        file = Path(f"{target / original.relative_to(folder)}.npy")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        np.save(file, np.ascontiguousarray(pixels))
     return False
 
 
-def store_array(file, array):
-    file.parent.mkdir(parents=True, exist_ok=True)
-    np.save(file, np.ascontiguousarray(array))
-
-
-def use_stored(samples, part, folder, size):
+def use_stored(samples, part, size):
     """The same samples with the stored files; UserError unless those were made from the files as they are now."""
-    target = stored_folder(part, folder, size)
+    target = stored_folder(part, samples.folder, size)
     made_from = read_book(target / "made_from.json")
-    if not from_the_first(made_from_these, made_from, folder, samples):
+    if not from_the_first(made_from_these, made_from, samples):
         state = "was made from other files; delete it and run" if target.exists() else "is not there; run"
         raise UserError(f"--cache {size}: {target} {state} "
-                        f"{preflight_of(part, samples[0].entry, folder)} --cache {size}")
-    if isinstance(samples, Pictures):
-        return Pictures(samples.entry, target, samples.names, ".npy")
-    moved = []
-    for sample in samples:
-        image = stored_file(folder, target, sample.image)
-        moved.append(sample._replace(image=image, label=stored_file(folder, target, sample.label)))
-    return moved
+                        f"{preflight_command(part, samples.entry, samples.folder)} --cache {size}")
+    return replace(samples, folder=target, ending=".npy")
 
 
 def in_parallel(job, items, workers, title):
@@ -1706,7 +1610,7 @@ class Finding(NamedTuple):
     counts: np.ndarray = np.zeros(256, np.int64)  # pixels of each label value, or objects of each class
 
 
-def check(sample):
+def check_sample(sample):
     """Open both files of a sample."""
     try:
         image = sample.read_image()
@@ -1726,15 +1630,17 @@ def check(sample):
 
 def preflight(name, root, out=None, classes=None, workers=0):
     """Open every file of every split that is there and print what was found; returns the number of problems."""
+    if out and Path(out).suffix.lower() not in SUFFIXES:
+        raise UserError(f"--out {out}: a picture's name ends in one of {' '.join(sorted(SUFFIXES))}")
     if out:
-        check_picture("--out", out)
+        check_place("--out", out)
     count = 0
     shown = []
     counts = np.zeros(256, np.int64)
     for part, entry in entries(name, classes).items():
         for split in splits_at_hand(entry, root):
             samples, alone = listing(part, entry, root, split, bool(entry.labels))
-            findings = list(in_parallel(check, samples, workers, f"{part} {split}"))
+            findings = list(in_parallel(check_sample, samples, workers, f"{part} {split}"))
             problems = [f"{file}: has no partner, or several" for file in alone]
             problems += [finding.problem for finding in findings if finding.problem]
             oddities = [finding.oddity for finding in findings if finding.oddity]
@@ -1746,7 +1652,7 @@ def preflight(name, root, out=None, classes=None, workers=0):
             counts += sum(finding.counts for finding in findings)
             good = [sample for sample, finding in zip(samples, findings) if not finding.problem]
             shown += good[::max(1, math.ceil(len(good) / 4))]  # 4 at most, evenly
-    print(shares(entry.classes, counts, "objects" if entry.boxes else "pixels"), end="")
+    print_shares(entry.classes, counts, "objects" if entry.boxes else "pixels")
     if out and shown:
         with whole(Path(out)) as file:
             overview(shown).save(file)
@@ -1762,18 +1668,17 @@ def splits_at_hand(entry, root):
     return found or list(entry.splits)[:1]
 
 
-def shares(classes, counts, what):
-    """The classes' shares of the pixels in percent, as text with a line for each; of a set without labels nothing."""
+def print_shares(classes, counts, what):
+    """A line for each class's share of the pixels or objects; of a set without labels nothing."""
     named = {name: counts[number] for number, name in enumerate(classes)}
     named["ignored"] = counts[IGNORE]
     total = sum(named.values())
     if not total:
-        return ""
-    width = max(len(name) for name in named)
-    text = f"share of the {what}, %\n"
+        return
+    width = max(map(len, named))
+    print(f"share of the {what}, %")
     for name, count in named.items():
-        text += f"  {name:{width}} {100 * count / total:6.2f}\n"
-    return text
+        print(f"  {name:{width}} {100 * count / total:6.2f}")
 
 
 def palette(colors):
@@ -1850,7 +1755,6 @@ def main(argv=None):
 
 # --- Flags: every field of a Config is one --------------------------------------------------------------------------
 
-RETIRED = dict(mask_every=2, val_every=0)  # constants that older runs hold and no Config has any more: their defaults
 EARLIER = dict(geometry="centred", no_decay="all")  # what runs had before these constants existed; others: the default
 
 
@@ -1867,17 +1771,17 @@ def command_line(Config):
     help_of = {}
     for cls in Config.__mro__[-2::-1]:  # base classes first: a subclass may comment a field anew
         help_of |= dict(re.findall(r"^    (\w+): .*?# (.*)$", inspect.getsource(cls), re.M))
-    parser = argparse.ArgumentParser(allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.error = lambda message: stop_parsing(message)
+    parser = argparse.ArgumentParser(allow_abbrev=False)
+    parser.error = stop_parsing
     for field in dataclasses.fields(Config):
-        allowed = allowed_values(field.type)
-        limits = "".join(f"{limit}; " for limit in limits_of(field.type))
-        text = f"{help_of.get(field.name, '')} ({limits}default {field.default})".replace("%", "%%")
+        _, limits, words, _ = parts_of(field.type)
+        within = f"{limits}; " if limits else ""
+        text = f"{help_of.get(field.name, '')} ({within}default {field.default})".replace("%", "%%")
         alone = {}
-        if "yes" in allowed:  # --demo alone means yes
+        if "yes" in words:  # --demo alone means yes
             alone = {"nargs": "?", "const": parse_value(field.type, "yes")}
         parser.add_argument(f"--{field.name}", type=partial(parse_value, field.type), default=argparse.SUPPRESS,
-                            metavar="|".join(allowed) or "X", help=text, **alone)
+                            metavar="|".join(words) or "X", help=text, **alone)
     return parser
 
 
@@ -1885,46 +1789,36 @@ def stop_parsing(message):
     raise UserError(f"{message} (--help lists the flags)")
 
 
-def allowed_values(kind):
-    """The words that a field's type allows; nothing for numbers and free text."""
-    if kind is bool:
-        return ("yes", "no")
-    return typing.get_args(kind) if typing.get_origin(kind) is Literal else ()
-
-
-def limits_of(kind):
-    """The Range that a field's type names, in a list; nothing for words and free text."""
+def parts_of(kind):
+    """Of a field's type the plain type, its qsd.Range or None, the words that it allows, whether it may be none."""
+    optional = typing.get_origin(kind) in (typing.Union, types.UnionType)   # like Count | None
+    if optional:
+        kind = typing.get_args(kind)[0]
+    limits = None
     if typing.get_origin(kind) is typing.Annotated:
-        return [typing.get_args(kind)[1]]
-    return limits_of(typing.get_args(kind)[0]) if is_optional(kind) else []
-
-
-def is_optional(kind):
-    """Whether a type is like Count | None."""
-    return typing.get_origin(kind) in (typing.Union, types.UnionType)
+        kind, limits = typing.get_args(kind)
+    words = ("yes", "no") if kind is bool else ()
+    if typing.get_origin(kind) is Literal:
+        words = typing.get_args(kind)
+    return kind, limits, words, optional
 
 
 def parse_value(kind, text):
     """One flag's text as the type that its field declares, within its range."""
-    if is_optional(kind):
-        return None if text == "none" else parse_value(typing.get_args(kind)[0], text)
-    if typing.get_origin(kind) is typing.Annotated:
-        kind, limits = typing.get_args(kind)
-        value = parse_value(kind, text)
-        if value not in limits:
-            raise argparse.ArgumentTypeError(f"{limits} was expected, not {text}")
-        return value
-    allowed = allowed_values(kind)
-    if allowed and text not in allowed:
-        raise argparse.ArgumentTypeError(f"'{text}' is none of {', '.join(allowed)}")
-    if kind is bool:
-        return text == "yes"
-    if allowed:
-        return text
+    kind, limits, words, optional = parts_of(kind)
+    if optional and text == "none":
+        return None
+    if words and text not in words:
+        raise argparse.ArgumentTypeError(f"'{text}' is none of {', '.join(words)}")
+    if words:
+        return text == "yes" if kind is bool else text
     try:
-        return kind(text)
+        value = kind(text)
     except ValueError:
         raise argparse.ArgumentTypeError(f"'{text}' is no {kind.__name__}") from None
+    if limits and value not in limits:
+        raise argparse.ArgumentTypeError(f"{limits} was expected, not {text}")
+    return value
 
 
 def as_plain(cfg):
@@ -2033,10 +1927,15 @@ def reason_of(error):
         return f"{error.filename}: {error.strerror}" if error.filename else text
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in text:
         return f"not enough memory ({text}); lower --micro, --batch or --size"
-    if isinstance(error, BrokenProcessPool) or "DataLoader worker" in text:
+    if isinstance(error, BrokenExecutor) or "DataLoader worker" in text:
         return "a process that reads images was killed, perhaps for its memory; use fewer --workers"
     closed = dist.is_initialized() and ("Connection closed" in text or "Connection reset" in text or "gloo" in text)
     return "" if closed or isinstance(error, dist.DistError) else None
+
+
+def first_line(error, most=80):
+    """The beginning of an exception's text."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)[:most]
 
 
 # --- Processes: one, or as many as torchrun starts ------------------------------------------------------------------
@@ -2047,11 +1946,14 @@ PATIENCE = datetime.timedelta(hours=3)  # how long processes wait for one that s
 # proper, which they have not. QSD's logits bear it: under autocast their queries have bf16's 7 bits, and TF32 has 10.
 FP32_PRODUCTS = "high"
 
+STARTED_BY = "GKD_TABLE"    # eval.py sets it for the runs of a table: its process number
+
 
 def launch():
     """Join the processes that torchrun started; a lone process needs no group, and no network. Returns the device."""
-    local, number, world = [torchrun_says(name, alone) for name, alone in (("LOCAL_RANK", 0), ("RANK", 0),
-                                                                         ("WORLD_SIZE", 1))]
+    local = torchrun_says("LOCAL_RANK", 0)
+    number = torchrun_says("RANK", 0)
+    world = torchrun_says("WORLD_SIZE", 1)
     if torch.cuda.is_available():
         if local >= torch.cuda.device_count():
             raise UserError(f"process {local} finds no GPU of its own: --nproc_per_node={torch.cuda.device_count()}")
@@ -2067,9 +1969,6 @@ def launch():
                             "several processes with torchrun, or one without these variables")
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
     return device
-
-
-STARTED_BY = "GKD_TABLE"    # eval.py sets it for the runs of a table: its process number
 
 
 def end_with_its_starter(parent):
@@ -2108,7 +2007,7 @@ def largest(*values):
     if not dist.is_initialized():
         return [float(value) for value in values]
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    values = torch.tensor([float(value) for value in values], dtype=torch.float64, device=device)
+    values = torch.tensor(values, dtype=torch.float64, device=device)
     dist.all_reduce(values, op=dist.ReduceOp.MAX)
     return values.tolist()
 
@@ -2151,7 +2050,7 @@ def catch_signals():
     return caught
 
 
-# --- What a step costs ----------------------------------------------------------------------------------------------
+# --- What a step costs, and how many there are ----------------------------------------------------------------------
 
 def count_flops(work):
     """Floating-point operations (2 per multiply-add) of calling work(), backward passes included.
@@ -2182,12 +2081,40 @@ def dry_run(learner, losses_of_two_images):
     return flops / 2
 
 
+def parse_budget(text, steps_per_epoch):
+    """A budget as (unit, amount): "600" and "300ep" in steps, "2h" and "30m" in seconds, "3e18flop" in flops."""
+    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?(?:e[0-9]+)?)(ep|h|m|s|flop|)", text)
+    if not match or not 0 < float(match[1]) < math.inf:
+        raise UserError(f"--budget {text} is not one of 600 (steps), 300ep, 2h, 30m, 45s, 3e18flop")
+    amount = float(match[1])
+    if match[2] == "flop":
+        return "flops", amount
+    if match[2] in ("h", "m", "s"):
+        return "seconds", amount * {"h": 3600, "m": 60, "s": 1}[match[2]]
+    steps = amount * steps_per_epoch if match[2] == "ep" else amount
+    return "steps", max(1, round(steps))
+
+
+def passes_of(batch, micro, world, pairs=True):
+    """Forward passes that a step takes on each process: none holds more than `micro` images, and all make up the batch.
+
+    pairs: none holds an odd number of images."""
+    least = 2 if pairs else 1
+    if batch < 1 or batch % (least * world):
+        raise UserError(f"--batch {batch} does not divide into {'pairs of ' if pairs else ''}images over {world} "
+                        f"processes; use a multiple of {least * world}")
+    own = batch // world
+    for count in range(1, own + 1):
+        if own % (least * count) == 0 and (own // count <= micro or own // count == least):
+            return count
+
+
 # --- Files: whole or absent -----------------------------------------------------------------------------------------
 
 @contextmanager
-def whole(path):
+def whole(path, mark="part"):
     """Where to write what becomes the file `path` once it is complete: no kill and no full disk leaves half of it."""
-    unfinished = path.with_name(f"part.{path.name}")
+    unfinished = path.with_name(f"{mark}.{path.name}")
     try:
         unfinished.parent.mkdir(parents=True, exist_ok=True)
         yield unfinished
@@ -2218,7 +2145,7 @@ def read_book(path):
     try:
         book = json.loads(path.read_text())
     except (OSError, ValueError):
-        return {}
+        book = {}
     return book if isinstance(book, dict) else {}
 
 
@@ -2264,116 +2191,63 @@ def is_there(path):
     return True
 
 
-def check_picture(flag, path):
-    """UserError if a picture cannot be written to a path."""
-    if Path(path).suffix.lower() not in SUFFIXES:
-        raise UserError(f"{flag} {path}: a picture's name ends in one of {' '.join(sorted(SUFFIXES))}")
-    check_place(flag, path)
-
-
-def first_line(error, most=80):
-    """The beginning of an exception's text."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)[:most]
-
-
-def parse_budget(text, steps_per_epoch):
-    """A budget as (unit, amount): "600" and "300ep" in steps, "2h" and "30m" in seconds, "3e18flop" in flops."""
-    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?(?:e[0-9]+)?)(ep|h|m|s|flop|)", text)
-    if not match or not 0 < float(match[1]) < math.inf:
-        raise UserError(f"--budget {text} is not one of 600 (steps), 300ep, 2h, 30m, 45s, 3e18flop")
-    amount = float(match[1])
-    if match[2] == "flop":
-        return "flops", amount
-    if match[2] in ("h", "m", "s"):
-        return "seconds", amount * {"h": 3600, "m": 60, "s": 1}[match[2]]
-    steps = amount * steps_per_epoch if match[2] == "ep" else amount
-    return "steps", max(1, round(steps))
-
-
-def passes_of(batch, micro, world, pairs=True):
-    """Forward passes that a step takes on each process: none holds more than `micro` images, and all make up the batch.
-
-    pairs: none holds an odd number of images."""
-    least = 2 if pairs else 1
-    if batch < 1 or batch % (least * world):
-        raise UserError(f"--batch {batch} does not divide into {'pairs of ' if pairs else ''}images over {world} "
-                        f"processes; use a multiple of {least * world}")
-    own = batch // world
-    for count in range(1, own + 1):
-        if own % (least * count) == 0 and (own // count <= micro or own // count == least):
-            return count
-
-
 # --- Run folders ----------------------------------------------------------------------------------------------------
 
-def read_header(log):
-    """The first line of a run's log.jsonl: its Config, command, files and versions."""
-    lines = read_lines(log)
-    if not lines or not dict_in(lines[0][1], "config"):
+def check_folder(cfg, free):
+    """Refuse --out if it holds another run or foreign files, and leave it as it is; `free`: see check_header."""
+    out = Path(cfg.out)
+    log = out / "log.jsonl"
+    check_place("--out", out)
+    if log.exists():
+        check_header(log, cfg, free)
+    elif out.exists() and not out.is_dir():
+        raise UserError(f"--out {out} is a file, not a folder; choose another --out")
+    elif out.exists() and any(path.name not in ("part.log.jsonl", "lock") for path in out.iterdir()):
+        raise UserError(f"--out {out} is not empty and holds no log.jsonl of this script; choose another --out")
+
+
+RETIRED = dict(mask_every=2, val_every=0)  # constants that older runs hold and no Config has any more: their defaults
+
+
+def check_header(log, cfg, free):
+    """Refuse a run that the first line of its log says began with other constants than cfg, or with other files.
+
+    A constant that one of the two lacks has its default there, or what RETIRED and EARLIER say; cfg is set to EARLIER.
+    Those in `free`, and the folder's name, may differ; a file may have moved, if it is the same."""
+    header = next((line for _, line in read_lines(log)), {})
+    stored = dict_in(header, "config")
+    files = dict_in(header, "files")
+    if not stored:
         raise UserError(f"{log} is damaged: it does not begin with the constants of a run; choose another --out, or "
                         "delete the folder if nothing in it is needed")
-    return lines[0][1]
-
-
-def other_constants(cfg, header, free):
-    """In what the constants in a run's header differ from those of cfg, as ["lr 0.1 -> 0.2"].
-
-    A constant that one of the two lacks has its default there; those in `free`, and the folder's name, may differ. A
-    file may have moved, if it is the same."""
-    stored = header["config"]
-    before = as_plain(type(cfg)()) | RETIRED | stored
+    for name, value in EARLIER.items():
+        if hasattr(cfg, name) and name not in stored:
+            setattr(cfg, name, value)
+    before = as_plain(type(cfg)()) | RETIRED | EARLIER | stored
     now = before | RETIRED | as_plain(cfg)
-    files = dict_in(header, "files")
     differing = []
     for name, value in before.items():
         moved = name in files and file_of(now[name]) == files[name]
         if not moved and not same_value(value, now[name]) and name not in free and name != "out":
             differing.append(f"{name} {value} -> {now[name]}")
-    return differing
-
-
-def files_named_by(cfg):
-    """{constant: fingerprint} of the files that constants name: checkpoints of teacher and student."""
-    found = {name: file_of(value) for name, value in as_plain(cfg).items() if name not in ("out", "root", "data")}
-    return {name: text for name, text in found.items() if text}
+    if differing:
+        raise UserError(f"--out {log.parent} holds a run with other constants ({', '.join(differing)}); "
+                        "choose another --out")
+    for name, text in files.items():
+        value = as_plain(cfg).get(name)
+        if (log.parent / "last.pt").exists() and text not in (None, file_of(value)):
+            raise UserError(f"--{name} {value} is another file than when the run in --out {log.parent} began; "
+                            "choose another --out")
 
 
 def file_of(value):
-    """The fingerprint of a file that a constant names; None if it names none."""
+    """The fingerprint of a file that a constant names, as those of teacher and student; None if it names none."""
     return fingerprint(value) if isinstance(value, str) and value and os.path.isfile(value) else None
 
 
 def same_value(a, b):
     """Whether two constants are equal, or two spellings of one path."""
     return a == b or (isinstance(a, str) and isinstance(b, str) and os.path.abspath(a) == os.path.abspath(b))
-
-
-def check_folder(cfg, free):
-    """Refuse --out if it holds another run or foreign files, and leave it as it is.
-
-    A run that began before a constant of EARLIER existed goes on as it began: cfg is set so.
-    """
-    out = Path(cfg.out)
-    log = out / "log.jsonl"
-    check_place("--out", out)
-    if log.exists():
-        header = read_header(log)
-        stored = header["config"]
-        for name, value in EARLIER.items():
-            if hasattr(cfg, name) and name not in stored:
-                setattr(cfg, name, value)
-        differing = other_constants(cfg, header | dict(config=EARLIER | stored), free)
-        if differing:
-            raise UserError(f"--out {out} holds a run with other constants ({', '.join(differing)}); "
-                            "choose another --out")
-        for name, text in dict_in(header, "files").items():
-            if (out / "last.pt").exists() and text not in (None, file_of(as_plain(cfg).get(name, ""))):
-                raise UserError(f"--{name} {as_plain(cfg).get(name)} is another file than when the run in --out {out} "
-                                "began; choose another --out")
-    elif out.exists() and not out.is_dir():
-        raise UserError(f"--out {out} is a file, not a folder; choose another --out")
-    elif out.exists() and any(path.name not in ("part.log.jsonl", "lock") for path in out.iterdir()):
-        raise UserError(f"--out {out} is not empty and holds no log.jsonl of this script; choose another --out")
 
 
 def lock(folder):
@@ -2398,12 +2272,6 @@ def locked(folder):
     except OSError:     # a network disk without locks
         pass
     return file
-
-
-def check_lock(folder):
-    """UserError if another process works in a run's folder; it is locked later, when the first file is written."""
-    if (folder / "lock").exists() and rank() == 0:
-        locked(folder).close()
 
 
 def load(path, instead=None):
@@ -2464,9 +2332,9 @@ def compare_processes(out, found):
                         "the same folder, on a shared disk and as an absolute path")
 
 
-def of_each_step(load, step, passes, workers):
+def of_each_step(batches_from, step, passes, workers):
     """The micro-batches of each step from one on; if a loading process fails, this one goes on alone."""
-    batches = iter(load(start_step=step, workers=workers))
+    batches = iter(batches_from(start_step=step, workers=workers))
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)               # torch's would raise in the midst of a step
     while True:
         try:
@@ -2477,7 +2345,7 @@ def of_each_step(load, step, passes, workers):
             reason = str(error).strip().splitlines()[-1]    # above it is the worker's traceback
             print(f"a loading process failed ({reason}); this process goes on alone", file=sys.stderr)
             workers = 0
-            batches = iter(load(start_step=step))
+            batches = iter(batches_from(start_step=step))
             continue
         yield micro_batches
         step += 1
@@ -2500,9 +2368,12 @@ def steps_of(checkpoint):
 
 def header_of(cfg, device):
     """The first line of a log: what a run was begun with."""
+    config = as_plain(cfg)
     versions = dict(torch=torch.__version__, torchvision=torchvision.__version__, python=sys.version.split()[0])
-    return dict(config=as_plain(cfg), command=" ".join(sys.argv), git=git_commit(), **versions,
-                device=device_name(device), world=world_size(), files=files_named_by(cfg))
+    files = {name: file_of(value) for name, value in config.items() if name not in ("out", "root", "data")}
+    files = {name: text for name, text in files.items() if text}
+    return dict(config=config, command=" ".join(sys.argv), git=git_commit(), **versions,
+                device=device_name(device), world=world_size(), files=files)
 
 
 def cut(log, steps):
@@ -2570,7 +2441,8 @@ class Run:
         parse_budget(cfg.budget, steps_per_epoch=1)
         check_folder(cfg, free)
         self.found = times_of(self.out / "last.pt", self.result)
-        check_lock(self.out)
+        if rank() == 0 and (self.out / "lock").exists():
+            locked(self.out).close()    # it is locked for good when the first file is written
         self.checkpoint = load(self.out / "last.pt")
         self.finished = bool(load(self.result, instead=self.checkpoint))
         compare_processes(self.out, math.inf if self.finished else steps_of(self.checkpoint))
@@ -2589,7 +2461,7 @@ class Run:
         self.optimizer = optimizer
         self.dataset = dataset
         self.probe = probe
-        self.per_image = dict(images=1, tokens=tokens, flops=flops)     # what an image adds to the ledger
+        self.per_step = dict(steps=1, images=cfg.batch, tokens=cfg.batch * tokens, flops=cfg.batch * flops)
         self.ledger = dict(steps=0, images=0, tokens=0, flops=0.0, seconds=0.0, skipped=0, waited=0.0, peak_gb=0.0)
         self.contents = contents_of(dataset)
         self.sane = 1000 * max(1, loss_of(probe))
@@ -2601,8 +2473,8 @@ class Run:
 
         self.unit, self.budget = parse_budget(cfg.budget, len(dataset) / cfg.batch)
         self.passes = passes_of(cfg.batch, cfg.micro, world_size(), pairs)
-        self.load = partial(loader, dataset, cfg.batch, cfg.seed, rank=rank(), world=world_size(),
-                            accumulate=self.passes, repeats=repeats)
+        self.batches_from = partial(loader, dataset, cfg.batch, seed=cfg.seed, rank=rank(), world=world_size(),
+                                    accumulate=self.passes, repeats=repeats)
         if rank() == 0:
             self.start_log(gflop_per_image=flops / 1e9)
         self.bar = tqdm(initial=self.ledger["steps"], desc=str(self.out), disable=rank() > 0, unit="step",
@@ -2622,7 +2494,7 @@ class Run:
 
     def steps(self):
         """For each step the list of its micro-batches, until the budget is spent."""
-        batches = of_each_step(self.load, self.ledger["steps"], self.passes, self.cfg.workers)
+        batches = of_each_step(self.batches_from, self.ledger["steps"], self.passes, self.cfg.workers)
         while self.fraction < 1:
             self.began = time.time()
             self.losses = {}
@@ -2681,12 +2553,8 @@ class Run:
 
     def spend(self, seconds, skipped):
         """Add a step to the ledger."""
-        self.ledger["steps"] += 1
-        for name, amount in self.per_image.items():
-            self.ledger[name] += self.cfg.batch * amount
-        self.ledger["seconds"] += seconds
-        self.ledger["skipped"] += skipped
-        self.ledger["waited"] += self.waited
+        for name, amount in dict(self.per_step, seconds=seconds, skipped=skipped, waited=self.waited).items():
+            self.ledger[name] += amount
         self.ledger["peak_gb"] = max(self.ledger["peak_gb"], peak_memory())
 
     def report(self):
@@ -2750,7 +2618,7 @@ class Run:
 
     def give_up(self):
         """End after too many non-finite steps in a row, naming the images of the last."""
-        draws = self.load().batch_sampler
+        draws = self.batches_from().batch_sampler
         names = [str(self.dataset.samples[draws.index(draw)].image) for draw in self.draws.tolist()]
         kept = f"{self.out}/last.pt holds the weights before them: the same command goes on with the next images"
         if self.kept < self.ledger["steps"]:
@@ -2771,7 +2639,7 @@ class Run:
     def tidy(self):
         """Delete what resuming needed, and files that a kill left half-written."""
         if rank() == 0:
-            halves = [f"part.{name}" for name in ("last.pt", "log.jsonl", self.result.name)]
+            halves = ["part.last.pt", "part.log.jsonl", f"part.{self.result.name}"]
             for name in [*halves, "last.pt", "prev.pt", "lock"]:    # prev.pt: of older runs
                 (self.out / name).unlink(missing_ok=True)
 
