@@ -1394,7 +1394,7 @@ def chart(series, path, x_title, y_title, title="", log=False):
     y_ticks = ticks([y for _, y in points])
     y_texts = [number(y) for y in y_ticks]
     if log:
-        y_texts = [number(float(f"{10 ** y:.2g}")) for y in y_ticks]  # two digits are enough
+        y_texts = [number(float(f"{10 ** y:.3g}")) for y in y_ticks]  # no round numbers, but as good as on the line
 
     # Drawn at twice the size and then halved, lines are smooth.
     width = 1600
