@@ -3173,8 +3173,9 @@ def test_a_run_ends_with_the_torchrun_or_the_table_that_started_it(starter, aliv
     killed = []
     looks = itertools.count()
     here = os.getppid()
+    gone = here + 1
     monkeypatch.setenv(data.STARTED_BY, "0" if starter == "parent" else str(os.getpid() if alive else 2 ** 22 + 1))
-    monkeypatch.setattr(os, "getppid", lambda: here if starter == "table" and not alive or next(looks) < 2 else 1)
+    monkeypatch.setattr(os, "getppid", lambda: here if starter == "table" and not alive or next(looks) < 2 else gone)
     monkeypatch.setattr(os, "kill", lambda *args: killed.append(args))
     monkeypatch.setattr(data, "time", SimpleNamespace(sleep=lambda seconds: None))
     data.end_with_its_starter(here)
