@@ -2,7 +2,7 @@
 
     python distill.py --data imagenet --root /data --out runs/proxy
     python distill.py --data gtav --root /data --student runs/proxy/student.pt --out runs/source
-    python distill.py --data toy-proxy --out runs/mine   # on a CPU, after `python eval.py --demo` (its teacher)
+    python distill.py --data toy-proxy --out runs/mine   # on a CPU, nothing to download
 
 With N GPUs write `torchrun --standalone --nproc_per_node=N` for `python`. Proxy stage and source stage are this same
 script, --stage picks the preset. The same command resumes.
@@ -60,7 +60,7 @@ class Config(qsd.LossConfig):
     lr_rule: Literal["batch/512", "constant"] = "batch/512"  # official: lr x batch / 512; the paper's text: constant
     lr_min: qsd.Weight = 1e-5       # the cosine's end
     warmup: qsd.Share = 0.0         # fraction of the budget; official 0, Proteus 5 of 100 epochs
-    weight_decay: qsd.Weight = 0.05 # not on 1-d parameters; official: on pos_embed, cls_token and mask_token, too
+    weight_decay: qsd.Weight = 0.05 # not of 1-d parameters; of pos_embed, cls_token and mask_token (official)
     # running
     seed: qsd.Seed = 0              # decides order, augmentation, masks and fresh weights
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # auto: bf16 on CUDA, fp32 on CPU; losses are fp32

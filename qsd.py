@@ -952,10 +952,10 @@ class LossConfig:
     gamma: Weight = 1.0         # weight of L_cls; 0 leaves the CLS token out of every term
     distance: Literal["mse", "l1", "cosine"] = "mse"  # between student and teacher, in all three terms; paper: mse
     feat_with_cls: bool = True  # official: L_feat is the mean over [CLS; patches]; the paper: over the patches
-    mask_ratio: Share = 0.5     # share of the patches hidden in a masked image, int(0.5 N) exactly (official)
+    mask_ratio: Share = 0.5     # share of the patches hidden in a masked image: int(mask_ratio N) exactly
     mask_all: bool = False      # no: every second image is masked (official: half of the batch); yes: all (the paper)
     mask_loss: Literal["all", "masked_samples", "masked_tokens"] = "all"  # official: all tokens of all images
-    attention: Literal["learned", "identity", "teacher"] = "learned"  # identity: W = 1 at itself alone; teacher: v_t
+    attention: Literal["learned", "identity", "teacher"] = "learned"  # queries: v_s; none, W = 1 at itself; v_t
     scale: Literal["one", "sqrt", "cosine"] = "one"  # factor of W: 1 (paper), C_t^-1/2, or cosine / temperature
     temperature: Positive = 0.07    # for --scale cosine only
     layers: Literal["last", "four"] = "last"  # paper: the last block; four: also the three others that a decoder reads
@@ -986,7 +986,7 @@ def projection(dim_s, dim_t):
 
 
 def matmul(a, b):
-    """a @ b in fp32, under autocast, too: a softmax of large, unscaled logits does not bear bf16's rounding."""
+    """a @ b of fp32 numbers, under autocast, too: a softmax of large, unscaled logits does not bear bf16's rounding."""
     dtype = torch.promote_types(b.dtype, torch.float32)
     with torch.autocast(a.device.type, enabled=False):
         return a.to(dtype) @ b.to(dtype)
@@ -1053,13 +1053,14 @@ class GKD(nn.Module):
     def masked(self, student, x, v_s, v_t, noise):
         """The masked pass through its head, v_s'^mask, and the teacher tokens that it must equal: both (B', N', C_t).
 
-        Only the masked images go through the student again. The others count, too, if --mask_loss is all: their tokens
-        are those of the plain pass, which a second pass without a mask would equal.
+        B' and N' are what --mask_loss counts: images, or masked ones; patches, or hidden ones. Only the masked images
+        go through the student again. Where the others count, too (all), their tokens are those of the plain pass, which
+        a second pass without a mask would equal.
         """
         c = self.config
         which = masked_images(c)
-        hidden = random_mask(noise[which], c.mask_ratio)            # (B/2, N)
-        v_s_mask = student(x[which], hidden)[1]                     # (B/2, N, C_s)
+        hidden = random_mask(noise[which], c.mask_ratio)            # (M, N), for the M masked images
+        v_s_mask = student(x[which], hidden)[1]                     # (M, N, C_s)
         if c.mask_loss == "all" and not c.mask_all:
             index = torch.arange(len(x), device=x.device)[which]
             v_s_mask = v_s.to(v_s_mask.dtype).index_copy(0, index, v_s_mask)    # (B, N, C_s)
@@ -1161,6 +1162,7 @@ class GKDFourLayers(GKD):
 
 
 # --- The rivals of Tables 1, 2 and 4 --------------------------------------------------------------------------------
+
 class MSE(nn.Module):
     """Vanilla KD (FitNets, Romero et al. 2015): the mean of (phi(s) - t)^2 over the patches, phi linear."""
     weight = 1.0
@@ -1176,7 +1178,7 @@ class MSE(nn.Module):
 
 
 class CWD(nn.Module):
-    """Channel-wise distillation (Shu et al. 2021): KL of each channel's softmax over space, student to teacher."""
+    """Channel-wise distillation (Shu et al. 2021): KL(teacher || student) of each channel's softmax over space."""
     weight = 50.0                       # CIRKD's weight of CWD on features, for this very reduction
     plain = True
     layers_s = layers_t = ()

@@ -4,7 +4,8 @@
     python segment.py --data voc --decoder boxes --root /data --encoder runs/source/student.pt --out runs/voc
     python segment.py --data folder --root my_images --classes 5 --encoder dinov2_vits14 --out runs/mine
 
-The same command resumes. With --kd or --kd_logits a rival of the paper is trained: task loss and distillation at once.
+The same command resumes. `--kd 1 --loss cwd --teacher dinov2_vitb14 --freeze no` trains a rival of the paper instead:
+task loss and distillation at once. --kd_logits 1 is Hinton's distillation, which the paper does not have.
 """
 import math
 import re
@@ -714,7 +715,7 @@ class BoxDecoder(nn.Module):
 class Config(qsd.LossConfig):
     """Every constant of stage 2 and of the one-stage baselines."""
     # what is trained
-    data: str = "gtav"              # a name of data.DATASETS, or several joined with +; picks the preset below
+    data: str = "gtav"              # a name of data.DATASETS, or several joined with +; picks a preset
     root: str = "data"              # the folder that holds the data sets
     split: str = "train"            # the images trained on
     labels: str = "1"               # share of the labelled images: 1, 1/4, 1/8, 1/16 (Table 3), a fixed subset
@@ -727,18 +728,18 @@ class Config(qsd.LossConfig):
     out: str = "runs/segment"       # log.jsonl, last.pt, segmenter.pt
     # decoder
     decoder: Literal["mask", "fpn", "linear", "boxes"] = "mask"  # Mask2Former; SemFPN; one layer; Faster R-CNN
-    blocks: Literal["four", "last"] = "four"  # encoder blocks it reads: official [3, 5, 7, 11] of 12; or 4 x the last
+    blocks: Literal["four", "last"] = "four"  # that the decoder reads: [3, 5, 7, 11] of 12 (official); 4 x the last
     width: qsd.Count = 256          # channels of the mask and box decoders
-    queries: qsd.Count = 100        # masks it proposes
-    decoder_layers: qsd.CountOr0 = 9    # its transformer layers
-    ffn: qsd.Count = 2048           # their hidden width, and that of the box decoder's head
-    pixel: Literal["fpn", "deform"] = "deform"  # its pixel decoder: Mask2Former's; fpn: light
-    heads: qsd.Count = 8            # attention heads of both
+    queries: qsd.Count = 100        # of the mask decoder, each proposes a mask
+    decoder_layers: qsd.CountOr0 = 9    # transformer layers of the mask decoder
+    ffn: qsd.Count = 2048           # hidden width of those layers, and of the box decoder's head
+    pixel: Literal["fpn", "deform"] = "deform"  # pixel decoder of the mask decoder: Mask2Former's; fpn: light
+    heads: qsd.Count = 8            # attention heads of mask decoder and pixel decoder
     points: qsd.Count = 12544       # pixels on which its masks are compared
     void: Literal["negative", "ignore"] = "negative"  # pixels labelled 255: outside every mask (official) or left out
     geometry: Literal["mmdet", "centred"] = "mmdet"  # positions, padding, finest lateral: official, or of older runs
     rois: qsd.Count = 512           # boxes of an image from which the head of the box decoder learns
-    proposals: qsd.Count = 1000     # boxes of an image that it sees when it predicts; twice as many in training
+    proposals: qsd.Count = 1000     # boxes of an image that this head sees when it predicts; twice as many in training
     # one-stage distillation (equation 3)
     kd: qsd.Weight = 0.0            # weight of the objective --loss, in units of its published weight; 0 = no teacher
     kd_logits: qsd.Weight = 0.0     # weight of Hinton's logit distillation; its teacher is a segmenter.pt
@@ -756,8 +757,8 @@ class Config(qsd.LossConfig):
     lr: qsd.Positive = 1e-4         # of the decoder
     lr_backbone: qsd.Weight = 1e-5  # of the encoder where it is trained (the paper's 1e-5)
     power: qsd.Weight = 0.9         # of the polynomial decay to 0
-    weight_decay: qsd.Weight = 0.05 # of all parameters but the next line's
-    no_decay: Literal["decoder", "all"] = "decoder"  # whose norms and embeddings do not decay: official, the decoder's
+    weight_decay: qsd.Weight = 0.05 # of all parameters that no_decay does not spare
+    no_decay: Literal["decoder", "all"] = "decoder"  # whose norms and embeddings are spared: official, the decoder's
     # running
     seed: qsd.Seed = 42             # as the official code
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "fp32"  # official: fp32
@@ -1073,7 +1074,8 @@ DECAYING = ("segmenter.encoder", "segmenter.decoder.pixel_decoder.level_embed") 
 def parameter_groups(learner, cfg):
     """AdamW's groups: the encoder at lr_backbone, all else at lr.
 
-    Norms and embeddings do not decay, but for those that cfg.no_decay leaves out; biases do, as in the official code.
+    Biases decay, as in the official code. What does not, cfg.no_decay says: norms and embeddings of the decoder, or
+    norms and LayerScale of the encoder as well.
     """
     norms = set()
     for module in learner.modules():

@@ -4138,7 +4138,7 @@ def test_figure_7a_shows_each_students_distances_after_the_map_that_fits_other_i
 
 
 def slow_eval_weights(heads, v_s, v_t):
-    """Eq. 7 for v_s (N, C_s) and v_t (N, C_t), one student token at a time."""
+    """Equation 7 for v_s (N, C_s) and v_t (N, C_t), one student token at a time."""
     W = []
     for s in v_s:
         s = F.layer_norm(s, s.shape, heads["feat.varphi.0.weight"], heads["feat.varphi.0.bias"])
