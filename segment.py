@@ -368,18 +368,18 @@ class MaskDecoder(nn.Module):
             votes = outputs["logits"][-1].float().softmax(-1)[..., :-1]  # (B, Q, K)
             return torch.einsum("bqk,bqhw->bkhw", votes, masks.sigmoid())
 
-    def loss(self, outputs, label, generator=None, share=None):
+    def loss(self, outputs, label, generator=None, divisors=None):
         """Class, BCE and dice losses after matching, summed over the read-outs; label (B, H, W) int64, 255 = ignore.
 
         -> "loss", and for the log the last read-out's "ce", "bce", "dice", unweighted. The generator, on the label's
-        device, draws the points. share: what to divide by (see normalisers) where this is only a part of the batch.
+        device, draws the points. divisors: what to divide by (see normalisers) where this is only a part of the batch.
         """
         with torch.autocast(label.device.type, enabled=False):
             logits = outputs["logits"].float()
             embed = outputs["embed"].float()
             pixels = outputs["pixels"].float()
             wanted = self.targets(label)
-            num_masks = sum(wanted.counts) if share is None else share[0]
+            num_masks = sum(wanted.counts) if divisors is None else divisors[0]
 
             query_of_mask, class_of_query = self.match(logits, embed, pixels, wanted, generator)
             ce = self.class_loss(logits, class_of_query, num_masks)  # (R,)
@@ -579,11 +579,11 @@ def normalisers(labels):
 class PixelClassifier(nn.Module):
     """Loss and scores of the decoders whose outputs are class logits (B, K, h, w)."""
 
-    def loss(self, outputs, label, generator=None, share=None):
-        """Cross-entropy per labelled pixel; the generator is for decoders that draw points, share as in MaskDecoder."""
+    def loss(self, outputs, label, generator=None, divisors=None):
+        """Cross-entropy per labelled pixel; divisors as in MaskDecoder; nothing is drawn."""
         logits = resize(outputs.float(), label.shape[1:])
         ce = F.cross_entropy(logits, label, ignore_index=IGNORE, reduction="sum")
-        pixels = int((label != IGNORE).sum()) if share is None else share[1]
+        pixels = int((label != IGNORE).sum()) if divisors is None else divisors[1]
         return {"loss": ce / max(pixels, 1)}
 
     def scores(self, outputs, size=None):
@@ -681,8 +681,8 @@ class BoxDecoder(nn.Module):
         maps = [smooth(scale(x)) for scale, smooth in zip(self.scales, self.smooth)]
         return [*maps, F.max_pool2d(maps[-1], 1, stride=2)]
 
-    def loss(self, maps, label, generator, share=None):
-        """torchvision's four losses, and "loss", their sum; label (B, OBJECTS, 6): see data.as_label. share: unused."""
+    def loss(self, maps, label, generator, divisors=None):
+        """torchvision's four losses, and "loss", their sum; label (B, OBJECTS, 6): see data.as_label. No divisors."""
         targets = []
         for objects in map(data.objects_of, label):
             objects = objects[objects[:, 5] == 0]  # not the difficult ones
@@ -1031,10 +1031,10 @@ class Learner(nn.Module):
         self.objective = objective
         self.cfg = cfg
 
-    def forward(self, x, label, generator, share, t=None, noise=None, teacher_scores=None):
+    def forward(self, x, label, generator, divisors, t=None, noise=None, teacher_scores=None):
         """The losses of normalised images x (B, 3, H, W) and their labels, as a dict; "loss" is minimised.
 
-        generator and share as in MaskDecoder.loss. t and noise: the teacher's tokens and the random numbers of the
+        generator and divisors as in MaskDecoder.loss. t and noise: the teacher's tokens and the random numbers of the
         objective; teacher_scores (B, K, H, W): what a teacher with a decoder says of each pixel.
         """
         decoder = self.segmenter.decoder
@@ -1042,7 +1042,7 @@ class Learner(nn.Module):
             outputs = self.segmenter(x)
         else:
             s, outputs = self.segmenter.tokens_and_outputs(x, self.objective.layers_s)
-        losses = decoder.loss(outputs, label, generator, share)                                 # Eq. 6
+        losses = decoder.loss(outputs, label, generator, divisors)                              # Eq. 6
 
         if self.objective is not None:
             distilled = self.objective(self.segmenter.encoder, x, s, t, noise)
@@ -1150,7 +1150,7 @@ def main(argv=None):
     learner = Learner(segmenter, objective, cfg)
     N = (cfg.size // cfg.patch) ** 2  # patches of an image
 
-    def losses_of(model, images, label, draws, share):
+    def losses_of(model, images, label, draws, divisors):
         """The losses of one batch: images uint8 (B, 3, H, W), their label, draws (B,) naming all randomness."""
         x = data.normalize(images.to(device, non_blocking=True), encoder.mean, encoder.std)
         label = label.to(device, non_blocking=True)
@@ -1168,12 +1168,12 @@ def main(argv=None):
                 if judge:
                     outputs = judge(data.renormalize(x, encoder, judge.encoder))
                     teacher_scores = judge.decoder.scores(outputs, x.shape[2:])  # (B, K, H, W)
-            return model(x, label, generator, share, t, noise, teacher_scores)
+            return model(x, label, generator, divisors, t, noise, teacher_scores)
 
     # Two images through one step tell what it costs; the parameters it does not touch are not trained.
     images, draws = data.two_images(cfg.size)
     label = torch.zeros(2, data.OBJECTS, 6) if dataset.boxes else torch.zeros(2, cfg.size, cfg.size, dtype=torch.int64)
-    probe = partial(losses_of, learner, images, label, draws, share=None)
+    probe = partial(losses_of, learner, images, label, draws, divisors=None)
     flops = data.dry_run(learner, probe)
     if data.rank() == 0:
         describe(segmenter, cfg, device)
@@ -1185,12 +1185,12 @@ def main(argv=None):
     for micro_batches in run.steps():  # until --budget is spent
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * (1 - run.fraction) ** cfg.power
-        share = normalisers([label for _, label, _ in micro_batches])
-        if not share[1] and not run.ledger["steps"]:
+        divisors = normalisers([label for _, label, _ in micro_batches])
+        if not divisors[1] and not run.ledger["steps"]:
             qsd.say("no pixel of the first images has a label: all are 255")
         for images, label, draws in micro_batches:  # gradient accumulation
             with run.sync():
-                losses = losses_of(run.model, images, label, draws, share)
+                losses = losses_of(run.model, images, label, draws, divisors)
                 run.backward(losses)
         run.step()
 
