@@ -483,11 +483,11 @@ def load_vit(name_or_path, img_size=None, patch_size=None, depth=None, pretraine
         return vit
     path = find_file(name, row)
     check_file(path)
-    origin = fingerprint(path, row, official)
+    origin = origin_of(path, row, official)
     state, values, contents = read_encoder(path, name, row)
     wanted = resized(values, img_size, patch_size, depth)
     is_dinov2 = values["layerscale"] and not values["rope"]
-    vit, changes = fit(path, state, values, wanted, offset if is_dinov2 else 0.0)
+    vit, changes = vit_of(path, state, values, wanted, offset if is_dinov2 else 0.0)
     say(f"{vit.name}: " + "; ".join(origin + contents + changes))
     return vit
 
@@ -566,7 +566,7 @@ def bare(path):
     return re.sub(r"(-[0-9a-f]{8})?\.(pth|pt|bin)$", "", Path(path).name)
 
 
-def fingerprint(path, row, official):
+def origin_of(path, row, official):
     """Notes that say which file was read; UserError if it had to be the official one of this row and is another."""
     with open(path, "rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
@@ -900,7 +900,7 @@ def resized(values, img_size, patch_size, depth):
     return values | dict(img_size=img_size, patch_size=patch, depth=depth)
 
 
-def fit(path, state, values, wanted, offset):
+def vit_of(path, state, values, wanted, offset):
     """The ViT of the wanted constructor values with the tensors of one of the file's, and notes on what was changed."""
     if f"blocks.{values['depth'] - 1}.norm1.weight" not in state:               # before so many blocks are built
         raise UserError(f"{path} does not fit the encoder: block {values['depth'] - 1} is missing")
