@@ -23,7 +23,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from itertools import chain
 from pathlib import Path
-from typing import Annotated, Callable, Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)    # Ctrl-C while torch is loaded: no traceback; see data.cli
@@ -181,17 +181,13 @@ def starts(length, window, stride):
     return sorted({min(pixel, last) for pixel in range(0, last + stride, stride)})
 
 
-def evaluate(model, dataset, window, device, stride=2 / 3, whole=False, flip=False, batch=1, workers=0, title="",
-             scales=(1,)):
-    """Confusion matrix (K, K) over labelled images, of which each process takes its share.
-
-    Scores are resized to the label's size.
-    """
+def evaluate(model, dataset, window, device, batch=1, workers=0, title="", **protocol):
+    """Confusion matrix (K, K) over labelled images, of which each process takes its share; protocol: of predict."""
     K = dataset.num_classes
     conf = torch.zeros(K, K, dtype=torch.int64, device=device)
     own = range(data.rank(), len(dataset), data.world_size())
     for x, label in batches(model, Subset(dataset, own), device, batch, workers, title):
-        scores = predict(model, x, window, stride, whole, flip, scales)
+        scores = predict(model, x, window, **protocol)
         pred = classes_of(segment.resize(scores, label.shape[1:]))
         conf += confusion(pred, label.to(device), K)
     return data.summed(conf).cpu()
@@ -300,9 +296,7 @@ def class_ious(title, model, saved, cfg, device):
             if dataset.boxes:
                 values = evaluate_boxes(model, dataset, window, device, cfg.batch, cfg.workers, name)
             else:
-                conf = evaluate(model, dataset, window, device, cfg.stride, whole=cfg.mode == "whole", flip=cfg.flip,
-                                batch=cfg.batch, workers=cfg.workers, title=name, scales=scale_list(cfg))
-                values = iou(conf)
+                values = iou(evaluate(model, dataset, window, device, cfg.batch, cfg.workers, name, **protocol_of(cfg)))
         if values.isnan().all():
             raise UserError(f"--data {name}: no pixel of its images has a label (all are 255), and no object counts")
         ious[name] = 100 * values
@@ -330,6 +324,11 @@ def val_split(name, cfg, title="", saved=None):
     return data.scenes(name, cfg.root, "val", data.eval_transform(name))
 
 
+def protocol_of(cfg):
+    """The flags of the protocol as arguments of predict."""
+    return dict(stride=cfg.stride, whole=cfg.mode == "whole", flip=cfg.flip, scales=scale_list(cfg))
+
+
 def scale_list(cfg):
     """--scales as numbers."""
     try:
@@ -339,11 +338,6 @@ def scale_list(cfg):
     if not scales or not all(0 < scale < 100 for scale in scales):
         raise UserError(f"--scales {cfg.scales}: numbers from 0 to 100 were expected, as in 0.75,1,1.25")
     return scales
-
-
-def with_mean(mious):
-    """{domain: mIoU} and their plain mean as "mean"."""
-    return mious | {"mean": sum(mious.values()) / len(mious)}
 
 
 def show(rows, columns):
@@ -358,13 +352,14 @@ def show(rows, columns):
         print(f"| {' | '.join(padded)} |")
 
 
-def show_mious(rows):
-    """Print {name: {domain: mIoU}} as a table with their mean; returns the rows with it."""
-    rows = {name: with_mean(mious) for name, mious in rows.items()}
+def show_mious(mious):
+    """Print {name: {domain: mIoU}} as a table with the mean of each row; returns the rows with it."""
+    rows = {}
     cells = {}
-    for name, mious in rows.items():
-        cells[name] = [f"{value:.1f}" for value in mious.values()]
-    show(cells, next(iter(rows.values())))
+    for name, values in mious.items():
+        rows[name] = values | {"mean": sum(values.values()) / len(values)}
+        cells[name] = [f"{value:.1f}" for value in rows[name].values()]
+    show(cells, rows[name])
     return rows
 
 
@@ -512,19 +507,19 @@ def as_released(p, role, encoder, suffix="", **flags):
     elif encoder == "eva02_small" or (encoder in ("dinov2_vits14", "dinov2_vitb14") and p.source == "cityscapes"):
         trained = dict(freeze=False)
     state = "tuned" if trained else "frozen"
-    return task(p, f"{role}-{state}{suffix}", encoder, **trained, **flags)
+    return [task(p, f"{role}-{state}{suffix}", encoder, **trained, **flags)]
 
 
 def no_kd(p, suffix="", **flags):
     """The run of the student alone."""
     if p.student.startswith(("dinov2", "eva02")):
-        return [as_released(p, "student", p.student, suffix, **flags)]
+        return as_released(p, "student", p.student, suffix, **flags)
     return [task(p, f"no-kd{suffix}", p.student, depth=p.student_depth, freeze=False, **flags)]
 
 
 def teacher_alone(p, suffix="", **flags):
     """The run of a decoder on the teacher."""
-    return [as_released(p, "teacher", p.teacher, suffix, **flags)]
+    return as_released(p, "teacher", p.teacher, suffix, **flags)
 
 
 # --- Rows: the runs that lead to one segmenter, the last of them -----------------------------------------------------
@@ -556,7 +551,7 @@ def rivals(p, losses):
     """GKD beside one-stage distillation by these losses, keys of RIVALS."""
     rows = [Row("teacher", teacher_alone(p))]
     if p.smaller:
-        rows.append(Row("foundation model of that size", [as_released(p, "smaller", p.smaller)]))
+        rows.append(Row("foundation model of that size", as_released(p, "smaller", p.smaller)))
     rows.append(Row("student", no_kd(p)))
     for loss in losses:
         rows.append(Row(f"+ {RIVALS[loss]}", one_stage(p, loss)))
@@ -685,10 +680,6 @@ def show_effects(record):
     print(json.dumps({"effects": effects}))
 
 
-def gkd_alone(p):
-    return [Row("GKD", two_stage(p))]
-
-
 def decoders(p):
     small = p.source in SMALL
     kinds = {"SemFPN": ("-fpn", dict(decoder="fpn")), "mask decoder": ("", {})}
@@ -783,31 +774,24 @@ def by_steps(p):
     return rows
 
 
-class Table(NamedTuple):
-    """A table: its title, and its rows as a function of the pair."""
-    title: str
-    rows: Callable
-
-
-TABLES = {
-    "main": Table("The paper in one table", main_rows),
-    "effects": Table("The paper's method step by step", effect_rows),
-    "steps": Table("Unseen mIoU against steps of each stage of distillation", by_steps),
-    "variants": Table("QSD with one thing changed", variants),
-    "clock": Table("Equal seconds", partial(equal_budgets, unit="s")),
-    "flops": Table("Equal FLOPs", partial(equal_budgets, unit="flop")),
-    "1": Table("Table 1, foundation to local",
-               partial(rivals, losses=("mse", "cwd", "afdcd", "g2sd", "vitkd", "proteus"))),
-    "2": Table("Table 2, foundation to foundation", partial(rivals, losses=("mse", "afdcd", "vitkd", "proteus"))),
-    "3": Table("Table 3, fewer labels", label_shares),
-    "4": Table("Table 4, one stage or two", strategies),
-    "5": Table("Table 5, component by component", components),
-    "6": Table("Table 6, GKD beside domain generalisation methods", gkd_alone),
-    "7": Table("Table 7, decoders", decoders),
-    "8": Table("Table 8, students from DINO", partial(rivals, losses=("mse", "cwd", "afdcd"))),
-    "9": Table("Table 9, surgery", lambda p: rivals(p._replace(smaller=""), losses=("cwd", "vitkd"))),
-    "10": Table("Table 10, objects (AP)", lambda p: rivals(p._replace(smaller=""), losses=("cwd", "vitkd"))),
-    "fig6": Table("Figure 6, more sources", more_sources),
+TABLES = {  # title, and rows as a function of the pair
+    "main": ("The paper in one table", main_rows),
+    "effects": ("The paper's method step by step", effect_rows),
+    "steps": ("Unseen mIoU against steps of each stage of distillation", by_steps),
+    "variants": ("QSD with one thing changed", variants),
+    "clock": ("Equal seconds", partial(equal_budgets, unit="s")),
+    "flops": ("Equal FLOPs", partial(equal_budgets, unit="flop")),
+    "1": ("Table 1, foundation to local", partial(rivals, losses=RIVALS)),
+    "2": ("Table 2, foundation to foundation", partial(rivals, losses=("mse", "afdcd", "vitkd", "proteus"))),
+    "3": ("Table 3, fewer labels", label_shares),
+    "4": ("Table 4, one stage or two", strategies),
+    "5": ("Table 5, component by component", components),
+    "6": ("Table 6, GKD beside domain generalisation methods", lambda p: [Row("GKD", two_stage(p))]),
+    "7": ("Table 7, decoders", decoders),
+    "8": ("Table 8, students from DINO", partial(rivals, losses=("mse", "cwd", "afdcd"))),
+    "9": ("Table 9, surgery", lambda p: rivals(p._replace(smaller=""), losses=("cwd", "vitkd"))),
+    "10": ("Table 10, objects (AP)", lambda p: rivals(p._replace(smaller=""), losses=("cwd", "vitkd"))),
+    "fig6": ("Figure 6, more sources", more_sources),
 }
 
 # What the paper reports, mIoU in percent. A paragraph is a pair of PAIRS, a column a key of data.SETTINGS; in it stand
@@ -1625,7 +1609,6 @@ def feature_pictures(vits, images, device):
 
 def figure(cfg, device):
     """Draw --figure of --models; where none are given, of the runs of a small world's --table main."""
-    check_models(cfg)
     if cfg.data == "paper" and cfg.figure != "3b":
         raise UserError("say on which images with --data or --setting")
     path = Path(cfg.out)
@@ -1648,11 +1631,6 @@ def figure(cfg, device):
         path = path / f"figure-{cfg.figure}.png"
     FIGURES[cfg.figure](models, cfg, path, device)
     print(f"picture: {path}")
-
-
-def check_models(cfg):
-    if data.world_size() > 1:
-        raise UserError("--figure and --probe run in one process: start them with python")
 
 
 def curve(lines, part):
@@ -1912,19 +1890,18 @@ DRAWN = {
 
 def probes(cfg, device):
     """Print the mIoU of a linear probe on each encoder of --models, trained on the first domain of cfg.data."""
-    check_models(cfg)
     if cfg.setting != "none":
         raise UserError("--probe trains on the first of --data: name source and domains there, not with --setting")
     if cfg.data == "paper":
         raise UserError("say on which images with --data")
     if any(entry.boxes for entry in data.entries(cfg.data).values()):
         raise UserError(f"--probe learns the classes of pixels, but --data {cfg.data} labels boxes")
-    rows = {}
+    mious = {}
     for name, path in named(cfg.models).items():
         vit = encoders({name: path}, cfg, device)[name]
-        rows[name] = probe(vit, cfg, device)
-    rows = show_mious(rows)
-    print(json.dumps({"probe": cfg.models, "miou": rows}))
+        mious[name] = probe(vit, cfg, device)
+    mious = show_mious(mious)
+    print(json.dumps({"probe": cfg.models, "miou": mious}))
 
 
 def probe(vit, cfg, device, ridge=1e-3):
@@ -1978,8 +1955,7 @@ def classify(model, saved, image, cfg, device, least=0.5):
             bands = score_bands(model, x, window, max(1, round(cfg.stride * window)))
             classes = torch.cat([classes_of(scores) for scores in bands], 1)[:, :image.shape[1]]
         else:
-            scores = predict(model, x, window, cfg.stride, cfg.mode == "whole", cfg.flip, scale_list(cfg))
-            classes = classes_of(scores)
+            classes = classes_of(predict(model, x, window, **protocol_of(cfg)))
     return classes[0].byte().cpu()
 
 
@@ -2118,13 +2094,17 @@ def report(cfg, device):
 def main(argv=None):
     cfg = data.configure(Config, preset, argv)
     device = data.launch()
-    check_protocol(cfg)
+    scale_list(cfg)  # a mistake is told before anything runs
+    if cfg.setting not in ("none", *data.SETTINGS):
+        raise UserError(f"--setting {cfg.setting}: not one of {' '.join(data.SETTINGS)}")
     if cfg.table != "none":
         tables(cfg, device)
         return
     if cfg.setting != "none":
         _, unseen = data.SETTINGS[cfg.setting]
         cfg = replace(cfg, data="+".join(unseen))
+    if (cfg.figure != "none" or cfg.probe) and data.world_size() > 1:
+        raise UserError("--figure and --probe run in one process: start them with python")
     if cfg.figure != "none":
         figure(cfg, device)
     elif cfg.probe:
@@ -2138,12 +2118,6 @@ def main(argv=None):
             export(cfg.checkpoint, Path(cfg.export), cfg.dynamic)
     else:
         report(cfg, device)
-
-
-def check_protocol(cfg):
-    scale_list(cfg)
-    if cfg.setting not in ("none", *data.SETTINGS):
-        raise UserError(f"--setting {cfg.setting}: not one of {' '.join(data.SETTINGS)}")
 
 
 if __name__ == "__main__":
