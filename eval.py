@@ -981,13 +981,21 @@ def tables(cfg, device):
     check_table(cfg)
     for block in blocks(cfg.table, cfg):
         prepare(block, cfg)
-        complete = tabulate(cfg.table, block, cfg, device)
+        results = {}  # of each row, what is known of those of its seeds that are there
+        for versions in zip(*block.seeds):
+            found = [measured(row, block, cfg, device) for row in versions]
+            results[versions[0].name] = [result for result in found if result]
+        record = tabulate(block, results, cfg)
+        if any(len(found) < len(block.seeds) for found in results.values()):
+            continue
+        if cfg.table == "effects":
+            show_effects(record)
         folder = segmenter_of(block.seeds[0][0]).parent.parent
-        if complete and cfg.table == "fig6":
-            print(f"picture: {figure_6(block, folder / 'figure-6.png', cfg, device)}")
-        if complete and cfg.table == "steps":
-            print(f"picture: {figure_steps(block, folder / 'steps.png', cfg, device)}")
-        if complete and cfg.demo:
+        if cfg.table == "fig6":
+            print(f"picture: {figure_6(block, results, folder / 'figure-6.png')}")
+        if cfg.table == "steps":
+            print(f"picture: {figure_steps(block, results, folder / 'steps.png')}")
+        if cfg.demo:
             print(f"picture: {demo_picture(block, folder / 'demo.png', cfg)}")
 
 
@@ -1239,74 +1247,83 @@ def measured(row, block, cfg, device):
     return Result([mious[name] for name in domains] + [mean], seconds, flops)
 
 
-def tabulate(name, block, cfg, device):
-    """Print a block as a table and as JSON; returns whether all its rows could be measured.
-
-    A small world's rows also say what they took and what the paper's mean is; at the paper's scale its numbers stand
-    in brackets.
-    """
+def tabulate(block, results, cfg):
+    """Print a block as a table and as JSON, from {row name: [its Results]}; returns the JSON's rows."""
     small = cfg.data != "paper"
-    complete = True
-    cells = {}
-    record = {}
-    for versions in zip(*block.seeds):  # a row, once for each seed
-        title = versions[0].name
-        results = [measured(row, block, cfg, device) for row in versions]
-        results = [result for result in results if result]
-        complete = complete and len(results) == len(versions)
-        cells[title] = small_cells(title, results, block) if small else paper_cells(title, results, block)
-        mious = np.array([result.miou for result in results])  # (seeds, domains + 1)
-        record[title] = dict(miou=mious.round(2).tolist(), seconds=[round(result.seconds) for result in results],
-                             flops=[result.flops for result in results])
-    columns = [*block.source, *block.unseen]
-    if small:
-        columns += ["unseen mean", "seconds", "TFLOP"]
-        if block.paper:
-            columns.append("paper")
-    else:
-        columns.append("mean")
+    domains = [*block.source, *block.unseen]
+    columns = [*domains, "unseen mean", "seconds", "TFLOP"] if small else [*domains, "mean"]
+    if small and block.paper:
+        columns.append("paper")
     several = ", mean and standard deviation of seeds" if len(block.seeds) > 1 else ""
     print(f"\n{block.title}{several}{'' if small else ' [paper]'}")
+    cells = {}
+    record = {}
+    for title, found in results.items():
+        cells[title] = row_cells(title, found, block, small)
+        record[title] = dict(miou=[np.round(result.miou, 2).tolist() for result in found],
+                             seconds=[round(result.seconds) for result in found],
+                             flops=[result.flops for result in found])
     show(cells, columns)
-    domains = [*block.source, *block.unseen, "mean"]
-    print(json.dumps({"table": name, "title": block.title, "domains": domains, "rows": record}))
-    if complete and name == "effects":
-        show_effects(record)
-    return complete
+    print(json.dumps({"table": cfg.table, "title": block.title, "domains": [*domains, "mean"], "rows": record}))
+    return record
 
 
-def miou_cells(results, block):
-    """Each domain's mIoU and their mean over the seeds, as text."""
-    if not results:
-        return ["-"] * (len(block.source + block.unseen) + 1)
-    mious = np.array([result.miou for result in results])  # (seeds, domains + 1)
-    return [mean_of(values) for values in mious.T]
+def row_cells(title, results, block, small):
+    """A row as text: of each domain and their mean, the mean and standard deviation over the seeds.
 
-
-def mean_of(values):
-    """Mean, and of several values their standard deviation, as text."""
-    deviation = f" ± {np.std(values, ddof=1):.1f}" if len(values) > 1 else ""
-    return f"{np.mean(values):.1f}{deviation}"
-
-
-def small_cells(title, results, block):
-    cells = miou_cells(results, block)
-    if results:
+    A small world's row also says what it took and what the paper's mean is; at the paper's scale its numbers stand in
+    brackets.
+    """
+    cells = []
+    for values in zip(*[result.miou for result in results]):
+        deviation = f" ± {np.std(values, ddof=1):.1f}" if len(values) > 1 else ""
+        cells.append(f"{np.mean(values):.1f}{deviation}")
+    if small and results:
         cells.append(f"{np.mean([result.seconds for result in results]):.0f}")
         cells.append(f"{np.mean([result.flops for result in results]) / 1e12:.1f}")
-    else:
-        cells += ["-", "-"]
-    if block.paper:
-        cells.append(str(block.paper[title][-1]) if title in block.paper else "-")
+    if not results:
+        cells = ["-"] * (len(block.source + block.unseen) + (3 if small else 1))
+    paper = block.paper.get(title, [])  # of all domains and their mean, or the mean alone
+    if small and block.paper:
+        cells.append(str(paper[-1]) if paper else "-")
+    if not small:
+        for i, value in enumerate(paper, start=len(cells) - len(paper)):
+            cells[i] += f" [{value}]"
     return cells
 
 
-def paper_cells(title, results, block):
-    cells = miou_cells(results, block)
-    numbers = block.paper.get(title, [])  # of the last cells: those of all domains, or their mean alone
-    for i, value in enumerate(numbers, start=len(cells) - len(numbers)):
-        cells[i] += f" [{value}]"
-    return cells
+def figure_steps(block, results, path):
+    """Unseen mIoU of COURSES against the logarithm of the steps."""
+    means = unseen_means(results)
+    lines = {}
+    for title in COURSES:
+        lines[title] = [(math.log2(steps / STEPS[0]), means[f"{title}, {steps}"]) for steps in STEPS]
+    return chart(lines, path, f"doublings of {STEPS[0]} steps in each stage", "mIoU, mean of the unseen domains",
+                 block.title)
+
+
+def figure_6(block, results, path):
+    """Unseen mIoU against the number of sources, with the labels of all and with those of the first alone."""
+    means = unseen_means(results)
+    lines = {}
+    for title, labels in {"labels of the first source": "labels of 1", "labels of all": "all labels"}.items():
+        rows = {1: "1 source", 2: f"2 sources, {labels}", 3: f"3 sources, {labels}"}
+        lines[title] = [(n, means[row]) for n, row in rows.items()]
+    return chart(lines, path, "sources in distillation", "mIoU, mean of the unseen domains", block.title)
+
+
+def unseen_means(results):
+    """{row name: mIoU on the unseen domains, mean of the seeds}, of {row name: [its Results]}."""
+    return {title: np.mean([result.miou[-1] for result in found]) for title, found in results.items()}
+
+
+def demo_picture(block, path, cfg):
+    """Draw images of the unseen domains: predictions, and the features of the teacher and the students."""
+    folders = {row.name: segmenter_of(row).parent for row in block.seeds[0]}
+    predicted = {name: folders[name] for name in ("no KD", "two-stage MSE", "GKD (QSD)")}
+    featured = {name: folders[name] for name in ("teacher", "no KD", "two-stage MSE", "GKD (QSD)")}
+    cfg = Config(data="+".join(block.unseen), root=cfg.root, examples=8 // len(block.unseen))
+    return compare(predicted, featured, cfg, path, torch.device("cpu"))
 
 
 # --- Drawing ---------------------------------------------------------------------------------------------------------
@@ -1665,36 +1682,6 @@ def figure_5(models, cfg, path, device):
     compare({}, models, cfg, path, device)
 
 
-def unseen_means(block, cfg, device):
-    """{row name: mIoU on the unseen domains, mean of the seeds}, of a block whose rows are all there."""
-    means = {}
-    for versions in zip(*block.seeds):
-        values = [measured(row, block, cfg, device).miou[-1] for row in versions]
-        means[versions[0].name] = np.mean(values)
-    return means
-
-
-def figure_steps(block, path, cfg, device):
-    """Unseen mIoU of COURSES against the logarithm of the steps."""
-    means = unseen_means(block, cfg, device)
-    lines = {}
-    for title in COURSES:
-        lines[title] = [(math.log2(steps / STEPS[0]), means[f"{title}, {steps}"]) for steps in STEPS]
-    return chart(lines, path, f"doublings of {STEPS[0]} steps in each stage", "mIoU, mean of the unseen domains",
-                 block.title)
-
-
-def figure_6(block, path, cfg, device):
-    """Unseen mIoU against the number of sources, with the labels of all and with those of the first alone."""
-    means = unseen_means(block, cfg, device)
-    lines = {}
-    for title, labels in {"labels of the first source": "labels of 1", "labels of all": "all labels"}.items():
-        lines[title] = [(1, means["1 source"])]
-        for n in (2, 3):
-            lines[title].append((n, means[f"{n} sources, {labels}"]))
-    return chart(lines, path, "sources in distillation", "mIoU, mean of the unseen domains", block.title)
-
-
 def figure_7a(models, cfg, path, device):
     """How far each student's tokens are from those of the teacher, the first model, on random patches of cfg.data.
 
@@ -1859,15 +1846,6 @@ def class_table(models, cfg, device):
         print(f"\nIoU on {domain}, %; -: neither labelled nor predicted")
         show(rows, models)
     print(json.dumps({"figure": "9", "rows": titles, "iou": ious}))
-
-
-def demo_picture(block, path, cfg):
-    """Draw images of the unseen domains: predictions, and the features of the teacher and the students."""
-    folders = {row.name: segmenter_of(row).parent for row in block.seeds[0]}
-    predicted = {name: folders[name] for name in ("no KD", "two-stage MSE", "GKD (QSD)")}
-    featured = {name: folders[name] for name in ("teacher", "no KD", "two-stage MSE", "GKD (QSD)")}
-    cfg = Config(data="+".join(block.unseen), root=cfg.root, examples=8 // len(block.unseen))
-    return compare(predicted, featured, cfg, path, torch.device("cpu"))
 
 
 FIGURES = {"3b": figure_3b, "5": figure_5, "7a": figure_7a, "7b": figure_7b, "8": figure_8}
