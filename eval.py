@@ -19,6 +19,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import defaultdict
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from itertools import chain
@@ -1155,7 +1156,10 @@ def run_rows(rows, cfg):
         for process in working.values():
             process.terminate()  # it finishes its step and saves it
         for process in working.values():
-            wait_for(process, seconds=None if signals else 15)
+            try:
+                process.wait(None if signals else 15)
+            except subprocess.TimeoutExpired:
+                process.kill()
         bar.close()
         signal.signal(signal.SIGINT, signal.default_int_handler)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -1163,14 +1167,6 @@ def run_rows(rows, cfg):
     if signals:
         print(f"stopped by signal {signals[0]}; the same command goes on from there", file=sys.stderr)
         sys.exit(128 + signals[0])
-
-
-def wait_for(process, seconds):
-    """Wait for a process to end, and no longer than so many seconds."""
-    try:
-        process.wait(seconds)
-    except subprocess.TimeoutExpired:
-        process.kill()
 
 
 def begin(text, cfg):
@@ -1321,7 +1317,7 @@ def demo_picture(block, path, cfg):
     """Draw images of the unseen domains: predictions, and the features of the teacher and the students."""
     folders = {row.name: segmenter_of(row).parent for row in block.seeds[0]}
     predicted = {name: folders[name] for name in ("no KD", "two-stage MSE", "GKD (QSD)")}
-    featured = {name: folders[name] for name in ("teacher", "no KD", "two-stage MSE", "GKD (QSD)")}
+    featured = {"teacher": folders["teacher"]} | predicted
     cfg = Config(data="+".join(block.unseen), root=cfg.root, examples=8 // len(block.unseen))
     return compare(predicted, featured, cfg, path, torch.device("cpu"))
 
@@ -1333,15 +1329,9 @@ LINE_COLORS = ((31, 119, 180), (214, 39, 40), (44, 160, 44), (148, 103, 189), (2
 GRID_COLOR = (225, 225, 225)
 
 
-class Axis(NamedTuple):
-    """One side of a chart: the value `low` lies at the pixel `origin`, the value `high` at `end`."""
-    low: float
-    high: float
-    origin: float
-    end: float
-
-    def pixel(self, value):
-        return self.origin + (self.end - self.origin) * (value - self.low) / (self.high - self.low)
+def pixel(value, ticks, first, last):
+    """Where a value lies on an axis whose first and last tick lie at these pixels."""
+    return first + (last - first) * (value - ticks[0]) / (ticks[-1] - ticks[0])
 
 
 def chart(series, path, x_title, y_title, title="", log=False):
@@ -1356,9 +1346,8 @@ def chart(series, path, x_title, y_title, title="", log=False):
     points = list(chain(*lines.values())) or [(0, 0)]
     x_ticks = ticks([x for x, _ in points])
     y_ticks = ticks([y for _, y in points])
-    y_texts = [number(y) for y in y_ticks]
-    if log:
-        y_texts = [number(float(f"{10 ** y:.3g}")) for y in y_ticks]  # no round numbers, but as good as on the line
+    # Powers of ten are no round numbers, but with three digits as good as on the line.
+    y_texts = [number(float(f"{10 ** y:.3g}") if log else y) for y in y_ticks]
 
     # Drawn at twice the size and then halved, lines are smooth.
     width = 1600
@@ -1370,15 +1359,15 @@ def chart(series, path, x_title, y_title, title="", log=False):
     bottom = height - 100
     left = 40 + max(map(font.getlength, y_texts))
     right = width - 90 - max(map(font.getlength, lines), default=0)
-    x_axis = Axis(x_ticks[0], x_ticks[-1], left + 20, right - 20)
-    y_axis = Axis(y_ticks[0], y_ticks[-1], bottom - 20, top + 20)
+    x_pixel = partial(pixel, ticks=x_ticks, first=left + 20, last=right - 20)
+    y_pixel = partial(pixel, ticks=y_ticks, first=bottom - 20, last=top + 20)
 
     for value in x_ticks:
-        x = x_axis.pixel(value)
+        x = x_pixel(value)
         pen.line((x, top, x, bottom), GRID_COLOR, 2)
         pen.text((x, bottom + 10), number(value), "black", font, anchor="ma")
     for value, text in zip(y_ticks, y_texts):
-        y = y_axis.pixel(value)
+        y = y_pixel(value)
         pen.line((left, y, right, y), GRID_COLOR, 2)
         pen.text((left - 10, y), text, "black", font, anchor="rm")
     pen.rectangle((left, top, right, bottom), outline=(90, 90, 90), width=2)
@@ -1388,7 +1377,7 @@ def chart(series, path, x_title, y_title, title="", log=False):
 
     for i, (name, points) in enumerate(lines.items()):
         color = LINE_COLORS[i % len(LINE_COLORS)]
-        places = [(x_axis.pixel(x), y_axis.pixel(y)) for x, y in points]
+        places = [(x_pixel(x), y_pixel(y)) for x, y in points]
         pen.line(places, color, 4, joint="curve")
         if len(places) < 10:
             for x, y in places:
@@ -1601,8 +1590,10 @@ def compare(predicted, featured, cfg, path, device):
         colors = dataset.colors
         columns["label"] = [data.label_picture(label, image, names, colors) for label, image in zip(labels, images)]
         for name, (model, saved) in loaded.items():
-            predicted = [classify(model, saved, image, cfg, device) for image in images]
-            columns[name] = [data.label_picture(*pair, names, colors, scored=True) for pair in zip(predicted, images)]
+            columns[name] = []
+            for image in images:
+                found = classify(model, saved, image, cfg, device)
+                columns[name].append(data.label_picture(found, image, names, colors, scored=True))
     for name, pictures in feature_pictures(encoders(featured, cfg, device), images, device).items():
         columns[f"PCA: {name}"] = pictures
     return sheet(columns, titles, names, colors, path)
@@ -1624,39 +1615,6 @@ def feature_pictures(vits, images, device):
 
 # --- Figures of the paper --------------------------------------------------------------------------------------------
 
-def figure(cfg, device):
-    """Draw --figure of --models; where none are given, of the runs of a small world's --table main."""
-    if cfg.data == "paper" and cfg.figure != "3b":
-        raise UserError("say on which images with --data or --setting")
-    path = Path(cfg.out)
-    data.check_place("--out", path)
-    is_file = path.suffix.lower() in data.SUFFIXES
-    if cfg.models or cfg.data not in SMALL:
-        models = named(cfg.models)
-    else:
-        runs = Path(Config.out if is_file else path, cfg.data, str(cfg.seed))
-        models = {name: runs / run for name, run in DRAWN[cfg.figure].items()}
-        path = path if is_file else path / cfg.data
-        _, unseen = data.SETTINGS[cfg.data]
-        cfg = replace(cfg, data="+".join(unseen))
-    if cfg.figure in ("7a", "7b") and len(models) < 2:
-        raise UserError("--models: this figure wants the teacher, then its students")
-    if cfg.figure == "9":
-        class_table(models, cfg, device)
-        return
-    if not is_file:
-        path = path / f"figure-{cfg.figure}.png"
-    FIGURES[cfg.figure](models, cfg, path, device)
-    print(f"picture: {path}")
-
-
-def curve(lines, part):
-    """One of the losses in a log's lines as [(step, loss)]; JSON has no NaN, where it was one there is none."""
-    number = Annotated[float, qsd.Range(-math.inf)]
-    points = [(line["step"], line.get(part)) for line in lines]
-    return [(step, loss) for step, loss in points if qsd.fits(number, step) and qsd.fits(number, loss)]
-
-
 def figure_3b(models, cfg, path, device):
     """The losses of several runs against their steps; of a single run all parts of its loss."""
     series = {}
@@ -1668,18 +1626,13 @@ def figure_3b(models, cfg, path, device):
         lines = [line for line in lines if {"step", "loss", "lr"} <= line.keys()]
         keys = list(lines[0]) if lines else ["step", "loss", "lr"]
         parts = keys[1:keys.index("lr")]  # all losses stand between step and lr
+        shown = {part: part for part in parts}
         if len(models) > 1:
-            shown = "kd" if "kd" in parts else "loss"  # of a one-stage run the distillation alone
-            series[name] = curve(lines, shown)
-        else:
-            for part in parts:
-                series[part] = curve(lines, part)
+            shown = {name: "kd" if "kd" in parts else "loss"}  # of a one-stage run the distillation alone
+        for title, part in shown.items():
+            points = [(line["step"], line.get(part)) for line in lines]
+            series[title] = [(x, y) for x, y in points if qsd.fits(float, x) and qsd.fits(float, y)]
     chart(series, path, "step", "loss", log=True)
-
-
-def figure_5(models, cfg, path, device):
-    """The features of several encoders as colours, on the axes of the first."""
-    compare({}, models, cfg, path, device)
 
 
 def figure_7a(models, cfg, path, device):
@@ -1752,7 +1705,7 @@ def figure_7b(models, cfg, path, device):
     grid = v_t.shape[:2]
     h, w = grid
     places = {1: (h // 4, w // 4), 2: (h // 4, 3 * w // 4), 3: (3 * h // 4, w // 4), 4: (3 * h // 4, 3 * w // 4)}
-    columns = {title: [] for title in ("image", "all N x N weights", "the diagonal", *(f"patch {n}" for n in places))}
+    columns = defaultdict(list)
     titles = []
     for name, student in students:
         v_s = patch_tokens(student, image, device)  # (h, w, C_s)
@@ -1823,11 +1776,6 @@ def framed(cell, grid, places):
     return np.asarray(picture)
 
 
-def figure_8(models, cfg, path, device):
-    """The predictions of several segmenters beside image and label."""
-    compare(models, {}, cfg, path, device)
-
-
 def class_table(models, cfg, device):
     """Figure 9 as text: the IoU of each class and their mean, a table for each domain, a column for each model."""
     loaded = segmenters(models, device)
@@ -1848,7 +1796,13 @@ def class_table(models, cfg, device):
     print(json.dumps({"figure": "9", "rows": titles, "iou": ious}))
 
 
-FIGURES = {"3b": figure_3b, "5": figure_5, "7a": figure_7a, "7b": figure_7b, "8": figure_8}
+FIGURES = {
+    "3b": figure_3b,
+    "5": lambda models, *rest: compare({}, models, *rest),  # features on the axes of the first
+    "7a": figure_7a,
+    "7b": figure_7b,
+    "8": lambda models, *rest: compare(models, {}, *rest),  # predictions beside image and label
+}
 
 # What each figure shows of a small world where no --models are given: {name: run of --table main}.
 TEACHER = {"teacher": "teacher-frozen"}
@@ -1862,6 +1816,32 @@ DRAWN = {
     "8": STUDENTS | TEACHER,
     "9": STUDENTS | TEACHER,
 }
+
+
+def figure(cfg, device):
+    """Draw --figure of --models; where none are given, of the runs of a small world's --table main."""
+    if cfg.data == "paper" and cfg.figure != "3b":
+        raise UserError("say on which images with --data or --setting")
+    path = Path(cfg.out)
+    data.check_place("--out", path)
+    is_file = path.suffix.lower() in data.SUFFIXES
+    if cfg.models or cfg.data not in SMALL:
+        models = named(cfg.models)
+    else:
+        runs = Path(Config.out if is_file else path, cfg.data, str(cfg.seed))
+        models = {name: runs / run for name, run in DRAWN[cfg.figure].items()}
+        path = path if is_file else path / cfg.data
+        _, unseen = data.SETTINGS[cfg.data]
+        cfg = replace(cfg, data="+".join(unseen))
+    if cfg.figure in ("7a", "7b") and len(models) < 2:
+        raise UserError("--models: this figure wants the teacher, then its students")
+    if cfg.figure == "9":
+        class_table(models, cfg, device)
+        return
+    if not is_file:
+        path = path / f"figure-{cfg.figure}.png"
+    FIGURES[cfg.figure](models, cfg, path, device)
+    print(f"picture: {path}")
 
 
 # --- Encoders without a decoder --------------------------------------------------------------------------------------
