@@ -533,11 +533,12 @@ class Row(NamedTuple):
 
 
 def main_rows(p):
-    rows = [Row("no KD", no_kd(p))]
+    frozen = []
     if p.source != "toy":  # this student starts from trained weights, so that freezing alone is a method
-        rows.append(Row("no KD, frozen", [task(p, "no-kd-frozen", p.student, depth=p.student_depth)]))
+        frozen = [Row("no KD, frozen", [task(p, "no-kd-frozen", p.student, depth=p.student_depth)])]
     return [
-        *rows,
+        Row("no KD", no_kd(p)),
+        *frozen,
         Row("one-stage MSE", one_stage(p, "mse")),
         Row("two-stage MSE", two_stage(p, "mse")),
         Row("GKD (QSD)", two_stage(p)),
@@ -991,11 +992,12 @@ def tables(cfg, device):
             continue
         if cfg.table == "effects":
             show_effects(record)
+        unseen = {name: np.mean([result.miou[-1] for result in found]) for name, found in results.items()}
         folder = segmenter_of(block.seeds[0][0]).parent.parent
         if cfg.table == "fig6":
-            print(f"picture: {figure_6(block, results, folder / 'figure-6.png')}")
+            print(f"picture: {figure_6(unseen, folder / 'figure-6.png', block.title)}")
         if cfg.table == "steps":
-            print(f"picture: {figure_steps(block, results, folder / 'steps.png')}")
+            print(f"picture: {figure_steps(unseen, folder / 'steps.png', block.title)}")
         if cfg.demo:
             print(f"picture: {demo_picture(block, folder / 'demo.png', cfg)}")
 
@@ -1246,7 +1248,7 @@ def measured(row, block, cfg, device):
 def tabulate(block, results, cfg):
     """Print a block as a table and as JSON, from {row name: [its Results]}; returns the JSON's rows."""
     small = cfg.data != "paper"
-    domains = [*block.source, *block.unseen]
+    domains = block.source + block.unseen
     columns = [*domains, "unseen mean", "seconds", "TFLOP"] if small else [*domains, "mean"]
     if small and block.paper:
         columns.append("paper")
@@ -1288,29 +1290,22 @@ def row_cells(title, results, block, small):
     return cells
 
 
-def figure_steps(block, results, path):
-    """Unseen mIoU of COURSES against the logarithm of the steps."""
-    means = unseen_means(results)
+def figure_steps(unseen, path, title):
+    """Unseen mIoU {row name: mean of the seeds} of COURSES against the logarithm of the steps."""
     lines = {}
-    for title in COURSES:
-        lines[title] = [(math.log2(steps / STEPS[0]), means[f"{title}, {steps}"]) for steps in STEPS]
-    return chart(lines, path, f"doublings of {STEPS[0]} steps in each stage", "mIoU, mean of the unseen domains",
-                 block.title)
+    for name in COURSES:
+        lines[name] = [(math.log2(steps / STEPS[0]), unseen[f"{name}, {steps}"]) for steps in STEPS]
+    x_title = f"doublings of {STEPS[0]} steps in each stage"
+    return chart(lines, path, x_title, "mIoU, mean of the unseen domains", title)
 
 
-def figure_6(block, results, path):
+def figure_6(unseen, path, title):
     """Unseen mIoU against the number of sources, with the labels of all and with those of the first alone."""
-    means = unseen_means(results)
     lines = {}
-    for title, labels in {"labels of the first source": "labels of 1", "labels of all": "all labels"}.items():
+    for name, labels in {"labels of the first source": "labels of 1", "labels of all": "all labels"}.items():
         rows = {1: "1 source", 2: f"2 sources, {labels}", 3: f"3 sources, {labels}"}
-        lines[title] = [(n, means[row]) for n, row in rows.items()]
-    return chart(lines, path, "sources in distillation", "mIoU, mean of the unseen domains", block.title)
-
-
-def unseen_means(results):
-    """{row name: mIoU on the unseen domains, mean of the seeds}, of {row name: [its Results]}."""
-    return {title: np.mean([result.miou[-1] for result in found]) for title, found in results.items()}
+        lines[name] = [(n, unseen[row]) for n, row in rows.items()]
+    return chart(lines, path, "sources in distillation", "mIoU, mean of the unseen domains", title)
 
 
 def demo_picture(block, path, cfg):
@@ -1480,13 +1475,12 @@ def scaled_to(width, cell):
 def named(text):
     """--models as {name: path}; a path without a name is its own."""
     models = {}
-    for part in text.split(","):
-        if part:
-            name, _, path = part.partition("=")
-            name = name.strip()
-            if name in models:
-                raise UserError(f"--models {text}: two are called {name}")
-            models[name] = path.strip() or name
+    for part in filter(None, text.split(",")):
+        name, _, path = part.partition("=")
+        name = name.strip()
+        if name in models:
+            raise UserError(f"--models {text}: two are called {name}")
+        models[name] = path.strip() or name
     if not models:
         raise UserError("--models: say which, as in teacher=dinov2_vitb14,GKD=runs/source/student.pt")
     return models
@@ -1665,10 +1659,7 @@ def figure_7a(models, cfg, path, device):
 
 
 def random_tokens(vit, images, cfg, device, title):
-    """cfg.tokens final patch tokens (M, C) of random places in the images, the same for every encoder.
-
-    Fewer where there are no more.
-    """
+    """At most cfg.tokens final patch tokens (M, C) of random places in the images, the same for every encoder."""
     each = math.ceil(cfg.tokens / len(images))
     tokens = []
     for i, (image, *_) in enumerate(tqdm(images, title, leave=False)):
@@ -1681,11 +1672,9 @@ def random_tokens(vit, images, cfg, device, title):
 def distances(v_s, v_t, fit_s, fit_t):
     """Euclidean distance (M,) of student tokens (M, C_s) to the teacher's (M, C_t), after the affine map that fits
     others, fit_s (L, C_s) and fit_t (L, C_t), best."""
-    v_s = with_constant(v_s)
-    fit_s = with_constant(fit_s)
     # Tokens after a LayerNorm lie in a plane, so the constant depends on them: of all drivers, gelsd copes with that.
-    phi = torch.linalg.lstsq(fit_s, fit_t.double(), driver="gelsd").solution  # (C_s + 1, C_t)
-    return (v_s @ phi - v_t.double()).norm(dim=1)
+    phi = torch.linalg.lstsq(with_constant(fit_s), fit_t.double(), driver="gelsd").solution  # (C_s + 1, C_t)
+    return (with_constant(v_s) @ phi - v_t.double()).norm(dim=1)
 
 
 def with_constant(x):
@@ -1822,15 +1811,15 @@ def figure(cfg, device):
     """Draw --figure of --models; where none are given, of the runs of a small world's --table main."""
     if cfg.data == "paper" and cfg.figure != "3b":
         raise UserError("say on which images with --data or --setting")
-    path = Path(cfg.out)
-    data.check_place("--out", path)
-    is_file = path.suffix.lower() in data.SUFFIXES
+    out = Path(cfg.out)
+    data.check_place("--out", out)
+    is_file = out.suffix.lower() in data.SUFFIXES
+    folder = Path(Config.out) if is_file else out
     if cfg.models or cfg.data not in SMALL:
         models = named(cfg.models)
     else:
-        runs = Path(Config.out if is_file else path, cfg.data, str(cfg.seed))
-        models = {name: runs / run for name, run in DRAWN[cfg.figure].items()}
-        path = path if is_file else path / cfg.data
+        folder = folder / cfg.data
+        models = {name: folder / str(cfg.seed) / run for name, run in DRAWN[cfg.figure].items()}
         _, unseen = data.SETTINGS[cfg.data]
         cfg = replace(cfg, data="+".join(unseen))
     if cfg.figure in ("7a", "7b") and len(models) < 2:
@@ -1838,8 +1827,7 @@ def figure(cfg, device):
     if cfg.figure == "9":
         class_table(models, cfg, device)
         return
-    if not is_file:
-        path = path / f"figure-{cfg.figure}.png"
+    path = out if is_file else folder / f"figure-{cfg.figure}.png"
     FIGURES[cfg.figure](models, cfg, path, device)
     print(f"picture: {path}")
 
@@ -1957,9 +1945,7 @@ def image_files(given):
     """The images at a path, one or a folder of them; UserError where two would have results of one name."""
     if not data.is_there(given):
         raise UserError(f"--images {given}: no such file or folder")
-    at_hand = [given]
-    if given.is_dir():
-        at_hand = [given / name for name in data.files_below(given)]
+    at_hand = [given / name for name in data.files_below(given)] if given.is_dir() else [given]
     files = {}
     others = []
     for file in at_hand:
