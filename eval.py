@@ -19,7 +19,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from itertools import chain
@@ -732,16 +732,16 @@ def equal_budgets(p, unit):
 
     What the teacher took, and its decoder for logit distillation, does not count. For seconds the machine must be idle.
     """
-    judge, = teacher_alone(p)
-    _, _, scores = parsed(judge)
+    teacher, = teacher_alone(p)
+    _, _, segmenter = parsed(teacher)
     rows = []
     for total in EQUAL[unit]:
         whole = budget_of(total, unit)
         stage = budget_of(DISTILLED * total, unit)
         rest = budget_of((1 - 2 * DISTILLED) * total, unit)
-        logits = task(p, f"logits-{whole}", p.student, depth=p.student_depth, freeze=False, kd_logits=1, teacher=scores,
-                      budget=whole)
-        rows.append(Row(f"logit KD, {whole}", [judge, logits]))
+        logits = task(p, f"logits-{whole}", p.student, depth=p.student_depth, freeze=False, kd_logits=1,
+                      teacher=segmenter, budget=whole)
+        rows.append(Row(f"logit KD, {whole}", [teacher, logits]))
         for loss, title in ONE_STAGE.items():
             rows.append(Row(f"{title}, {whole}", one_stage(p, loss, f"-{whole}", budget=whole)))
         for loss, title in TWO_STAGE.items():
@@ -1040,8 +1040,8 @@ def blocks(name, cfg):
     world = "toy-boxes" if name == "10" else cfg.data
     source, unseen = data.SETTINGS[world]
     seeds = []
-    several = 5 if name == "effects" else 3
-    for seed in range(cfg.seed, cfg.seed + (cfg.seeds or several)):
+    count = cfg.seeds or (5 if name == "effects" else 3)
+    for seed in range(cfg.seed, cfg.seed + count):
         seeds.append(rows_of(small_pair(cfg.data, cfg.out, seed, cfg.root)._replace(labelled=world)))
     numbers = paper_numbers(name).get("DINOv2-B -> DeiT-S", {}).get("voc" if name == "10" else "gtav", {})
     return [Block(f"{title}, in the {cfg.data} world", seeds, [source], list(unseen), numbers)]
@@ -1122,16 +1122,14 @@ def processes_of(text, cfg):
 
 def run_rows(rows, cfg):
     """Run the commands of some rows that are not finished, --jobs at a time; a command of several rows runs once."""
-    before = {}  # what must be finished before a run can start
+    before = defaultdict(set)  # what must be finished before a run can start
     for row in rows:
         for i, text in enumerate(row.runs):
-            before.setdefault(text, set()).update(row.runs[:i])
-    waiting = dict.fromkeys(before, 0)  # how many runs wait for this one
-    for text in chain(*before.values()):
-        waiting[text] += 1
+            before[text].update(row.runs[:i])
+    waiting = Counter(chain(*before.values()))  # how many runs wait for this one
     done = {text for text in before if finished(text)}
     pending = [text for text in before if text not in done]
-    pending.sort(key=waiting.get, reverse=True)
+    pending.sort(key=lambda text: waiting[text], reverse=True)
 
     working = {}  # {command: its process}
     began = {}
@@ -1224,12 +1222,13 @@ def measured(row, block, cfg, device):
     kept = path.with_name("eval.json")
     mious = {}
     domains = block.source + block.unseen
-    of = {name: val_contents(name, cfg.root) for name in domains} | {path.name: data.fingerprint(path)}
+    inputs = {name: val_contents(name, cfg.root) for name in domains} | {path.name: data.fingerprint(path)}
     stored = data.read_book(kept)
     if stored.get("protocol") == protocol:
-        before = of | data.dict_in(stored, "of")  # older versions did not note it; images may have left this machine
+        before = inputs | data.dict_in(stored, "of")  # older versions did not note it
         for name in domains:
-            same = before[path.name] == of[path.name] and of[name] in (None, before[name])
+            # Images that have left this machine were measured when they were here.
+            same = before[path.name] == inputs[path.name] and inputs[name] in (None, before[name])
             if same and qsd.fits(qsd.Weight, data.dict_in(stored, "miou").get(name)):
                 mious[name] = stored["miou"][name]
     missing = "+".join(name for name in domains if name not in mious)
@@ -1238,7 +1237,7 @@ def measured(row, block, cfg, device):
             return None
         model, saved = segment.load_segmenter(path, device)
         mious |= measure(path, model, saved, replace(cfg, data=missing), device)
-        data.write(kept, json.dumps(dict(protocol=protocol, miou=mious, of=of)))
+        data.write(kept, json.dumps(dict(protocol=protocol, miou=mious, of=inputs)))
     mean = sum(mious[name] for name in block.unseen) / len(block.unseen)
     seconds = sum(stage["seconds"] for stage in ledger)
     flops = sum(stage["flops"] for stage in ledger)
@@ -1342,7 +1341,7 @@ def chart(series, path, x_title, y_title, title="", log=False):
     x_ticks = ticks([x for x, _ in points])
     y_ticks = ticks([y for _, y in points])
     # Powers of ten are no round numbers, but with three digits as good as on the line.
-    y_texts = [number(float(f"{10 ** y:.3g}") if log else y) for y in y_ticks]
+    y_texts = [tick_text(float(f"{10 ** y:.3g}") if log else y) for y in y_ticks]
 
     # Drawn at twice the size and then halved, lines are smooth.
     width = 1600
@@ -1360,7 +1359,7 @@ def chart(series, path, x_title, y_title, title="", log=False):
     for value in x_ticks:
         x = x_pixel(value)
         pen.line((x, top, x, bottom), GRID_COLOR, 2)
-        pen.text((x, bottom + 10), number(value), "black", font, anchor="ma")
+        pen.text((x, bottom + 10), tick_text(value), "black", font, anchor="ma")
     for value, text in zip(y_ticks, y_texts):
         y = y_pixel(value)
         pen.line((left, y, right, y), GRID_COLOR, 2)
@@ -1396,8 +1395,7 @@ def ticks(values):
     return [step * i for i in range(first, last + 1)]
 
 
-def number(value):
-    """A tick's text."""
+def tick_text(value):
     if value and not 1e-3 <= abs(value) < 1e5:
         digit, power = f"{value:.0e}".split("e")
         return f"{digit}e{int(power)}"
@@ -1532,6 +1530,11 @@ def patch_tokens(vit, image, device):
     return patches[0].float().cpu().unflatten(0, (h, w))
 
 
+def with_constant(x):
+    """Tokens (..., C) with a 1 behind each, (..., C + 1) float64: an affine map is linear in them."""
+    return F.pad(x.double(), (0, 1), value=1)
+
+
 def principal(tokens):
     """The three leading principal components (M, 3) of tokens (M, C), each of variance 1."""
     x = tokens - tokens.mean(0)
@@ -1624,7 +1627,7 @@ def figure_3b(models, cfg, path, device):
         if len(models) > 1:
             shown = {name: "kd" if "kd" in parts else "loss"}  # of a one-stage run the distillation alone
         for title, part in shown.items():
-            points = [(line["step"], line.get(part)) for line in lines]
+            points = [(line["step"], line.get(part)) for line in lines]  # JSON has no NaN: where it was one is none
             series[title] = [(x, y) for x, y in points if qsd.fits(float, x) and qsd.fits(float, y)]
     chart(series, path, "step", "loss", log=True)
 
@@ -1675,11 +1678,6 @@ def distances(v_s, v_t, fit_s, fit_t):
     # Tokens after a LayerNorm lie in a plane, so the constant depends on them: of all drivers, gelsd copes with that.
     phi = torch.linalg.lstsq(with_constant(fit_s), fit_t.double(), driver="gelsd").solution  # (C_s + 1, C_t)
     return (with_constant(v_s) @ phi - v_t.double()).norm(dim=1)
-
-
-def with_constant(x):
-    """Tokens (..., C) with a 1 behind each, (..., C + 1) float64: an affine map is linear in them."""
-    return F.pad(x.double(), (0, 1), value=1)
 
 
 def figure_7b(models, cfg, path, device):
@@ -1899,9 +1897,9 @@ def classify(model, saved, image, cfg, device, least=0.5):
         if cfg.mode == "slide" and not cfg.flip and scale_list(cfg) == [1]:
             # Band by band, as the scores of all classes of a large photograph would fill the memory.
             bands = score_bands(model, x, window, max(1, round(cfg.stride * window)))
-            classes = torch.cat([classes_of(scores) for scores in bands], 1)[:, :image.shape[1]]
         else:
-            classes = classes_of(predict(model, x, window, **protocol_of(cfg)))
+            bands = [predict(model, x, window, **protocol_of(cfg))]
+        classes = torch.cat([classes_of(scores) for scores in bands], 1)[:, :image.shape[1]]
     return classes[0].byte().cpu()
 
 
