@@ -4226,7 +4226,8 @@ def test_images_are_segmented_upright_at_any_size_and_other_files_left_alone(tmp
         more = dict(exif=exif) if name == "turned.png" else {}
         Image.fromarray(color[:90] if more else pixels).save(given / name, **more)
     path = save_segmenter(tmp_path / "segmenter.pt")
-    for more, options in {"": {}, "--flip": dict(flip=True), "--mode whole": dict(whole=True)}.items():
+    cases = {"": {}, "--flip --stride 0.3": dict(flip=True, stride=0.3), "--mode whole": dict(whole=True)}
+    for more, options in cases.items():
         evaluation.main(f"--checkpoint {path} --images given --out out {more}".split())
         assert "out: 4 images, " in capsys.readouterr().out and len(list(given.iterdir())) == 5
         model, saved = segment.load_segmenter(path)
