@@ -1627,7 +1627,7 @@ def figure_3b(models, cfg, path, device):
         if len(models) > 1:
             shown = {name: "kd" if "kd" in parts else "loss"}  # of a one-stage run the distillation alone
         for title, part in shown.items():
-            points = [(line["step"], line.get(part)) for line in lines]  # JSON has no NaN: where it was one is none
+            points = [(line["step"], line.get(part)) for line in lines]  # None: it was NaN, which JSON lacks
             series[title] = [(x, y) for x, y in points if qsd.fits(float, x) and qsd.fits(float, y)]
     chart(series, path, "step", "loss", log=True)
 
