@@ -19,11 +19,12 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter, defaultdict
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from itertools import chain
 from pathlib import Path
-from typing import Annotated, Callable, Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)    # Ctrl-C while torch is loaded: no traceback; see data.cli
@@ -181,17 +182,13 @@ def starts(length, window, stride):
     return sorted({min(pixel, last) for pixel in range(0, last + stride, stride)})
 
 
-def evaluate(model, dataset, window, device, stride=2 / 3, whole=False, flip=False, batch=1, workers=0, title="",
-             scales=(1,)):
-    """Confusion matrix (K, K) over labelled images, of which each process takes its share.
-
-    Scores are resized to the label's size.
-    """
+def evaluate(model, dataset, window, device, batch=1, workers=0, title="", **protocol):
+    """Confusion matrix (K, K) over labelled images, of which each process takes its share; protocol: of predict."""
     K = dataset.num_classes
     conf = torch.zeros(K, K, dtype=torch.int64, device=device)
     own = range(data.rank(), len(dataset), data.world_size())
     for x, label in batches(model, Subset(dataset, own), device, batch, workers, title):
-        scores = predict(model, x, window, stride, whole, flip, scales)
+        scores = predict(model, x, window, **protocol)
         pred = classes_of(segment.resize(scores, label.shape[1:]))
         conf += confusion(pred, label.to(device), K)
     return data.summed(conf).cpu()
@@ -300,9 +297,7 @@ def class_ious(title, model, saved, cfg, device):
             if dataset.boxes:
                 values = evaluate_boxes(model, dataset, window, device, cfg.batch, cfg.workers, name)
             else:
-                conf = evaluate(model, dataset, window, device, cfg.stride, whole=cfg.mode == "whole", flip=cfg.flip,
-                                batch=cfg.batch, workers=cfg.workers, title=name, scales=scale_list(cfg))
-                values = iou(conf)
+                values = iou(evaluate(model, dataset, window, device, cfg.batch, cfg.workers, name, **protocol_of(cfg)))
         if values.isnan().all():
             raise UserError(f"--data {name}: no pixel of its images has a label (all are 255), and no object counts")
         ious[name] = 100 * values
@@ -330,6 +325,11 @@ def val_split(name, cfg, title="", saved=None):
     return data.scenes(name, cfg.root, "val", data.eval_transform(name))
 
 
+def protocol_of(cfg):
+    """The flags of the protocol as arguments of predict."""
+    return dict(stride=cfg.stride, whole=cfg.mode == "whole", flip=cfg.flip, scales=scale_list(cfg))
+
+
 def scale_list(cfg):
     """--scales as numbers."""
     try:
@@ -339,11 +339,6 @@ def scale_list(cfg):
     if not scales or not all(0 < scale < 100 for scale in scales):
         raise UserError(f"--scales {cfg.scales}: numbers from 0 to 100 were expected, as in 0.75,1,1.25")
     return scales
-
-
-def with_mean(mious):
-    """{domain: mIoU} and their plain mean as "mean"."""
-    return mious | {"mean": sum(mious.values()) / len(mious)}
 
 
 def show(rows, columns):
@@ -358,13 +353,14 @@ def show(rows, columns):
         print(f"| {' | '.join(padded)} |")
 
 
-def show_mious(rows):
-    """Print {name: {domain: mIoU}} as a table with their mean; returns the rows with it."""
-    rows = {name: with_mean(mious) for name, mious in rows.items()}
+def show_mious(mious):
+    """Print {name: {domain: mIoU}} as a table with the mean of each row; returns the rows with it."""
+    rows = {}
     cells = {}
-    for name, mious in rows.items():
-        cells[name] = [f"{value:.1f}" for value in mious.values()]
-    show(cells, next(iter(rows.values())))
+    for name, values in mious.items():
+        rows[name] = values | {"mean": sum(values.values()) / len(values)}
+        cells[name] = [f"{value:.1f}" for value in rows[name].values()]
+    show(cells, rows[name])
     return rows
 
 
@@ -512,19 +508,19 @@ def as_released(p, role, encoder, suffix="", **flags):
     elif encoder == "eva02_small" or (encoder in ("dinov2_vits14", "dinov2_vitb14") and p.source == "cityscapes"):
         trained = dict(freeze=False)
     state = "tuned" if trained else "frozen"
-    return task(p, f"{role}-{state}{suffix}", encoder, **trained, **flags)
+    return [task(p, f"{role}-{state}{suffix}", encoder, **trained, **flags)]
 
 
 def no_kd(p, suffix="", **flags):
     """The run of the student alone."""
     if p.student.startswith(("dinov2", "eva02")):
-        return [as_released(p, "student", p.student, suffix, **flags)]
+        return as_released(p, "student", p.student, suffix, **flags)
     return [task(p, f"no-kd{suffix}", p.student, depth=p.student_depth, freeze=False, **flags)]
 
 
 def teacher_alone(p, suffix="", **flags):
     """The run of a decoder on the teacher."""
-    return [as_released(p, "teacher", p.teacher, suffix, **flags)]
+    return as_released(p, "teacher", p.teacher, suffix, **flags)
 
 
 # --- Rows: the runs that lead to one segmenter, the last of them -----------------------------------------------------
@@ -537,11 +533,12 @@ class Row(NamedTuple):
 
 
 def main_rows(p):
-    rows = [Row("no KD", no_kd(p))]
+    frozen = []
     if p.source != "toy":  # this student starts from trained weights, so that freezing alone is a method
-        rows.append(Row("no KD, frozen", [task(p, "no-kd-frozen", p.student, depth=p.student_depth)]))
+        frozen = [Row("no KD, frozen", [task(p, "no-kd-frozen", p.student, depth=p.student_depth)])]
     return [
-        *rows,
+        Row("no KD", no_kd(p)),
+        *frozen,
         Row("one-stage MSE", one_stage(p, "mse")),
         Row("two-stage MSE", two_stage(p, "mse")),
         Row("GKD (QSD)", two_stage(p)),
@@ -556,7 +553,7 @@ def rivals(p, losses):
     """GKD beside one-stage distillation by these losses, keys of RIVALS."""
     rows = [Row("teacher", teacher_alone(p))]
     if p.smaller:
-        rows.append(Row("foundation model of that size", [as_released(p, "smaller", p.smaller)]))
+        rows.append(Row("foundation model of that size", as_released(p, "smaller", p.smaller)))
     rows.append(Row("student", no_kd(p)))
     for loss in losses:
         rows.append(Row(f"+ {RIVALS[loss]}", one_stage(p, loss)))
@@ -564,11 +561,14 @@ def rivals(p, losses):
     return rows
 
 
-def label_fractions(p):
+SHARES = {"1/16": "-1of16", "1/8": "-1of8", "1/4": "-1of4", "all": ""}  # of the labels: the suffix of their folders
+
+
+def label_shares(p):
     student = []
     rival = []
     gkd = []
-    for share, suffix in {"1/16": "-1of16", "1/8": "-1of8", "1/4": "-1of4", "all": ""}.items():
+    for share, suffix in SHARES.items():
         labels = None if share == "all" else share
         student.append(Row(f"student, {share} labels", no_kd(p, suffix, labels=labels)))
         rival.append(Row(f"+ Af-DCD, {share} labels", one_stage(p, "afdcd", suffix, labels=labels)))
@@ -682,10 +682,6 @@ def show_effects(record):
     print(json.dumps({"effects": effects}))
 
 
-def gkd_alone(p):
-    return [Row("GKD", two_stage(p))]
-
-
 def decoders(p):
     small = p.source in SMALL
     kinds = {"SemFPN": ("-fpn", dict(decoder="fpn")), "mask decoder": ("", {})}
@@ -736,16 +732,16 @@ def equal_budgets(p, unit):
 
     What the teacher took, and its decoder for logit distillation, does not count. For seconds the machine must be idle.
     """
-    judge, = teacher_alone(p)
-    _, _, scores = parsed(judge)
+    teacher, = teacher_alone(p)
+    _, _, segmenter = parsed(teacher)
     rows = []
     for total in EQUAL[unit]:
         whole = budget_of(total, unit)
         stage = budget_of(DISTILLED * total, unit)
         rest = budget_of((1 - 2 * DISTILLED) * total, unit)
-        logits = task(p, f"logits-{whole}", p.student, depth=p.student_depth, freeze=False, kd_logits=1, teacher=scores,
-                      budget=whole)
-        rows.append(Row(f"logit KD, {whole}", [judge, logits]))
+        logits = task(p, f"logits-{whole}", p.student, depth=p.student_depth, freeze=False, kd_logits=1,
+                      teacher=segmenter, budget=whole)
+        rows.append(Row(f"logit KD, {whole}", [teacher, logits]))
         for loss, title in ONE_STAGE.items():
             rows.append(Row(f"{title}, {whole}", one_stage(p, loss, f"-{whole}", budget=whole)))
         for loss, title in TWO_STAGE.items():
@@ -780,35 +776,28 @@ def by_steps(p):
     return rows
 
 
-class Table(NamedTuple):
-    """A table: its title, and its rows as a function of the pair."""
-    title: str
-    rows: Callable
-
-
-TABLES = {
-    "main": Table("The paper in one table", main_rows),
-    "effects": Table("The paper's method step by step", effect_rows),
-    "steps": Table("Unseen mIoU against steps of each stage of distillation", by_steps),
-    "variants": Table("QSD with one thing changed", variants),
-    "clock": Table("Equal seconds", partial(equal_budgets, unit="s")),
-    "flops": Table("Equal FLOPs", partial(equal_budgets, unit="flop")),
-    "1": Table("Table 1, foundation to local",
-               partial(rivals, losses=("mse", "cwd", "afdcd", "g2sd", "vitkd", "proteus"))),
-    "2": Table("Table 2, foundation to foundation", partial(rivals, losses=("mse", "afdcd", "vitkd", "proteus"))),
-    "3": Table("Table 3, fewer labels", label_fractions),
-    "4": Table("Table 4, one stage or two", strategies),
-    "5": Table("Table 5, component by component", components),
-    "6": Table("Table 6, GKD beside domain generalisation methods", gkd_alone),
-    "7": Table("Table 7, decoders", decoders),
-    "8": Table("Table 8, students from DINO", partial(rivals, losses=("mse", "cwd", "afdcd"))),
-    "9": Table("Table 9, surgery", lambda p: rivals(p._replace(smaller=""), losses=("cwd", "vitkd"))),
-    "10": Table("Table 10, objects (AP)", lambda p: rivals(p._replace(smaller=""), losses=("cwd", "vitkd"))),
-    "fig6": Table("Figure 6, more sources", more_sources),
+TABLES = {  # title, and rows as a function of the pair
+    "main": ("The paper in one table", main_rows),
+    "effects": ("The paper's method step by step", effect_rows),
+    "steps": ("Unseen mIoU against steps of each stage of distillation", by_steps),
+    "variants": ("QSD with one thing changed", variants),
+    "clock": ("Equal seconds", partial(equal_budgets, unit="s")),
+    "flops": ("Equal FLOPs", partial(equal_budgets, unit="flop")),
+    "1": ("Table 1, foundation to local", partial(rivals, losses=RIVALS)),
+    "2": ("Table 2, foundation to foundation", partial(rivals, losses=("mse", "afdcd", "vitkd", "proteus"))),
+    "3": ("Table 3, fewer labels", label_shares),
+    "4": ("Table 4, one stage or two", strategies),
+    "5": ("Table 5, component by component", components),
+    "6": ("Table 6, GKD beside domain generalisation methods", lambda p: [Row("GKD", two_stage(p))]),
+    "7": ("Table 7, decoders", decoders),
+    "8": ("Table 8, students from DINO", partial(rivals, losses=("mse", "cwd", "afdcd"))),
+    "9": ("Table 9, surgery", lambda p: rivals(p._replace(smaller=""), losses=("cwd", "vitkd"))),
+    "10": ("Table 10, objects (AP)", lambda p: rivals(p._replace(smaller=""), losses=("cwd", "vitkd"))),
+    "fig6": ("Figure 6, more sources", more_sources),
 }
 
 # What the paper reports, mIoU in percent. A paragraph is a pair of PAIRS, a column a key of data.SETTINGS; in it stand
-# its domains in that order and their mean, or the mean alone:
+# its domains in that order and their mean, or the mean alone, in table 3 once for each of SHARES:
 #   gtav         Cityscapes, BDD100K, Mapillary, mean
 #   cityscapes   ACDC night, snow, fog, rain, mean
 #   potsdam-rgb  Potsdam IRRG, Vaihingen IRRG, mean
@@ -876,61 +865,25 @@ student              | 48.5 47.0 52.8 49.4 | 37.6 56.4 70.8 54.4 54.8 | 69.4 42.
 + GKD                | 51.1 45.9 53.7 50.2 | 36.0 59.0 71.2 55.8 55.5 | 71.7 45.7 58.7
 """,
     "3": """
-DINOv2-L -> DINOv2-B  | gtav | cityscapes
-student, 1/16 labels  | 58.3 | 62.1
-student, 1/8 labels   | 58.4 | 63.9
-student, 1/4 labels   | 58.7 | 64.1
-student, all labels   | 58.8 | 66.2
-+ Af-DCD, 1/16 labels | 56.2 | 60.9
-+ Af-DCD, 1/8 labels  | 56.6 | 62.2
-+ Af-DCD, 1/4 labels  | 56.9 | 63.9
-+ Af-DCD, all labels  | 57.5 | 66.7
-+ GKD, 1/16 labels    | 58.4 | 62.3
-+ GKD, 1/8 labels     | 58.6 | 64.7
-+ GKD, 1/4 labels     | 59.1 | 64.9
-+ GKD, all labels     | 59.8 | 67.2
+DINOv2-L -> DINOv2-B | gtav                | cityscapes
+student              | 58.3 58.4 58.7 58.8 | 62.1 63.9 64.1 66.2
++ Af-DCD             | 56.2 56.6 56.9 57.5 | 60.9 62.2 63.9 66.7
++ GKD                | 58.4 58.6 59.1 59.8 | 62.3 64.7 64.9 67.2
 
-DINOv2-B -> DINOv2-S  | gtav | cityscapes
-student, 1/16 labels  | 52.4 | 53.0
-student, 1/8 labels   | 53.0 | 55.0
-student, 1/4 labels   | 53.5 | 56.8
-student, all labels   | 53.9 | 58.3
-+ Af-DCD, 1/16 labels | 48.9 | 52.3
-+ Af-DCD, 1/8 labels  | 49.7 | 55.2
-+ Af-DCD, 1/4 labels  | 52.4 | 57.4
-+ Af-DCD, all labels  | 53.3 | 58.8
-+ GKD, 1/16 labels    | 54.7 | 54.7
-+ GKD, 1/8 labels     | 55.0 | 56.5
-+ GKD, 1/4 labels     | 55.3 | 57.6
-+ GKD, all labels     | 55.6 | 59.9
+DINOv2-B -> DINOv2-S | gtav                | cityscapes
+student              | 52.4 53.0 53.5 53.9 | 53.0 55.0 56.8 58.3
++ Af-DCD             | 48.9 49.7 52.4 53.3 | 52.3 55.2 57.4 58.8
++ GKD                | 54.7 55.0 55.3 55.6 | 54.7 56.5 57.6 59.9
 
-DINOv2-L -> DeiT-B    | gtav | cityscapes
-student, 1/16 labels  | 42.1 | 39.1
-student, 1/8 labels   | 42.1 | 42.6
-student, 1/4 labels   | 43.2 | 43.4
-student, all labels   | 44.2 | 47.0
-+ Af-DCD, 1/16 labels | 47.4 | 45.2
-+ Af-DCD, 1/8 labels  | 48.4 | 48.9
-+ Af-DCD, 1/4 labels  | 49.0 | 50.4
-+ Af-DCD, all labels  | 49.0 | 52.1
-+ GKD, 1/16 labels    | 56.5 | 59.1
-+ GKD, 1/8 labels     | 56.8 | 60.0
-+ GKD, 1/4 labels     | 56.8 | 61.2
-+ GKD, all labels     | 57.9 | 64.6
+DINOv2-L -> DeiT-B   | gtav                | cityscapes
+student              | 42.1 42.1 43.2 44.2 | 39.1 42.6 43.4 47.0
++ Af-DCD             | 47.4 48.4 49.0 49.0 | 45.2 48.9 50.4 52.1
++ GKD                | 56.5 56.8 56.8 57.9 | 59.1 60.0 61.2 64.6
 
-DINOv2-B -> DeiT-S    | gtav | cityscapes
-student, 1/16 labels  | 35.7 | 32.7
-student, 1/8 labels   | 36.7 | 38.0
-student, 1/4 labels   | 37.5 | 38.2
-student, all labels   | 37.2 | 40.7
-+ Af-DCD, 1/16 labels | 46.0 | 43.6
-+ Af-DCD, 1/8 labels  | 46.1 | 46.5
-+ Af-DCD, 1/4 labels  | 46.2 | 49.0
-+ Af-DCD, all labels  | 47.1 | 50.4
-+ GKD, 1/16 labels    | 51.4 | 54.6
-+ GKD, 1/8 labels     | 51.5 | 54.8
-+ GKD, 1/4 labels     | 53.6 | 57.0
-+ GKD, all labels     | 54.1 | 57.7
+DINOv2-B -> DeiT-S   | gtav                | cityscapes
+student              | 35.7 36.7 37.5 37.2 | 32.7 38.0 38.2 40.7
++ Af-DCD             | 46.0 46.1 46.2 47.1 | 43.6 46.5 49.0 50.4
++ GKD                | 51.4 51.5 53.6 54.1 | 54.6 54.8 57.0 57.7
 """,
     "4": """
 DINOv2-B -> DeiT-S | gtav
@@ -1001,11 +954,7 @@ student            | 49.0
 + ViTKD            | 56.6
 + GKD              | 72.9
 """,
-    "fig6": """
-DINOv2-L -> DeiT-B | gtav
-
-DINOv2-B -> DeiT-S | gtav
-""",
+    "fig6": "DINOv2-L -> DeiT-B | gtav\n\nDINOv2-B -> DeiT-S | gtav",  # drawn: the paper gives no numbers
 }
 
 
@@ -1014,17 +963,17 @@ def paper_numbers(name):
     numbers = {}
     paragraphs = PAPER[name].strip().split("\n\n") if name in PAPER else []
     for paragraph in paragraphs:
-        header, *lines = map(cells_of, paragraph.splitlines())
-        pair, *settings = header
+        (pair, *settings), *rows = [re.split(r" *\| *", line) for line in paragraph.splitlines()]
         numbers[pair] = {setting: {} for setting in settings}
-        for title, *columns in lines:
+        for title, *columns in rows:
             for setting, column in zip(settings, columns, strict=True):
-                numbers[pair][setting][title] = [float(value) for value in column.split()]
+                values = [float(value) for value in column.split()]
+                if name == "3":
+                    for share, mean in zip(SHARES, values, strict=True):
+                        numbers[pair][setting][f"{title}, {share} labels"] = [mean]
+                else:
+                    numbers[pair][setting][title] = values
     return numbers
-
-
-def cells_of(line):
-    return [cell.strip() for cell in line.split("|")]
 
 
 # --- Tables: what is missing is run, what is there is printed --------------------------------------------------------
@@ -1034,13 +983,22 @@ def tables(cfg, device):
     check_table(cfg)
     for block in blocks(cfg.table, cfg):
         prepare(block, cfg)
-        complete = tabulate(cfg.table, block, cfg, device)
+        results = {}  # of each row, what is known of those of its seeds that are there
+        for versions in zip(*block.seeds):
+            found = [measured(row, block, cfg, device) for row in versions]
+            results[versions[0].name] = [result for result in found if result]
+        record = tabulate(block, results, cfg)
+        if any(len(found) < len(block.seeds) for found in results.values()):
+            continue
+        if cfg.table == "effects":
+            show_effects(record)
+        unseen = {name: np.mean([result.miou[-1] for result in found]) for name, found in results.items()}
         folder = segmenter_of(block.seeds[0][0]).parent.parent
-        if complete and cfg.table == "fig6":
-            print(f"picture: {figure_6(block, folder / 'figure-6.png', cfg, device)}")
-        if complete and cfg.table == "steps":
-            print(f"picture: {figure_steps(block, folder / 'steps.png', cfg, device)}")
-        if complete and cfg.demo:
+        if cfg.table == "fig6":
+            print(f"picture: {figure_6(unseen, folder / 'figure-6.png', block.title)}")
+        if cfg.table == "steps":
+            print(f"picture: {figure_steps(unseen, folder / 'steps.png', block.title)}")
+        if cfg.demo:
             print(f"picture: {demo_picture(block, folder / 'demo.png', cfg)}")
 
 
@@ -1082,8 +1040,8 @@ def blocks(name, cfg):
     world = "toy-boxes" if name == "10" else cfg.data
     source, unseen = data.SETTINGS[world]
     seeds = []
-    several = 5 if name == "effects" else 3
-    for seed in range(cfg.seed, cfg.seed + (cfg.seeds or several)):
+    count = cfg.seeds or (5 if name == "effects" else 3)
+    for seed in range(cfg.seed, cfg.seed + count):
         seeds.append(rows_of(small_pair(cfg.data, cfg.out, seed, cfg.root)._replace(labelled=world)))
     numbers = paper_numbers(name).get("DINOv2-B -> DeiT-S", {}).get("voc" if name == "10" else "gtav", {})
     return [Block(f"{title}, in the {cfg.data} world", seeds, [source], list(unseen), numbers)]
@@ -1164,16 +1122,14 @@ def processes_of(text, cfg):
 
 def run_rows(rows, cfg):
     """Run the commands of some rows that are not finished, --jobs at a time; a command of several rows runs once."""
-    before = {}  # what must be finished before a run can start
+    before = defaultdict(set)  # what must be finished before a run can start
     for row in rows:
         for i, text in enumerate(row.runs):
-            before.setdefault(text, set()).update(row.runs[:i])
-    waiting = dict.fromkeys(before, 0)  # how many runs wait for this one
-    for text in chain(*before.values()):
-        waiting[text] += 1
+            before[text].update(row.runs[:i])
+    waiting = Counter(chain(*before.values()))  # how many runs wait for this one
     done = {text for text in before if finished(text)}
     pending = [text for text in before if text not in done]
-    pending.sort(key=waiting.get, reverse=True)
+    pending.sort(key=lambda text: waiting[text], reverse=True)
 
     working = {}  # {command: its process}
     began = {}
@@ -1200,7 +1156,10 @@ def run_rows(rows, cfg):
         for process in working.values():
             process.terminate()  # it finishes its step and saves it
         for process in working.values():
-            wait_for(process, seconds=None if signals else 15)
+            try:
+                process.wait(None if signals else 15)
+            except subprocess.TimeoutExpired:
+                process.kill()
         bar.close()
         signal.signal(signal.SIGINT, signal.default_int_handler)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -1208,14 +1167,6 @@ def run_rows(rows, cfg):
     if signals:
         print(f"stopped by signal {signals[0]}; the same command goes on from there", file=sys.stderr)
         sys.exit(128 + signals[0])
-
-
-def wait_for(process, seconds):
-    """Wait for a process to end, and no longer than so many seconds."""
-    try:
-        process.wait(seconds)
-    except subprocess.TimeoutExpired:
-        process.kill()
 
 
 def begin(text, cfg):
@@ -1271,12 +1222,13 @@ def measured(row, block, cfg, device):
     kept = path.with_name("eval.json")
     mious = {}
     domains = block.source + block.unseen
-    of = {name: val_contents(name, cfg.root) for name in domains} | {path.name: data.fingerprint(path)}
+    inputs = {name: val_contents(name, cfg.root) for name in domains} | {path.name: data.fingerprint(path)}
     stored = data.read_book(kept)
     if stored.get("protocol") == protocol:
-        before = of | data.dict_in(stored, "of")  # older versions did not note it; images may have left this machine
+        before = inputs | data.dict_in(stored, "of")  # older versions did not note it
         for name in domains:
-            same = before[path.name] == of[path.name] and of[name] in (None, before[name])
+            # Images that have left this machine were measured when they were here.
+            same = before[path.name] == inputs[path.name] and inputs[name] in (None, before[name])
             if same and qsd.fits(qsd.Weight, data.dict_in(stored, "miou").get(name)):
                 mious[name] = stored["miou"][name]
     missing = "+".join(name for name in domains if name not in mious)
@@ -1285,81 +1237,83 @@ def measured(row, block, cfg, device):
             return None
         model, saved = segment.load_segmenter(path, device)
         mious |= measure(path, model, saved, replace(cfg, data=missing), device)
-        data.write(kept, json.dumps(dict(protocol=protocol, miou=mious, of=of)))
+        data.write(kept, json.dumps(dict(protocol=protocol, miou=mious, of=inputs)))
     mean = sum(mious[name] for name in block.unseen) / len(block.unseen)
     seconds = sum(stage["seconds"] for stage in ledger)
     flops = sum(stage["flops"] for stage in ledger)
     return Result([mious[name] for name in domains] + [mean], seconds, flops)
 
 
-def tabulate(name, block, cfg, device):
-    """Print a block as a table and as JSON; returns whether all its rows could be measured.
-
-    A small world's rows also say what they took and what the paper's mean is; at the paper's scale its numbers stand
-    in brackets.
-    """
+def tabulate(block, results, cfg):
+    """Print a block as a table and as JSON, from {row name: [its Results]}; returns the JSON's rows."""
     small = cfg.data != "paper"
-    complete = True
-    cells = {}
-    record = {}
-    for versions in zip(*block.seeds):  # a row, once for each seed
-        title = versions[0].name
-        results = [measured(row, block, cfg, device) for row in versions]
-        results = [result for result in results if result]
-        complete = complete and len(results) == len(versions)
-        cells[title] = small_cells(title, results, block) if small else paper_cells(title, results, block)
-        mious = np.array([result.miou for result in results])  # (seeds, domains + 1)
-        record[title] = dict(miou=mious.round(2).tolist(), seconds=[round(result.seconds) for result in results],
-                             flops=[result.flops for result in results])
-    columns = [*block.source, *block.unseen]
-    if small:
-        columns += ["unseen mean", "seconds", "TFLOP"]
-        if block.paper:
-            columns.append("paper")
-    else:
-        columns.append("mean")
+    domains = block.source + block.unseen
+    columns = [*domains, "unseen mean", "seconds", "TFLOP"] if small else [*domains, "mean"]
+    if small and block.paper:
+        columns.append("paper")
     several = ", mean and standard deviation of seeds" if len(block.seeds) > 1 else ""
     print(f"\n{block.title}{several}{'' if small else ' [paper]'}")
+    cells = {}
+    record = {}
+    for title, found in results.items():
+        cells[title] = row_cells(title, found, block, small)
+        record[title] = dict(miou=[np.round(result.miou, 2).tolist() for result in found],
+                             seconds=[round(result.seconds) for result in found],
+                             flops=[result.flops for result in found])
     show(cells, columns)
-    domains = [*block.source, *block.unseen, "mean"]
-    print(json.dumps({"table": name, "title": block.title, "domains": domains, "rows": record}))
-    if complete and name == "effects":
-        show_effects(record)
-    return complete
+    print(json.dumps({"table": cfg.table, "title": block.title, "domains": [*domains, "mean"], "rows": record}))
+    return record
 
 
-def miou_cells(results, block):
-    """Each domain's mIoU and their mean over the seeds, as text."""
-    if not results:
-        return ["-"] * (len(block.source + block.unseen) + 1)
-    mious = np.array([result.miou for result in results])  # (seeds, domains + 1)
-    return [mean_of(values) for values in mious.T]
+def row_cells(title, results, block, small):
+    """A row as text: of each domain and their mean, the mean and standard deviation over the seeds.
 
-
-def mean_of(values):
-    """Mean, and of several values their standard deviation, as text."""
-    deviation = f" ± {np.std(values, ddof=1):.1f}" if len(values) > 1 else ""
-    return f"{np.mean(values):.1f}{deviation}"
-
-
-def small_cells(title, results, block):
-    cells = miou_cells(results, block)
-    if results:
+    A small world's row also says what it took and what the paper's mean is; at the paper's scale its numbers stand in
+    brackets.
+    """
+    cells = []
+    for values in zip(*[result.miou for result in results]):
+        deviation = f" ± {np.std(values, ddof=1):.1f}" if len(values) > 1 else ""
+        cells.append(f"{np.mean(values):.1f}{deviation}")
+    if small and results:
         cells.append(f"{np.mean([result.seconds for result in results]):.0f}")
         cells.append(f"{np.mean([result.flops for result in results]) / 1e12:.1f}")
-    else:
-        cells += ["-", "-"]
-    if block.paper:
-        cells.append(str(block.paper[title][-1]) if title in block.paper else "-")
+    if not results:
+        cells = ["-"] * (len(block.source + block.unseen) + (3 if small else 1))
+    paper = block.paper.get(title, [])  # of all domains and their mean, or the mean alone
+    if small and block.paper:
+        cells.append(str(paper[-1]) if paper else "-")
+    if not small:
+        for i, value in enumerate(paper, start=len(cells) - len(paper)):
+            cells[i] += f" [{value}]"
     return cells
 
 
-def paper_cells(title, results, block):
-    cells = miou_cells(results, block)
-    numbers = block.paper.get(title, [])  # of the last cells: those of all domains, or their mean alone
-    for i, value in enumerate(numbers, start=len(cells) - len(numbers)):
-        cells[i] += f" [{value}]"
-    return cells
+def figure_steps(unseen, path, title):
+    """Unseen mIoU {row name: mean of the seeds} of COURSES against the logarithm of the steps."""
+    lines = {}
+    for name in COURSES:
+        lines[name] = [(math.log2(steps / STEPS[0]), unseen[f"{name}, {steps}"]) for steps in STEPS]
+    x_title = f"doublings of {STEPS[0]} steps in each stage"
+    return chart(lines, path, x_title, "mIoU, mean of the unseen domains", title)
+
+
+def figure_6(unseen, path, title):
+    """Unseen mIoU against the number of sources, with the labels of all and with those of the first alone."""
+    lines = {}
+    for name, labels in {"labels of the first source": "labels of 1", "labels of all": "all labels"}.items():
+        rows = {1: "1 source", 2: f"2 sources, {labels}", 3: f"3 sources, {labels}"}
+        lines[name] = [(n, unseen[row]) for n, row in rows.items()]
+    return chart(lines, path, "sources in distillation", "mIoU, mean of the unseen domains", title)
+
+
+def demo_picture(block, path, cfg):
+    """Draw images of the unseen domains: predictions, and the features of the teacher and the students."""
+    folders = {row.name: segmenter_of(row).parent for row in block.seeds[0]}
+    predicted = {name: folders[name] for name in ("no KD", "two-stage MSE", "GKD (QSD)")}
+    featured = {"teacher": folders["teacher"]} | predicted
+    cfg = Config(data="+".join(block.unseen), root=cfg.root, examples=8 // len(block.unseen))
+    return compare(predicted, featured, cfg, path, torch.device("cpu"))
 
 
 # --- Drawing ---------------------------------------------------------------------------------------------------------
@@ -1369,15 +1323,9 @@ LINE_COLORS = ((31, 119, 180), (214, 39, 40), (44, 160, 44), (148, 103, 189), (2
 GRID_COLOR = (225, 225, 225)
 
 
-class Axis(NamedTuple):
-    """One side of a chart: the value `low` lies at the pixel `origin`, the value `high` at `end`."""
-    low: float
-    high: float
-    origin: float
-    end: float
-
-    def pixel(self, value):
-        return self.origin + (self.end - self.origin) * (value - self.low) / (self.high - self.low)
+def pixel(value, ticks, first, last):
+    """Where a value lies on an axis whose first and last tick lie at these pixels."""
+    return first + (last - first) * (value - ticks[0]) / (ticks[-1] - ticks[0])
 
 
 def chart(series, path, x_title, y_title, title="", log=False):
@@ -1392,9 +1340,8 @@ def chart(series, path, x_title, y_title, title="", log=False):
     points = list(chain(*lines.values())) or [(0, 0)]
     x_ticks = ticks([x for x, _ in points])
     y_ticks = ticks([y for _, y in points])
-    y_texts = [number(y) for y in y_ticks]
-    if log:
-        y_texts = [number(float(f"{10 ** y:.3g}")) for y in y_ticks]  # no round numbers, but as good as on the line
+    # Powers of ten are no round numbers, but with three digits as good as on the line.
+    y_texts = [tick_text(float(f"{10 ** y:.3g}") if log else y) for y in y_ticks]
 
     # Drawn at twice the size and then halved, lines are smooth.
     width = 1600
@@ -1406,15 +1353,15 @@ def chart(series, path, x_title, y_title, title="", log=False):
     bottom = height - 100
     left = 40 + max(map(font.getlength, y_texts))
     right = width - 90 - max(map(font.getlength, lines), default=0)
-    x_axis = Axis(x_ticks[0], x_ticks[-1], left + 20, right - 20)
-    y_axis = Axis(y_ticks[0], y_ticks[-1], bottom - 20, top + 20)
+    x_pixel = partial(pixel, ticks=x_ticks, first=left + 20, last=right - 20)
+    y_pixel = partial(pixel, ticks=y_ticks, first=bottom - 20, last=top + 20)
 
     for value in x_ticks:
-        x = x_axis.pixel(value)
+        x = x_pixel(value)
         pen.line((x, top, x, bottom), GRID_COLOR, 2)
-        pen.text((x, bottom + 10), number(value), "black", font, anchor="ma")
+        pen.text((x, bottom + 10), tick_text(value), "black", font, anchor="ma")
     for value, text in zip(y_ticks, y_texts):
-        y = y_axis.pixel(value)
+        y = y_pixel(value)
         pen.line((left, y, right, y), GRID_COLOR, 2)
         pen.text((left - 10, y), text, "black", font, anchor="rm")
     pen.rectangle((left, top, right, bottom), outline=(90, 90, 90), width=2)
@@ -1424,7 +1371,7 @@ def chart(series, path, x_title, y_title, title="", log=False):
 
     for i, (name, points) in enumerate(lines.items()):
         color = LINE_COLORS[i % len(LINE_COLORS)]
-        places = [(x_axis.pixel(x), y_axis.pixel(y)) for x, y in points]
+        places = [(x_pixel(x), y_pixel(y)) for x, y in points]
         pen.line(places, color, 4, joint="curve")
         if len(places) < 10:
             for x, y in places:
@@ -1448,8 +1395,7 @@ def ticks(values):
     return [step * i for i in range(first, last + 1)]
 
 
-def number(value):
-    """A tick's text."""
+def tick_text(value):
     if value and not 1e-3 <= abs(value) < 1e5:
         digit, power = f"{value:.0e}".split("e")
         return f"{digit}e{int(power)}"
@@ -1527,13 +1473,12 @@ def scaled_to(width, cell):
 def named(text):
     """--models as {name: path}; a path without a name is its own."""
     models = {}
-    for part in text.split(","):
-        if part:
-            name, _, path = part.partition("=")
-            name = name.strip()
-            if name in models:
-                raise UserError(f"--models {text}: two are called {name}")
-            models[name] = path.strip() or name
+    for part in filter(None, text.split(",")):
+        name, _, path = part.partition("=")
+        name = name.strip()
+        if name in models:
+            raise UserError(f"--models {text}: two are called {name}")
+        models[name] = path.strip() or name
     if not models:
         raise UserError("--models: say which, as in teacher=dinov2_vitb14,GKD=runs/source/student.pt")
     return models
@@ -1583,6 +1528,11 @@ def patch_tokens(vit, image, device):
     x = segment.resize(x, (h * vit.patch_size, w * vit.patch_size))
     _, patches = vit(x)
     return patches[0].float().cpu().unflatten(0, (h, w))
+
+
+def with_constant(x):
+    """Tokens (..., C) with a 1 behind each, (..., C + 1) float64: an affine map is linear in them."""
+    return F.pad(x.double(), (0, 1), value=1)
 
 
 def principal(tokens):
@@ -1637,8 +1587,10 @@ def compare(predicted, featured, cfg, path, device):
         colors = dataset.colors
         columns["label"] = [data.label_picture(label, image, names, colors) for label, image in zip(labels, images)]
         for name, (model, saved) in loaded.items():
-            predicted = [classify(model, saved, image, cfg, device) for image in images]
-            columns[name] = [data.label_picture(*pair, names, colors, scored=True) for pair in zip(predicted, images)]
+            columns[name] = []
+            for image in images:
+                found = classify(model, saved, image, cfg, device)
+                columns[name].append(data.label_picture(found, image, names, colors, scored=True))
     for name, pictures in feature_pictures(encoders(featured, cfg, device), images, device).items():
         columns[f"PCA: {name}"] = pictures
     return sheet(columns, titles, names, colors, path)
@@ -1660,45 +1612,6 @@ def feature_pictures(vits, images, device):
 
 # --- Figures of the paper --------------------------------------------------------------------------------------------
 
-def figure(cfg, device):
-    """Draw --figure of --models; where none are given, of the runs of a small world's --table main."""
-    check_models(cfg)
-    if cfg.data == "paper" and cfg.figure != "3b":
-        raise UserError("say on which images with --data or --setting")
-    path = Path(cfg.out)
-    data.check_place("--out", path)
-    is_file = path.suffix.lower() in data.SUFFIXES
-    if cfg.models or cfg.data not in SMALL:
-        models = named(cfg.models)
-    else:
-        runs = Path(Config.out if is_file else path, cfg.data, str(cfg.seed))
-        models = {name: runs / run for name, run in DRAWN[cfg.figure].items()}
-        path = path if is_file else path / cfg.data
-        _, unseen = data.SETTINGS[cfg.data]
-        cfg = replace(cfg, data="+".join(unseen))
-    if cfg.figure in ("7a", "7b") and len(models) < 2:
-        raise UserError("--models: this figure wants the teacher, then its students")
-    if cfg.figure == "9":
-        class_table(models, cfg, device)
-        return
-    if not is_file:
-        path = path / f"figure-{cfg.figure}.png"
-    FIGURES[cfg.figure](models, cfg, path, device)
-    print(f"picture: {path}")
-
-
-def check_models(cfg):
-    if data.world_size() > 1:
-        raise UserError("--figure and --probe run in one process: start them with python")
-
-
-def curve(lines, part):
-    """One of the losses in a log's lines as [(step, loss)]; JSON has no NaN, where it was one there is none."""
-    number = Annotated[float, qsd.Range(-math.inf)]
-    points = [(line["step"], line.get(part)) for line in lines]
-    return [(step, loss) for step, loss in points if qsd.fits(number, step) and qsd.fits(number, loss)]
-
-
 def figure_3b(models, cfg, path, device):
     """The losses of several runs against their steps; of a single run all parts of its loss."""
     series = {}
@@ -1710,48 +1623,13 @@ def figure_3b(models, cfg, path, device):
         lines = [line for line in lines if {"step", "loss", "lr"} <= line.keys()]
         keys = list(lines[0]) if lines else ["step", "loss", "lr"]
         parts = keys[1:keys.index("lr")]  # all losses stand between step and lr
+        shown = {part: part for part in parts}
         if len(models) > 1:
-            shown = "kd" if "kd" in parts else "loss"  # of a one-stage run the distillation alone
-            series[name] = curve(lines, shown)
-        else:
-            for part in parts:
-                series[part] = curve(lines, part)
+            shown = {name: "kd" if "kd" in parts else "loss"}  # of a one-stage run the distillation alone
+        for title, part in shown.items():
+            points = [(line["step"], line.get(part)) for line in lines]  # None: it was NaN, which JSON lacks
+            series[title] = [(x, y) for x, y in points if qsd.fits(float, x) and qsd.fits(float, y)]
     chart(series, path, "step", "loss", log=True)
-
-
-def figure_5(models, cfg, path, device):
-    """The features of several encoders as colours, on the axes of the first."""
-    compare({}, models, cfg, path, device)
-
-
-def unseen_means(block, cfg, device):
-    """{row name: mIoU on the unseen domains, mean of the seeds}, of a block whose rows are all there."""
-    means = {}
-    for versions in zip(*block.seeds):
-        values = [measured(row, block, cfg, device).miou[-1] for row in versions]
-        means[versions[0].name] = np.mean(values)
-    return means
-
-
-def figure_steps(block, path, cfg, device):
-    """Unseen mIoU of COURSES against the logarithm of the steps."""
-    means = unseen_means(block, cfg, device)
-    lines = {}
-    for title in COURSES:
-        lines[title] = [(math.log2(steps / STEPS[0]), means[f"{title}, {steps}"]) for steps in STEPS]
-    return chart(lines, path, f"doublings of {STEPS[0]} steps in each stage", "mIoU, mean of the unseen domains",
-                 block.title)
-
-
-def figure_6(block, path, cfg, device):
-    """Unseen mIoU against the number of sources, with the labels of all and with those of the first alone."""
-    means = unseen_means(block, cfg, device)
-    lines = {}
-    for title, labels in {"labels of the first source": "labels of 1", "labels of all": "all labels"}.items():
-        lines[title] = [(1, means["1 source"])]
-        for n in (2, 3):
-            lines[title].append((n, means[f"{n} sources, {labels}"]))
-    return chart(lines, path, "sources in distillation", "mIoU, mean of the unseen domains", block.title)
 
 
 def figure_7a(models, cfg, path, device):
@@ -1784,10 +1662,7 @@ def figure_7a(models, cfg, path, device):
 
 
 def random_tokens(vit, images, cfg, device, title):
-    """cfg.tokens final patch tokens (M, C) of random places in the images, the same for every encoder.
-
-    Fewer where there are no more.
-    """
+    """At most cfg.tokens final patch tokens (M, C) of random places in the images, the same for every encoder."""
     each = math.ceil(cfg.tokens / len(images))
     tokens = []
     for i, (image, *_) in enumerate(tqdm(images, title, leave=False)):
@@ -1800,16 +1675,9 @@ def random_tokens(vit, images, cfg, device, title):
 def distances(v_s, v_t, fit_s, fit_t):
     """Euclidean distance (M,) of student tokens (M, C_s) to the teacher's (M, C_t), after the affine map that fits
     others, fit_s (L, C_s) and fit_t (L, C_t), best."""
-    v_s = with_constant(v_s)
-    fit_s = with_constant(fit_s)
     # Tokens after a LayerNorm lie in a plane, so the constant depends on them: of all drivers, gelsd copes with that.
-    phi = torch.linalg.lstsq(fit_s, fit_t.double(), driver="gelsd").solution  # (C_s + 1, C_t)
-    return (v_s @ phi - v_t.double()).norm(dim=1)
-
-
-def with_constant(x):
-    """Tokens (..., C) with a 1 behind each, (..., C + 1) float64: an affine map is linear in them."""
-    return F.pad(x.double(), (0, 1), value=1)
+    phi = torch.linalg.lstsq(with_constant(fit_s), fit_t.double(), driver="gelsd").solution  # (C_s + 1, C_t)
+    return (with_constant(v_s) @ phi - v_t.double()).norm(dim=1)
 
 
 def figure_7b(models, cfg, path, device):
@@ -1824,7 +1692,7 @@ def figure_7b(models, cfg, path, device):
     grid = v_t.shape[:2]
     h, w = grid
     places = {1: (h // 4, w // 4), 2: (h // 4, 3 * w // 4), 3: (3 * h // 4, w // 4), 4: (3 * h // 4, 3 * w // 4)}
-    columns = {title: [] for title in ("image", "all N x N weights", "the diagonal", *(f"patch {n}" for n in places))}
+    columns = defaultdict(list)
     titles = []
     for name, student in students:
         v_s = patch_tokens(student, image, device)  # (h, w, C_s)
@@ -1895,11 +1763,6 @@ def framed(cell, grid, places):
     return np.asarray(picture)
 
 
-def figure_8(models, cfg, path, device):
-    """The predictions of several segmenters beside image and label."""
-    compare(models, {}, cfg, path, device)
-
-
 def class_table(models, cfg, device):
     """Figure 9 as text: the IoU of each class and their mean, a table for each domain, a column for each model."""
     loaded = segmenters(models, device)
@@ -1920,16 +1783,13 @@ def class_table(models, cfg, device):
     print(json.dumps({"figure": "9", "rows": titles, "iou": ious}))
 
 
-def demo_picture(block, path, cfg):
-    """Draw images of the unseen domains: predictions, and the features of the teacher and the students."""
-    folders = {row.name: segmenter_of(row).parent for row in block.seeds[0]}
-    predicted = {name: folders[name] for name in ("no KD", "two-stage MSE", "GKD (QSD)")}
-    featured = {name: folders[name] for name in ("teacher", "no KD", "two-stage MSE", "GKD (QSD)")}
-    cfg = Config(data="+".join(block.unseen), root=cfg.root, examples=8 // len(block.unseen))
-    return compare(predicted, featured, cfg, path, torch.device("cpu"))
-
-
-FIGURES = {"3b": figure_3b, "5": figure_5, "7a": figure_7a, "7b": figure_7b, "8": figure_8}
+FIGURES = {
+    "3b": figure_3b,
+    "5": lambda models, *rest: compare({}, models, *rest),  # features on the axes of the first
+    "7a": figure_7a,
+    "7b": figure_7b,
+    "8": lambda models, *rest: compare(models, {}, *rest),  # predictions beside image and label
+}
 
 # What each figure shows of a small world where no --models are given: {name: run of --table main}.
 TEACHER = {"teacher": "teacher-frozen"}
@@ -1945,23 +1805,47 @@ DRAWN = {
 }
 
 
+def figure(cfg, device):
+    """Draw --figure of --models; where none are given, of the runs of a small world's --table main."""
+    if cfg.data == "paper" and cfg.figure != "3b":
+        raise UserError("say on which images with --data or --setting")
+    out = Path(cfg.out)
+    data.check_place("--out", out)
+    is_file = out.suffix.lower() in data.SUFFIXES
+    folder = Path(Config.out) if is_file else out
+    if cfg.models or cfg.data not in SMALL:
+        models = named(cfg.models)
+    else:
+        folder = folder / cfg.data
+        models = {name: folder / str(cfg.seed) / run for name, run in DRAWN[cfg.figure].items()}
+        _, unseen = data.SETTINGS[cfg.data]
+        cfg = replace(cfg, data="+".join(unseen))
+    if cfg.figure in ("7a", "7b") and len(models) < 2:
+        raise UserError("--models: this figure wants the teacher, then its students")
+    if cfg.figure == "9":
+        class_table(models, cfg, device)
+        return
+    path = out if is_file else folder / f"figure-{cfg.figure}.png"
+    FIGURES[cfg.figure](models, cfg, path, device)
+    print(f"picture: {path}")
+
+
 # --- Encoders without a decoder --------------------------------------------------------------------------------------
 
 def probes(cfg, device):
     """Print the mIoU of a linear probe on each encoder of --models, trained on the first domain of cfg.data."""
-    check_models(cfg)
     if cfg.setting != "none":
         raise UserError("--probe trains on the first of --data: name source and domains there, not with --setting")
     if cfg.data == "paper":
         raise UserError("say on which images with --data")
     if any(entry.boxes for entry in data.entries(cfg.data).values()):
         raise UserError(f"--probe learns the classes of pixels, but --data {cfg.data} labels boxes")
-    rows = {}
+    mious = {}
     for name, path in named(cfg.models).items():
         vit = encoders({name: path}, cfg, device)[name]
-        rows[name] = probe(vit, cfg, device)
-    rows = show_mious(rows)
-    print(json.dumps({"probe": cfg.models, "miou": rows}))
+        mious[name] = probe(vit, cfg, device)
+    mious = show_mious(mious)
+    print(json.dumps({"probe": cfg.models, "miou": mious}))
 
 
 def probe(vit, cfg, device, ridge=1e-3):
@@ -2013,10 +1897,9 @@ def classify(model, saved, image, cfg, device, least=0.5):
         if cfg.mode == "slide" and not cfg.flip and scale_list(cfg) == [1]:
             # Band by band, as the scores of all classes of a large photograph would fill the memory.
             bands = score_bands(model, x, window, max(1, round(cfg.stride * window)))
-            classes = torch.cat([classes_of(scores) for scores in bands], 1)[:, :image.shape[1]]
         else:
-            scores = predict(model, x, window, cfg.stride, cfg.mode == "whole", cfg.flip, scale_list(cfg))
-            classes = classes_of(scores)
+            bands = [predict(model, x, window, **protocol_of(cfg))]
+        classes = torch.cat([classes_of(scores) for scores in bands], 1)[:, :image.shape[1]]
     return classes[0].byte().cpu()
 
 
@@ -2060,9 +1943,7 @@ def image_files(given):
     """The images at a path, one or a folder of them; UserError where two would have results of one name."""
     if not data.is_there(given):
         raise UserError(f"--images {given}: no such file or folder")
-    at_hand = [given]
-    if given.is_dir():
-        at_hand = [given / name for name in data.files_below(given)]
+    at_hand = [given / name for name in data.files_below(given)] if given.is_dir() else [given]
     files = {}
     others = []
     for file in at_hand:
@@ -2155,13 +2036,17 @@ def report(cfg, device):
 def main(argv=None):
     cfg = data.configure(Config, preset, argv)
     device = data.launch()
-    check_protocol(cfg)
+    scale_list(cfg)  # a mistake is told before anything runs
+    if cfg.setting not in ("none", *data.SETTINGS):
+        raise UserError(f"--setting {cfg.setting}: not one of {' '.join(data.SETTINGS)}")
     if cfg.table != "none":
         tables(cfg, device)
         return
     if cfg.setting != "none":
         _, unseen = data.SETTINGS[cfg.setting]
         cfg = replace(cfg, data="+".join(unseen))
+    if (cfg.figure != "none" or cfg.probe) and data.world_size() > 1:
+        raise UserError("--figure and --probe run in one process: start them with python")
     if cfg.figure != "none":
         figure(cfg, device)
     elif cfg.probe:
@@ -2175,12 +2060,6 @@ def main(argv=None):
             export(cfg.checkpoint, Path(cfg.export), cfg.dynamic)
     else:
         report(cfg, device)
-
-
-def check_protocol(cfg):
-    scale_list(cfg)
-    if cfg.setting not in ("none", *data.SETTINGS):
-        raise UserError(f"--setting {cfg.setting}: not one of {' '.join(data.SETTINGS)}")
 
 
 if __name__ == "__main__":

@@ -3851,7 +3851,7 @@ def test_a_table_at_the_papers_scale_says_what_it_needs_and_runs_nothing(tmp_pat
     evaluation.main(["--table", "5"])       # where the paper gives the mean alone
     assert printed_table(capsys.readouterr().out)[1] == ["one-stage MSE", "-", "-", "-", "- [46.4]"]
     block, = evaluation.blocks("4", evaluation.Config())
-    cells = evaluation.paper_cells("QSD", [evaluation.Result([1, 2, 6, 3], 0, 0)], block)
+    cells = evaluation.row_cells("QSD", [evaluation.Result([1, 2, 6, 3], 0, 0)], block, small=False)
     assert cells == ["1.0 [54.9]", "2.0 [49.8]", "6.0 [57.8]", "3.0 [54.1]"]
 
 
@@ -4198,13 +4198,13 @@ def test_figure_9_is_a_table_of_each_models_class_ious(few, tmp_path, capsys):
             assert [line[1 + j] for line in lines] == ["-" if math.isnan(value) else f"{value:.1f}" for value in ious]
 
 
-def test_figure_6_draws_the_unseen_mean_over_the_sources_with_their_labels_and_without(charted, monkeypatch, tmp_path):
+def test_figure_6_draws_the_unseen_mean_over_the_sources_with_their_labels_and_without(charted, monkeypatch):
     values = {"1 source": 1, "2 sources, labels of 1": 2, "2 sources, all labels": 3, "3 sources, labels of 1": 4,
               "3 sources, all labels": 5}
     block, = evaluation.blocks("fig6", evaluation.Config(data="toy", seeds=2))
-    found = lambda row, *more: evaluation.Result([9, values[row.name] + (row in block.seeds[1])], 0, 0)
+    found = lambda row, *more: evaluation.Result([9] * 5 + [values[row.name] + (row in block.seeds[1])], 0, 0)
     monkeypatch.setattr(evaluation, "measured", found)
-    evaluation.figure_6(block, tmp_path / "a.png", None, CPU)
+    evaluation.main("--table fig6 --data toy --seeds 2 --run no".split())
     assert charted == {"labels of the first source": [(1, 1.5), (2, 2.5), (3, 4.5)],
                        "labels of all": [(1, 1.5), (2, 3.5), (3, 5.5)]}
 
@@ -4227,7 +4227,8 @@ def test_images_are_segmented_upright_at_any_size_and_other_files_left_alone(tmp
         more = dict(exif=exif) if name == "turned.png" else {}
         Image.fromarray(color[:90] if more else pixels).save(given / name, **more)
     path = save_segmenter(tmp_path / "segmenter.pt")
-    for more, options in {"": {}, "--flip": dict(flip=True), "--mode whole": dict(whole=True)}.items():
+    cases = {"": {}, "--flip --stride 0.3": dict(flip=True, stride=0.3), "--mode whole": dict(whole=True)}
+    for more, options in cases.items():
         evaluation.main(f"--checkpoint {path} --images given --out out {more}".split())
         assert "out: 4 images, " in capsys.readouterr().out and len(list(given.iterdir())) == 5
         model, saved = segment.load_segmenter(path)
