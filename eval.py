@@ -56,8 +56,8 @@ class Config:
     root: str = "data"              # the folder that holds the data sets
     # protocol
     mode: Literal["slide", "whole"] = "slide"  # official: sliding window
-    window: qsd.PixelsOr0 = 0       # its side, pixels; 0: the training crop (official 512)
-    stride: Annotated[float, qsd.Range(0, 1, open=True)] = 2 / 3    # of its side, rounded (official 341 of 512 pixels)
+    window: qsd.PixelsOr0 = 0       # side of the sliding window, pixels; 0: the training crop (official 512)
+    stride: Annotated[float, qsd.Range(0, 1, open=True)] = 2 / 3    # of the window, rounded (official 341 of 512)
     flip: bool = False              # average with the mirrored image (official: no)
     scales: str = "1"               # multiples of the image's size to average over, as in 0.75,1,1.25 (official: 1)
     batch: qsd.Batch = 1            # images at once; more than 1 needs images of one size
@@ -81,7 +81,7 @@ class Config:
     table: str = "none"             # main, effects, steps, variants, clock, flops, 1 to 10, fig6: run what is missing
     demo: bool = False              # --table main --data toy with one seed, and a picture
     seed: qsd.Seed = 0              # the first seed of the small worlds' runs
-    seeds: qsd.CountOr0 = 0         # how many; 0: 3, 5 for --table effects, 1 for --demo
+    seeds: qsd.CountOr0 = 0         # how many seeds; 0: 3, 5 for --table effects, 1 for --demo
     jobs: qsd.Count = 2             # runs at the same time, each on its share of the cores
     processes: qsd.CountOr0 = 0     # of each distillation; 0: one per GPU
     run: bool = True                # no: only print what is missing and what is there
@@ -655,8 +655,8 @@ def interval(differences):
 
 def verdict(mean, half, paper):
     """What a gain here, mean +- half, says about the paper's."""
-    if half >= abs(mean):
-        return "within noise"
+    if half >= abs(mean):  # the interval holds 0: does it also hold what the paper gained?
+        return "within noise" if paper is None or abs(paper - mean) <= half else "not reproduced"
     if paper is None:
         return "gain" if mean > 0 else "loss"
     return "reproduced" if mean * paper > 0 else "contradicted"

@@ -3824,8 +3824,10 @@ def test_effects_are_means_of_paired_differences_with_students_interval_beside_t
     assert found["GKD instead of two-stage MSE"] == [f"+2.0 ± {half:.1f}", "+1.0", "within noise"]
     assert found["masked patches"][:2] == ["+0.0 ± 0.0", "+0.6"] and found["CLS token"][1] == "-"
     assert found["distil at all, in one stage"][1] == "+9.2" and found["proxy stage before it"][1] == "+2.2"
-    cases = ((3, 1, 2), (-3, 1, 2), (1, 3, 2), (3, 1, None), (-3, 1, None))
-    verdicts = ["reproduced", "contradicted", "within noise", "gain", "loss"]
+    cases = ((3, 1, 2), (-3, 1, 2), (1, 3, 2), (1, 3, 4), (1, 3, 4.1), (1, 3, -2.1), (1, 3, None), (3, 1, None),
+             (-3, 1, None))
+    verdicts = ["reproduced", "contradicted", "within noise", "within noise", "not reproduced", "not reproduced",
+                "within noise", "gain", "loss"]
     assert [evaluation.verdict(*case) for case in cases] == verdicts
 
 
