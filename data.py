@@ -812,8 +812,8 @@ class Samples:
     """The Samples of a set with files, each made when it is asked for."""
     entry: Dataset
     folder: Path
-    images: Names
-    labels: list = None     # names like those of the images
+    images: Names | list
+    labels: list = None     # names of the same length and order
     ending: str = ""        # what follows each name
 
     def __len__(self):
@@ -965,9 +965,11 @@ def listed(part, entry, folder, split):
     for text in entry.splits[split].split():  # as VOC2007/trainval
         year = folder / Path(text).parent
         file = year / f"ImageSets/Main/{Path(text).name}.txt"
-        names = file.read_text(errors="replace").split() if file.is_file() else []
+        if not file.is_file():
+            raise UserError(f"--data {part}: {file} is not there")
+        names = file.read_text(errors="replace").split()
         if not names:
-            raise UserError(f"--data {part}: {file} is not there, or names no image")
+            raise UserError(f"{file}: names no image")
         for name in names:
             samples.append(Sample(entry, year / f"JPEGImages/{name}.jpg", year / f"Annotations/{name}.xml"))
     qsd.say(f"{part} {split}: {len(samples)} images in {folder}")

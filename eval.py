@@ -299,7 +299,8 @@ def class_ious(title, model, saved, cfg, device):
             else:
                 values = iou(evaluate(model, dataset, window, device, cfg.batch, cfg.workers, name, **protocol_of(cfg)))
         if values.isnan().all():
-            raise UserError(f"--data {name}: no pixel of its images has a label (all are 255), and no object counts")
+            missing = "object in its images counts" if dataset.boxes else "pixel of its images has a label, all are 255"
+            raise UserError(f"--data {name}: no {missing}")
         ious[name] = 100 * values
     return ious
 
@@ -1036,7 +1037,8 @@ def blocks(name, cfg):
     if cfg.data == "paper":
         return paper_blocks(name, cfg)
     if name in ("10", "fig6") and cfg.data != "toy":
-        raise UserError(f"--table {name} --data {cfg.data}: has no boxes or further sources; use --data toy or paper")
+        needs = "boxes" if name == "10" else "further sources"
+        raise UserError(f"--table {name} --data {cfg.data}: has no {needs}; use --data toy or paper")
     world = "toy-boxes" if name == "10" else cfg.data
     source, unseen = data.SETTINGS[world]
     seeds = []

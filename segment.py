@@ -372,7 +372,7 @@ class MaskDecoder(nn.Module):
         """Class, BCE and dice losses after matching, summed over the read-outs; label (B, H, W) int64, 255 = ignore.
 
         -> "loss", and for the log the last read-out's "ce", "bce", "dice", unweighted. The generator, on the label's
-        device, draws the points. divisors: what to divide by (see normalisers) where this is only a part of the batch.
+        device, draws the points. divisors: what to divide by (see divisors_of) where this is only a part of the batch.
         """
         with torch.autocast(label.device.type, enabled=False):
             logits = outputs["logits"].float()
@@ -557,7 +557,7 @@ def hungarian(cost):
     return np.arange(n), col_of
 
 
-def normalisers(labels):
+def divisors_of(labels):
     """What the losses of one part of a step are divided by: [masks, pixels] of the step's average part.
 
     labels: this process's parts, each (B, H, W). There is a mask for each class present in an image; pixels labelled
@@ -656,8 +656,10 @@ class BoxDecoder(nn.Module):
     """
     def __init__(self, dim, num_classes, patch=16, width=256, ffn=1024, rois=512, proposals=1000):
         super().__init__()
-        if patch % 4 or width % 32:  # the finest map's pixels are quarters of a patch, GroupNorm has 32 groups
-            raise UserError(f"--patch {patch} --width {width}: --decoder boxes wants multiples of 4 and of 32")
+        if patch % 4:
+            raise UserError(f"--patch {patch}: the finest map of --decoder boxes wants a multiple of 4")
+        if width % 32:
+            raise UserError(f"--width {width}: GroupNorm wants a multiple of 32")
         self.patch = patch
         self.lateral = nn.Sequential(nn.Conv2d(dim, width, 1), nn.GroupNorm(32, width))
         twice = partial(nn.ConvTranspose2d, width, width, kernel_size=2, stride=2)
@@ -1185,7 +1187,7 @@ def main(argv=None):
     for micro_batches in run.steps():  # until --budget is spent
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * (1 - run.fraction) ** cfg.power
-        divisors = normalisers([label for _, label, _ in micro_batches])
+        divisors = divisors_of([label for _, label, _ in micro_batches])
         if not divisors[1] and not run.ledger["steps"]:
             qsd.say("no pixel of the first images has a label: all are 255")
         for images, label, draws in micro_batches:  # gradient accumulation
