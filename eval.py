@@ -719,6 +719,8 @@ def variants(p):
         Row("QSD, teacher's attention", two_stage(p, name="qsd-attention-teacher", attention="teacher")),
         Row("QSD, four layers", two_stage(p, name="qsd-layers-four", layers="four")),
         Row("QSD, LayerNorm targets", two_stage(p, name="qsd-target_norm-layernorm", target_norm="layernorm")),
+        Row("QSD, 16 random queries", two_stage(p, name="qsd-queries-16", qsd_queries=16)),
+        Row("QSD, keys pooled 2x2", two_stage(p, name="qsd-pool_keys", pool_keys=True)),
     ]
 
 
@@ -1726,6 +1728,8 @@ def attention(path, student, teacher, v_s, v_t):
                         "and --alpha above 0")
     saved = qsd.open_checkpoint(path)
     config = qsd.LossConfig(**data.known_fields(qsd.LossConfig, saved["config"]))
+    if config.pool_keys:
+        raise UserError(f"{path}: it was distilled with --pool_keys, so that its weights are not N x N")
     head = qsd.build_head(student, teacher, config)
     try:
         head.load_state_dict(parts)

@@ -958,6 +958,8 @@ class LossConfig:
     attention: Literal["learned", "identity", "teacher"] = "learned"  # queries: v_s; none, W = 1 at itself; v_t
     scale: Literal["one", "sqrt", "cosine"] = "one"  # factor of W: 1 (paper), C_t^-1/2, or cosine / temperature
     temperature: Positive = 0.07    # for --scale cosine only
+    qsd_queries: CountOr0 = 0   # patches of an image that query in L_feat and L_mask, drawn at random; 0 (paper): all
+    pool_keys: bool = False     # yes: the N keys and values are averaged 2x2 to N / 4; paper: no
     layers: Literal["last", "four"] = "last"  # paper: the last block; four: also the three others that a decoder reads
     # every objective
     target_norm: Literal["none", "layernorm"] = "none"  # of the teacher's final tokens; paper and official: none
@@ -995,19 +997,20 @@ def matmul(a, b):
 class QSD(nn.Module):
     """Every student token queries all teacher tokens, and their similarities reweight the student's own values.
 
-    v_s (B, N, C_s), v_t (B, N, C_t) -> v_s' (B, N, C_t), in fp32.
+    v_s (B, N, C_s), v_t (B, N, C_t) -> v_s' (B, N, C_t), in fp32. With queries (B, K) only these tokens of an image
+    query: v_s' (B, K, C_t).
     """
     def __init__(self, dim_s, dim_t):
         super().__init__()
         self.varphi = projection(dim_s, dim_t)                      # the paper's φ makes the queries
         self.phi = projection(dim_s, dim_t)                         # the paper's ϕ makes the values
 
-    def weights(self, v_s, v_t):
-        W = matmul(self.varphi(v_s), v_t.mT)                        # Eq. 7  (B, N, N)
+    def weights(self, v_s, v_t, queries=None):
+        W = matmul(self.varphi(tokens_at(v_s, queries)), v_t.mT)    # Eq. 7  (B, N, N)
         return W.softmax(-1)
 
-    def forward(self, v_s, v_t):
-        return matmul(self.weights(v_s, v_t), self.phi(v_s))        # Eq. 8  (B, N, C_t)
+    def forward(self, v_s, v_t, queries=None):
+        return matmul(self.weights(v_s, v_t, queries), self.phi(v_s))   # Eq. 8  (B, N, C_t)
 
 
 class GKD(nn.Module):
@@ -1035,8 +1038,9 @@ class GKD(nn.Module):
         L_feat = L_mask = L_cls = 0.0
 
         if c.alpha:
-            v_s_prime = self.feat(v_s, v_t)                         # (B, N, C_t)
-            L_feat = distance(v_s_prime, v_t)                       # Eq. 9
+            queries = random_queries(noise, c.qsd_queries)          # (B, K); paper: None, all N query
+            v_s_prime = self.feat(v_s, v_t, queries)                # (B, N, C_t)
+            L_feat = distance(v_s_prime, tokens_at(v_t, queries))   # Eq. 9
         if c.beta:
             v_s_mask_prime, v_t_mask = self.masked(student, x, v_s, v_t, noise)
             L_mask = distance(v_s_mask_prime, v_t_mask)             # Eq. 10
@@ -1066,11 +1070,12 @@ class GKD(nn.Module):
             v_s_mask = v_s.to(v_s_mask.dtype).index_copy(0, index, v_s_mask)    # (B, N, C_s)
         else:
             v_t = v_t[which]
-        v_s_mask_prime = self.mask(v_s_mask, v_t)                   # (B', N, C_t)
+            noise = noise[which]
         if c.mask_loss == "masked_tokens":
-            v_s_mask_prime = tokens_at(v_s_mask_prime, hidden, c.mask_ratio)
-            v_t = tokens_at(v_t, hidden, c.mask_ratio)
-        return v_s_mask_prime, v_t
+            queries = hidden_tokens(hidden, c.mask_ratio)           # (B', N')
+        else:
+            queries = random_queries(noise, c.qsd_queries)
+        return self.mask(v_s_mask, v_t, queries), tokens_at(v_t, queries)
 
 
 def masked_images(config):
@@ -1083,13 +1088,32 @@ def random_mask(noise, ratio):
     return noise.argsort(1).argsort(1) < int(ratio * noise.shape[1])
 
 
-def tokens_at(v, mask, ratio):
-    """The tokens of v (B, N, C) that random_mask hides with this ratio: (B, K, C).
+def hidden_tokens(mask, ratio):
+    """Indices (B, K), ascending, of the patches that random_mask hides with this ratio.
 
-    v[mask] would do, but a GPU would have to wait until the CPU knows how many those are: here K is known beforehand.
+    mask.nonzero() would do, but a GPU would have to wait until the CPU knows how many those are: here K is known
+    beforehand.
     """
     K = int(ratio * mask.shape[1])
-    index = mask.int().argsort(dim=1, descending=True, stable=True)[:, :K]      # (B, K), ascending
+    return mask.int().argsort(dim=1, descending=True, stable=True)[:, :K]
+
+
+def random_queries(noise, K):
+    """Indices (B, K) of random patches, or None for K = 0: all of them.
+
+    They stand at equal distances in the order of the noise, at whose beginning random_mask hides: as large a share of
+    them is hidden as of all, and a mean over them is an unbiased estimate of the mean over all.
+    """
+    if not K:
+        return None
+    N = noise.shape[1]
+    return noise.argsort(1)[:, torch.arange(K, device=noise.device) * N // K]
+
+
+def tokens_at(v, index):
+    """The tokens of v (B, N, C) at these indices (B, K): (B, K, C). All of them where the indices are None."""
+    if index is None:
+        return v
     return v.gather(1, index[..., None].expand(-1, -1, v.shape[-1]))
 
 
@@ -1107,25 +1131,27 @@ def normalize_targets(t, how):
 # --- Ablations of it, beyond the paper ------------------------------------------------------------------------------
 
 class QSDVariant(QSD):
-    """QSD with another attention or another scale of its logits; see LossConfig."""
-    def __init__(self, dim_s, dim_t, attention, scale, temperature):
+    """QSD with another attention, another scale of its logits or fewer keys; see LossConfig."""
+    def __init__(self, dim_s, dim_t, grid, config):
         super().__init__(dim_s, dim_t)
-        self.attention = attention
-        self.scale = scale
-        self.temperature = temperature
-        if attention != "learned":
+        self.grid = grid
+        self.attention = config.attention
+        self.scale = config.scale
+        self.temperature = config.temperature
+        self.pool_keys = config.pool_keys
+        if self.attention != "learned":
             del self.varphi                                         # nothing asks for learned queries
 
-    def forward(self, v_s, v_t):
+    def forward(self, v_s, v_t, queries=None):
         if self.attention == "identity":                            # without the product by the unit matrix
-            return self.phi(v_s).float()
-        return super().forward(v_s, v_t)
+            return self.phi(tokens_at(v_s, queries)).float()
+        return matmul(self.weights(v_s, v_t, queries), self.pooled(self.phi(v_s)))
 
-    def weights(self, v_s, v_t):
+    def weights(self, v_s, v_t, queries=None):
         if self.attention == "identity":                            # every token keeps its own value: pointwise
             return torch.eye(v_t.shape[1], device=v_t.device, dtype=v_t.dtype).expand(len(v_t), -1, -1)
-        query = self.varphi(v_s) if self.attention == "learned" else v_t
-        key = v_t
+        query = self.varphi(tokens_at(v_s, queries)) if self.attention == "learned" else tokens_at(v_t, queries)
+        key = self.pooled(v_t)
         if self.scale == "sqrt":
             query = query * v_t.shape[-1] ** -0.5
         elif self.scale == "cosine":
@@ -1133,12 +1159,19 @@ class QSDVariant(QSD):
             key = F.normalize(key, dim=-1)
         return matmul(query, key.mT).softmax(-1)                    # (B, N, N)
 
+    def pooled(self, v):
+        """Under --pool_keys, means of 2x2 tokens: (B, N, C) -> (B, N / 4, C). A CLS token is alone and stays."""
+        if not self.pool_keys or v.shape[1] == 1:
+            return v
+        maps = v.mT.unflatten(-1, self.grid)                        # (B, C, h, w)
+        return F.avg_pool2d(maps, 2, ceil_mode=True).flatten(2).mT
+
 
 def build_head(student, teacher, config):
     """The QSD head that a LossConfig describes, between two encoders."""
-    if config.attention == "learned" and config.scale == "one":
+    if config.attention == "learned" and config.scale == "one" and not config.pool_keys:
         return QSD(student.embed_dim, teacher.embed_dim)
-    return QSDVariant(student.embed_dim, teacher.embed_dim, config.attention, config.scale, config.temperature)
+    return QSDVariant(student.embed_dim, teacher.embed_dim, student.grid, config)
 
 
 class GKDFourLayers(GKD):
@@ -1330,7 +1363,8 @@ class Proteus(nn.Module):
         tokens_t = torch.cat([t[0][:, None], t[1]], 1)
         L_cls = F.mse_loss(self.cls(s[0]).float(), t[0])
         L_feat = F.mse_loss(self.feat(tokens_s).float(), tokens_t)
-        L_mask = F.mse_loss(tokens_at(v_s_mask, hidden, ratio), tokens_at(t[1][which], hidden, ratio))
+        counted = hidden_tokens(hidden, ratio)
+        L_mask = F.mse_loss(tokens_at(v_s_mask, counted), tokens_at(t[1][which], counted))
         return {"L_cls": L_cls, "L_feat": L_feat, "L_mask": L_mask, "loss": L_cls + L_feat + L_mask}
 
 
@@ -1339,9 +1373,15 @@ LOSSES = {"qsd": GKD, "mse": MSE, "cwd": CWD, "afdcd": AfDCD, "g2sd": G2SD, "vit
 
 def build_objective(student, teacher, config):
     """The objective that a LossConfig describes, for these two encoders."""
-    hidden = int(config.mask_ratio * student.grid[0] * student.grid[1])
+    N = student.grid[0] * student.grid[1]
+    hidden = int(config.mask_ratio * N)
     if not hidden and (config.mask_loss == "masked_tokens" or config.loss == "proteus"):
         raise UserError(f"--mask_ratio {config.mask_ratio} hides no patch, but the loss is one of hidden patches alone")
+    if config.qsd_queries > N:
+        raise UserError(f"--qsd_queries {config.qsd_queries}: an image has only {N} patches")
+    if config.qsd_queries and config.mask_loss == "masked_tokens":
+        raise UserError("--qsd_queries draws from all patches, --mask_loss masked_tokens counts the hidden ones only: "
+                        "leave out one of the two")
     if config.loss == "qsd" and config.layers == "four":
         return GKDFourLayers(student, teacher, config)
     return LOSSES[config.loss](student, teacher, config)

@@ -98,21 +98,36 @@ def slow_weights(head, config, v_s, v_t):
     if config.attention == "identity":
         return torch.eye(N).expand(B, N, N)
     query = slow_projection(head.varphi, v_s) if config.attention == "learned" else v_t
+    key = slow_pooled(v_t, head.grid) if config.pool_keys else v_t
     rows = []
     for b, i in np.ndindex(B, N):
         W = []
-        for j in range(N):
-            dot = (query[b, i] * v_t[b, j]).sum()
-            cosine = dot / query[b, i].norm() / v_t[b, j].norm()
+        for j in range(key.shape[1]):
+            dot = (query[b, i] * key[b, j]).sum()
+            cosine = dot / query[b, i].norm() / key[b, j].norm()
             W.append({"one": dot, "sqrt": dot / C ** 0.5, "cosine": cosine / config.temperature}[config.scale])
         shares = torch.stack(W).exp()
         rows.append(shares / shares.sum())
-    return torch.stack(rows).view(B, N, N)
+    return torch.stack(rows).view(B, N, key.shape[1])
+
+
+def slow_pooled(v, grid):
+    """The mean of the tokens of each window of 2x2, as many as there are at the border; a CLS token is alone."""
+    if v.shape[1] == 1:
+        return v
+    places = torch.arange(v.shape[1]).view(grid)
+    means = []
+    for top, left in np.ndindex(-(-grid[0] // 2), -(-grid[1] // 2)):
+        window = places[2 * top:2 * top + 2, 2 * left:2 * left + 2]
+        means.append(v[:, window.flatten()].mean(1))
+    return torch.stack(means, 1)
 
 
 def slow_qsd(head, config, v_s, v_t):
     """Equation 8: token i becomes the sum of all values j, each times the share that i takes of it."""
     values = slow_projection(head.phi, v_s)
+    if config.pool_keys:
+        values = slow_pooled(values, head.grid)
     return (slow_weights(head, config, v_s, v_t)[..., None] * values[:, None]).sum(2)
 
 
@@ -129,6 +144,17 @@ def slow_mask(noise, ratio):
     return noise < noise.sort(1).values[:, count:count + 1]
 
 
+def slow_sampled(errors, noise, K):
+    """Errors (B, N), or in place of each the mean of the K of its image that count: every (N / K)th by noise."""
+    if not K:
+        return errors
+    N = noise.shape[1]
+    rank = (noise[:, None] < noise[:, :, None]).sum(2)                          # how many patches come before
+    counted = torch.isin(rank, torch.tensor([math.floor(k * N / K) for k in range(K)]))
+    assert counted.sum().item() == K * len(noise)
+    return torch.stack([row[chosen].mean().expand(N) for row, chosen in zip(errors, counted)])
+
+
 def slow_gkd(objective, student, x, t, noise):
     """Equations 9 to 12 as they stand: a second pass of all images, some of them masked, and no work shared."""
     c = objective.config
@@ -141,6 +167,7 @@ def slow_gkd(objective, student, x, t, noise):
         losses["L_cls"] = cls_errors.mean()
     if c.alpha:
         errors = slow_distance(slow_qsd(objective.feat, c, v_s, v_t), v_t, c.distance)
+        errors = slow_sampled(errors, noise, c.qsd_queries)
         if c.gamma and c.feat_with_cls:
             errors = torch.cat([cls_errors, errors], 1)                         # (B, 1 + N)
         losses["L_feat"] = errors.mean()
@@ -149,6 +176,7 @@ def slow_gkd(objective, student, x, t, noise):
         mask = torch.zeros(noise.shape, dtype=torch.bool)
         mask[masked] = slow_mask(noise[masked], c.mask_ratio)
         errors = slow_distance(slow_qsd(objective.mask, c, student(x, mask)[1], v_t), v_t, c.distance)      # (B, N)
+        errors = slow_sampled(errors, noise, c.qsd_queries)
         counted = {"all": errors, "masked_samples": errors[masked], "masked_tokens": errors[mask]}[c.mask_loss]
         losses["L_mask"] = counted.mean()
     weights = dict(L_feat=c.alpha, L_mask=c.beta, L_cls=c.gamma, L_inner=c.alpha)
@@ -260,6 +288,9 @@ SLOW = dict(qsd=slow_gkd, mse=slow_mse, cwd=slow_cwd, afdcd=slow_afdcd, g2sd=slo
     ("qsd", dict(feat_with_cls=False)), ("qsd", dict(mask_ratio=0.75)), ("qsd", dict(mask_all=True)),
     ("qsd", dict(mask_loss="masked_samples")), ("qsd", dict(mask_loss="masked_tokens", alpha=0, gamma=0)),
     ("qsd", dict(mask_loss="masked_tokens", mask_all=True)), ("qsd", dict(attention="teacher", scale="cosine")),
+    ("qsd", dict(attention="identity", qsd_queries=4)), ("qsd", dict(attention="teacher", qsd_queries=15)),
+    ("qsd", dict(qsd_queries=4, pool_keys=True)), ("qsd", dict(qsd_queries=7, mask_loss="masked_samples")),
+    ("qsd", dict(attention="teacher", scale="sqrt", pool_keys=True, layers="four")),
     ("qsd", dict(attention="identity")), ("mse", {}), ("cwd", {}), ("afdcd", dict(grid=(8, 16), dcd_pool=2)),
     ("g2sd", {}), ("vitkd", {}), ("proteus", {}), ("proteus", dict(mask_all=True, mask_ratio=0.3)),
 ], ids=str)
@@ -295,6 +326,21 @@ def test_only_masked_images_pass_twice_and_the_plain_pass_is_skipped_where_nothi
         assert not setting(alpha=0, gamma=0, **constants)[1].plain
 
 
+def test_random_queries_take_each_patch_as_often_hidden_ones_in_proportion_and_cost_their_share():
+    noise = torch.rand(4000, 16)
+    queries = qsd.random_queries(noise, 4)                                      # (4000, 4)
+    times = queries.flatten().bincount(minlength=16)
+    assert (times - 1000).abs().max() < 140                                     # five standard deviations
+    assert (qsd.random_mask(noise, 0.5).gather(1, queries).sum(1) == 2).all()
+    assert (queries.sort(1).values.diff() > 0).all()
+    head = qsd.QSD(6, 8)
+    v_s = torch.randn(1, 16, 6)
+    v_t = torch.randn(1, 16, 8)
+    products = 16 * 6 * 8 + 4 * 6 * 8 + 2 * 4 * 16 * 8                          # phi, varphi, Eq. 7 and 8
+    assert data.count_flops(lambda: head(v_s, v_t, queries[:1])) == 2 * products
+    torch.testing.assert_close(head(v_s, v_t, queries[:1])[0], head(v_s, v_t)[0, queries[0]])
+
+
 def test_four_layers_are_distilled_at_equal_fractions_of_the_depth():
     for depths, layers in [((12, 24), ([3, 5, 7], [7, 11, 15])), ((1, 2), ([0, 0, 0], [0, 0, 0]))]:
         objective = qsd.build_objective(*[mini_vit(8, depth) for depth in depths], qsd.LossConfig(layers="four"))
@@ -313,6 +359,8 @@ def test_targets_are_fp32_and_with_layernorm_every_token_has_mean_0_and_variance
 @pytest.mark.parametrize("constants, text", [
     (dict(alpha=0, beta=0, gamma=0), "nothing is left to learn from"),
     (dict(alpha=0, layers="four"), "--layers four adds to L_feat"),
+    (dict(qsd_queries=16), "--qsd_queries 16: an image has only 15 patches"),
+    (dict(qsd_queries=4, mask_loss="masked_tokens"), "leave out one of the two"),
     (dict(loss="afdcd", grid=(4, 8)), "--dcd_pool 4 leaves no 4x4 patch on a grid of 4x8"),
 ])
 def test_constants_that_leave_nothing_to_learn_from_are_refused(constants, text):
@@ -2426,7 +2474,8 @@ def test_a_segmenter_from_before_the_official_positions_keeps_its_own(tmp_path):
 # another value of each constant, which a new one needs, too, and the flags without which it would not matter
 LOSS = {"loss": "cwd", "alpha": "0.5", "beta": "0.5", "gamma": "0.5", "distance": "l1", "feat_with_cls": "no",
         "mask_ratio": "0.25", "mask_all": "yes", "mask_loss": "masked_tokens", "attention": "identity", "scale": "sqrt",
-        "temperature": "0.5", "layers": "four", "target_norm": "layernorm", "dcd_pool": "2"}
+        "temperature": "0.5", "qsd_queries": "16", "pool_keys": "yes", "layers": "four", "target_norm": "layernorm",
+        "dcd_pool": "2"}
 STAGE_1 = LOSS | {
     "data": "toy-arcade", "teacher": "toy_base", "student": "{student}", "student_depth": "2", "keep_heads": "yes",
     "size": "32", "patch": "16", "hub_offset": "0.1", "randaugment": "no", "erase": "1", "repeats": "2", "batch": "8",
@@ -4308,6 +4357,7 @@ BAD_EVALUATIONS = {
     "--figure 7a --data toy-fog --models a={teacher}": "wants the teacher, then its students",
     "--figure 7b --data toy-fog --models a={student},b={teacher}": "holds no head of L_feat",
     "--figure 7b --data toy-fog --models a={student},b={student}": "heads are for a teacher of width 128, not 64",
+    "--figure 7b --data toy-fog --models a={teacher},b={tmp}/pooled.pt": "pooled.pt: it was distilled with --pool_keys",
     "--probe --data toy-fog --models a={teacher}": "toy-fog: has no train split",
     "--checkpoint {teacher} --data toy-fog --scales 1,x": "--scales 1,x: numbers",
     "--checkpoint {teacher} --images {tmp}/empty": "empty: no images directly in it",
@@ -4323,6 +4373,8 @@ def test_a_mistake_with_models_or_files_is_told_in_one_line(command, teacher, st
     for name in ("empty/notes.txt", "twice/a.png", "twice/a.jpg", "cut.png"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(b"\x89PNG")
+    pooled = torch.load(student, weights_only=True)
+    torch.save(pooled | dict(config=pooled["config"] | dict(pool_keys=True)), tmp_path / "pooled.pt")
     with pytest.raises(qsd.UserError) as error:
         evaluation.main(command.format(tmp=tmp_path, teacher=teacher, student=student).split())
     assert BAD_EVALUATIONS[command] in str(error.value) and "\n" not in str(error.value)
