@@ -724,9 +724,9 @@ def variants(p):
     ]
 
 
-EQUAL = {"s": (60, 120, 240), "flop": (2.5e12, 5e12, 1e13)}  # seconds and FLOPs of all training of a student
+EQUAL = {"s": (40, 80, 160), "flop": (2.5e12, 5e12, 1e13)}  # seconds and FLOPs of all training of a student
 ONE_STAGE = RIVALS | {"mse": "one-stage MSE"}
-TWO_STAGE = {"mse": "two-stage MSE", "qsd": "GKD"}
+TWO_STAGE = {"mse": "two-stage MSE", "cwd": "two-stage CWD", "qsd": "GKD"}
 DISTILLED = 0.4  # share of either stage of distillation; the task stage has the rest
 
 
