@@ -620,7 +620,7 @@ def effect_rows(p):
 
 
 class Effect(NamedTuple):
-    """One step of the method: what it adds from one row of effect_rows to another, and two rows of the paper for it."""
+    """What a table's row adds to another one, and the two rows of the paper that say it."""
     name: str
     before: str
     after: str
@@ -663,11 +663,11 @@ def verdict(mean, half, paper):
     return "reproduced" if mean * paper > 0 else "contradicted"
 
 
-def show_effects(record):
-    """Print EFFECTS, with intervals and the paper's gains, from {row: {"miou": (seeds, domains + 1)}}."""
+def show_effects(found, record):
+    """Print effects, with intervals and the paper's gains, from {row: {"miou": (seeds, domains + 1)}}."""
     cells = {}
     effects = {}
-    for effect in EFFECTS:
+    for effect in found:
         unseen = {row: np.array(record[row]["miou"])[:, -1] for row in (effect.before, effect.after)}  # (seeds,) each
         mean, half = interval(unseen[effect.after] - unseen[effect.before])
         paper = None
@@ -678,7 +678,7 @@ def show_effects(record):
         cells[effect.name] = [f"{mean:+.1f} ± {half:.1f}", "-" if paper is None else f"{paper:+.1f}",
                               verdict(mean, half, paper)]
         effects[effect.name] = dict(mean=round(mean, 2), half=round(half, 2), paper=paper)
-    print("\nGain on unseen looks, mean of the paired differences and 95 % interval")
+    print("\nGain on unseen domains, mean of the paired differences and 95 % interval")
     show(cells, ["gain", "paper", "verdict"])
     print(json.dumps({"effects": effects}))
 
@@ -758,6 +758,17 @@ def budget_of(amount, unit):
     return f"{amount:g}{unit}".replace("+", "")
 
 
+def beside_mse(rows):
+    """Of a table of equal budgets: what each objective gains over two-stage MSE of the same budget."""
+    return [Effect(row, f"two-stage MSE, {budget_in(row)}", row) for row in rows if not row.startswith("two-stage MSE")]
+
+
+def budget_in(row):
+    """The budget in a row's name, the 2000 of "QSD, no masks, 2000"; None where there is none."""
+    _, comma, budget = row.rpartition(", ")
+    return budget if comma else None
+
+
 STEPS = (250, 500, 1000, 2000, 4000)  # of each stage of distillation
 COURSES = {  # of the figure of mIoU against steps: their runs' name and what they change in GKD
     "MSE": ("mse", dict(loss="mse")),
@@ -769,7 +780,7 @@ COURSES = {  # of the figure of mIoU against steps: their runs' name and what th
 
 def by_steps(p):
     """Whether a method that loses early wins late."""
-    rows = []
+    rows = [Row("no KD", no_kd(p))]
     for title, (name, flags) in COURSES.items():
         for steps in STEPS:
             if steps == 500 and p.source == "toy":  # that world's own budget: the run of the other tables
@@ -777,6 +788,27 @@ def by_steps(p):
             else:
                 rows.append(Row(f"{title}, {steps}", two_stage(p, name=f"{name}-{steps}", budget=steps, **flags)))
     return rows
+
+
+COURSE_EFFECTS = (
+    Effect("MSE instead of no KD", "no KD", "MSE"),
+    Effect("masked patches and CLS, identity attention", "MSE", "identity attention"),
+    Effect("learned attention instead of identity", "identity attention", "QSD"),
+    Effect("masked patches", "QSD, no masks", "QSD"),
+    Effect("GKD instead of MSE", "MSE", "QSD", ("4", "MSE", "QSD")),
+    Effect("GKD instead of no KD", "no KD", "QSD", ("1", "student", "+ GKD")),
+)
+
+
+def at_equal_steps(rows):
+    """COURSE_EFFECTS at each number of steps."""
+    found = []
+    for steps in STEPS:
+        for effect in COURSE_EFFECTS:
+            before = effect.before if effect.before == "no KD" else f"{effect.before}, {steps}"
+            after = f"{effect.after}, {steps}"
+            found.append(Effect(f"{effect.name}, {steps}", before, after, effect.paper))
+    return found
 
 
 TABLES = {  # title, and rows as a function of the pair
@@ -797,6 +829,28 @@ TABLES = {  # title, and rows as a function of the pair
     "9": ("Table 9, surgery", lambda p: rivals(p._replace(smaller=""), losses=("cwd", "vitkd"))),
     "10": ("Table 10, objects (AP)", lambda p: rivals(p._replace(smaller=""), losses=("cwd", "vitkd"))),
     "fig6": ("Figure 6, more sources", more_sources),
+}
+
+def beside(reference, table, rows):
+    """What each row gains over one of them."""
+    paper = paper_numbers(table).get("DINOv2-B -> DeiT-S", {}).get("gtav", {})
+    found = []
+    for row in rows:
+        if row != reference:
+            in_paper = (table, reference, row) if row in paper and reference in paper else ()
+            found.append(Effect(row, reference, row, in_paper))
+    return found
+
+
+EFFECTS_OF = {  # what is printed below a table of several seeds, as a function of the names of its rows
+    "main": lambda rows: beside("no KD, frozen" if "no KD, frozen" in rows else "no KD", "main", rows),
+    "effects": lambda rows: EFFECTS,
+    "steps": at_equal_steps,
+    "variants": partial(beside, "QSD", "variants"),
+    "clock": beside_mse,
+    "flops": beside_mse,
+    "1": partial(beside, "student", "1"),
+    "4": partial(beside, "one-stage MSE", "4"),
 }
 
 # What the paper reports, mIoU in percent. A paragraph is a pair of PAIRS, a column a key of data.SETTINGS; in it stand
@@ -982,7 +1036,7 @@ def paper_numbers(name):
 # --- Tables: what is missing is run, what is there is printed --------------------------------------------------------
 
 def tables(cfg, device):
-    """Print --table, after running what is missing of it; --demo, fig6 and steps also draw a picture."""
+    """Print --table, after running what is missing of it; --demo and some tables also draw a picture."""
     check_table(cfg)
     for block in blocks(cfg.table, cfg):
         prepare(block, cfg)
@@ -991,16 +1045,19 @@ def tables(cfg, device):
             found = [measured(row, block, cfg, device) for row in versions]
             results[versions[0].name] = [result for result in found if result]
         record = tabulate(block, results, cfg)
-        if any(len(found) < len(block.seeds) for found in results.values()):
-            continue
-        if cfg.table == "effects":
-            show_effects(record)
-        unseen = {name: np.mean([result.miou[-1] for result in found]) for name, found in results.items()}
+        complete = [name for name, found in results.items() if len(found) == len(block.seeds)]
+        if cfg.table in EFFECTS_OF and len(block.seeds) > 1:
+            effects = [effect for effect in EFFECTS_OF[cfg.table](complete)
+                       if effect.before in complete and effect.after in complete]
+            show_effects(effects, record)
+        unseen = {name: [result.miou[-1] for result in results[name]] for name in complete}
         folder = segmenter_of(block.seeds[0][0]).parent.parent
+        if cfg.table in BUDGETS and len({budget_in(row) for row in complete} - {None}) > 1:
+            print(f"picture: {figure_budgets(unseen, folder / f'{cfg.table}.png', BUDGETS[cfg.table])}")
+        if len(complete) < len(results):
+            continue
         if cfg.table == "fig6":
             print(f"picture: {figure_6(unseen, folder / 'figure-6.png', block.title)}")
-        if cfg.table == "steps":
-            print(f"picture: {figure_steps(unseen, folder / 'steps.png', block.title)}")
         if cfg.demo:
             print(f"picture: {demo_picture(block, folder / 'demo.png', cfg)}")
 
@@ -1293,21 +1350,38 @@ def row_cells(title, results, block, small):
     return cells
 
 
-def figure_steps(unseen, path, title):
-    """Unseen mIoU {row name: mean of the seeds} of COURSES against the logarithm of the steps."""
-    lines = {}
-    for name in COURSES:
-        lines[name] = [(math.log2(steps / STEPS[0]), unseen[f"{name}, {steps}"]) for steps in STEPS]
-    x_title = f"doublings of {STEPS[0]} steps in each stage"
-    return chart(lines, path, x_title, "mIoU, mean of the unseen domains", title)
+BUDGETS = {  # tables whose rows are named after an objective and its budget, and what their picture's axis says
+    "steps": "steps of each stage of distillation (logarithmic)",
+    "clock": "seconds of all training of a student (logarithmic)",
+    "flops": "FLOPs of all training of a student (logarithmic)",
+}
+
+
+def figure_budgets(unseen, path, x_title):
+    """Unseen mIoU {row name: [of each seed]} against the budget: means, and whiskers of one standard deviation."""
+    lines = defaultdict(list)
+    whiskers = {}
+    x_texts = {}
+    for row, values in unseen.items():
+        budget = budget_in(row)
+        if not budget:
+            continue
+        name = row.removesuffix(f", {budget}")
+        _, amount = data.parse_budget(budget, steps_per_epoch=1)
+        x = math.log2(amount)
+        lines[name].append((x, np.mean(values)))
+        x_texts[x] = tick_text(amount)
+        if len(values) > 1:
+            whiskers[name, x] = np.std(values, ddof=1)
+    return chart(lines, path, x_title, "mIoU, mean of the unseen domains", x_texts=x_texts, whiskers=whiskers)
 
 
 def figure_6(unseen, path, title):
-    """Unseen mIoU against the number of sources, with the labels of all and with those of the first alone."""
+    """Unseen mIoU {row name: [of each seed]} against the number of sources, with all labels or those of the first."""
     lines = {}
     for name, labels in {"labels of the first source": "labels of 1", "labels of all": "all labels"}.items():
         rows = {1: "1 source", 2: f"2 sources, {labels}", 3: f"3 sources, {labels}"}
-        lines[name] = [(n, unseen[row]) for n, row in rows.items()]
+        lines[name] = [(n, np.mean(unseen[row])) for n, row in rows.items()]
     return chart(lines, path, "sources in distillation", "mIoU, mean of the unseen domains", title)
 
 
@@ -1323,7 +1397,7 @@ def demo_picture(block, path, cfg):
 # --- Drawing ---------------------------------------------------------------------------------------------------------
 
 LINE_COLORS = ((31, 119, 180), (214, 39, 40), (44, 160, 44), (148, 103, 189), (255, 127, 14), (23, 190, 207),
-               (140, 86, 75), (90, 90, 90))
+               (140, 86, 75), (90, 90, 90), (188, 189, 34), (227, 119, 194), (0, 0, 0))
 GRID_COLOR = (225, 225, 225)
 
 
@@ -1332,8 +1406,13 @@ def pixel(value, ticks, first, last):
     return first + (last - first) * (value - ticks[0]) / (ticks[-1] - ticks[0])
 
 
-def chart(series, path, x_title, y_title, title="", log=False):
-    """Draw lines {name: [(x, y)]} with axes and a legend, y on a logarithmic scale if log; returns the path."""
+def chart(series, path, x_title, y_title, title="", log=False, x_texts=None, whiskers=None):
+    """Draw lines {name: [(x, y)]} with axes and a legend, y on a logarithmic scale if log; returns the path.
+
+    x_texts: what stands at which x, {x: text}, in place of round numbers. whiskers: half the length of a vertical bar
+    at a point, {(name, x): half}.
+    """
+    whiskers = whiskers or {}
     lines = {}
     for name, points in series.items():
         lines[name] = [(x, y) for x, y in points if math.isfinite(x) and math.isfinite(y)]
@@ -1342,8 +1421,14 @@ def chart(series, path, x_title, y_title, title="", log=False):
         for name, points in lines.items():
             lines[name] = [(x, math.log10(y)) for x, y in points]
     points = list(chain(*lines.values())) or [(0, 0)]
-    x_ticks = ticks([x for x, _ in points])
-    y_ticks = ticks([y for _, y in points])
+    reached = [y for _, y in points]
+    for name, of_line in lines.items():
+        for x, y in of_line:
+            half = whiskers.get((name, x), 0)
+            reached += [y - half, y + half]
+    x_ticks = sorted(x_texts) if x_texts else ticks([x for x, _ in points])
+    x_texts = x_texts or {x: tick_text(x) for x in x_ticks}
+    y_ticks = ticks(reached)
     # Powers of ten are no round numbers, but with three digits as good as on the line.
     y_texts = [tick_text(float(f"{10 ** y:.3g}") if log else y) for y in y_ticks]
 
@@ -1363,7 +1448,7 @@ def chart(series, path, x_title, y_title, title="", log=False):
     for value in x_ticks:
         x = x_pixel(value)
         pen.line((x, top, x, bottom), GRID_COLOR, 2)
-        pen.text((x, bottom + 10), tick_text(value), "black", font, anchor="ma")
+        pen.text((x, bottom + 10), x_texts[value], "black", font, anchor="ma")
     for value, text in zip(y_ticks, y_texts):
         y = y_pixel(value)
         pen.line((left, y, right, y), GRID_COLOR, 2)
@@ -1380,6 +1465,9 @@ def chart(series, path, x_title, y_title, title="", log=False):
         if len(places) < 10:
             for x, y in places:
                 pen.ellipse((x - 7, y - 7, x + 7, y + 7), color)
+        for x, y in points:
+            half = whiskers.get((name, x), 0)
+            pen.line((x_pixel(x), y_pixel(y - half), x_pixel(x), y_pixel(y + half)), color, 2)
         y = top + 20 + 36 * i
         pen.line((right + 15, y, right + 55, y), color, 6)
         pen.text((right + 65, y), name, "black", font, anchor="lm")

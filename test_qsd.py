@@ -3866,7 +3866,7 @@ def test_effects_are_means_of_paired_differences_with_students_interval_beside_t
         for name in (effect.before, effect.after):
             record[name] = dict(miou=[[60.0, 10.0], [70.0, 20.0], [80.0, 60.0]])
     record["QSD, encoder frozen"] = dict(miou=[[60.0, 11.0], [70.0, 22.0], [80.0, 63.0]])    # 1, 2 and 3 more
-    evaluation.show_effects(record)
+    evaluation.show_effects(evaluation.EFFECTS, record)
     found = {name: cells for name, *cells in printed_table(capsys.readouterr().out)}
     half = 4.303 / math.sqrt(3)
     assert found["frozen encoder"] == [f"+2.0 ± {half:.1f}", "+0.1", "within noise"]
@@ -3878,6 +3878,22 @@ def test_effects_are_means_of_paired_differences_with_students_interval_beside_t
     verdicts = ["reproduced", "contradicted", "within noise", "within noise", "not reproduced", "not reproduced",
                 "within noise", "gain", "loss"]
     assert [evaluation.verdict(*case) for case in cases] == verdicts
+
+
+def test_what_a_table_compares_are_its_own_rows_at_equal_budgets_with_the_papers_gains():
+    for (table, effects_of), world in itertools.product(evaluation.EFFECTS_OF.items(), ("toy", "camvid")):
+        rows = [row.name for _, row in rows_of(table, world)]
+        effects = effects_of(rows)
+        assert effects and {name for effect in effects for name in (effect.before, effect.after)} <= set(rows)
+        if table in evaluation.BUDGETS:
+            for effect in effects:
+                budgets = {evaluation.budget_in(effect.before), evaluation.budget_in(effect.after)} - {None}
+                assert len(budgets) == 1, effect
+    found = {effect.name: effect for effect in evaluation.EFFECTS_OF["4"](["one-stage MSE", "MSE", "new"])}
+    assert found == {"MSE": ("MSE", "one-stage MSE", "MSE", ("4", "one-stage MSE", "MSE")),
+                     "new": ("new", "one-stage MSE", "new", ())}
+    frozen = evaluation.EFFECTS_OF["main"](["no KD", "no KD, frozen", "GKD (QSD)"])
+    assert [effect.before for effect in frozen] == 2 * ["no KD, frozen"]
 
 
 def test_students_t_has_975_thousandths_of_its_mass_below_each_point():
@@ -4078,6 +4094,20 @@ def test_a_chart_draws_each_line_at_its_height_in_the_colour_of_its_name_in_the_
         evaluation.chart({"a": [(value, value)]}, tmp_path / "a.png", "x", "y", log=True)
 
 
+def test_a_whisker_stands_at_its_point_as_high_as_its_spread_and_inside_the_frame(tmp_path):
+    evaluation.chart({"i": [(1, 5), (2, 5)]}, tmp_path / "a.png", "x", "y", x_texts={1: "40", 2: "80"},
+                     whiskers={("i", 1): 8, ("i", 2): 4})
+    picture = np.asarray(Image.open(tmp_path / "a.png")).astype(int)
+    y, x = np.nonzero(picture[..., 2] - picture[..., 0] > 40)        # the first colour is blue, all else grey
+    heights = {column: np.ptp(y[x == column]) for column in np.unique(x)}
+    tall = sorted(column for column, height in heights.items() if height > 50)
+    left, right = [[column for column in tall if (column < 400) == side] for side in (True, False)]
+    assert 1 <= len(left) <= 2 and 1 <= len(right) <= 2              # a line, not a box
+    assert heights[left[0]] == pytest.approx(2 * heights[right[0]], abs=3)
+    assert y[x == left[0]].mean() == pytest.approx(y[x == right[0]].mean(), abs=2)
+    assert y.min() > 30 and y.max() < 370
+
+
 def test_figure_8_and_the_demo_show_each_segmenter_in_the_column_of_its_name(few, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     row = evaluation.Row("", [quick(tmp_path / "run")])
@@ -4258,6 +4288,29 @@ def test_figure_6_draws_the_unseen_mean_over_the_sources_with_their_labels_and_w
     evaluation.main("--table fig6 --data toy --seeds 2 --run no".split())
     assert charted == {"labels of the first source": [(1, 1.5), (2, 2.5), (3, 4.5)],
                        "labels of all": [(1, 1.5), (2, 3.5), (3, 5.5)]}
+
+
+@pytest.mark.parametrize("table, budgets", [("clock", ("40s", "80s", "160s")), ("steps", ("250", "1000", "4000"))])
+def test_a_figure_of_budgets_draws_means_and_spreads_of_the_rows_that_all_seeds_have_finished(
+        table, budgets, monkeypatch, capsys):
+    first, second, third = budgets
+    name = {"clock": "GKD", "steps": "QSD, no masks"}[table]
+    values = {f"{name}, {first}": 10, f"{name}, {second}": 14, f"{name}, {third}": 30}
+    block, = evaluation.blocks(table, evaluation.Config(data="toy", seeds=2))
+    drawn = []
+    monkeypatch.setattr(evaluation, "chart", lambda *args, **options: drawn.append((args, options)))
+    def found(row, *more):
+        late = row in block.seeds[1]
+        missing = row.name not in values or (late and third in row.name)
+        return None if missing else evaluation.Result([9] * 5 + [values[row.name] + 2 * late], 0, 0)
+    monkeypatch.setattr(evaluation, "measured", found)
+    evaluation.main(f"--table {table} --data toy --seeds 2 --run no".split())
+    (lines, path, *_), options = drawn[0]
+    x = [math.log2(float(budget.removesuffix("s"))) for budget in (first, second)]
+    assert lines == {name: [(x[0], 11), (x[1], 15)]} and path.name == f"{table}.png"
+    assert options["x_texts"] == {x[0]: first.removesuffix("s"), x[1]: second.removesuffix("s")}
+    assert options["whiskers"] == pytest.approx({(name, x[0]): 2 ** 0.5, (name, x[1]): 2 ** 0.5})
+    assert "Gain on unseen domains" in capsys.readouterr().out
 
 
 # --- Evaluation: a segmenter at work, and encoders without a decoder --------------------------------------------------
