@@ -1281,24 +1281,26 @@ def measured(row, block, cfg, device):
     # Another protocol is another measurement, and so is another training, which the ledger tells.
     protocol = [cfg.mode, cfg.window, cfg.stride, cfg.flip, cfg.scales, cfg.precision, ledger]
     kept = path.with_name("eval.json")
-    mious = {}
     domains = block.source + block.unseen
     inputs = {name: val_contents(name, cfg.root) for name in domains} | {path.name: data.fingerprint(path)}
     stored = data.read_book(kept)
-    if stored.get("protocol") == protocol:
-        before = inputs | data.dict_in(stored, "of")  # older versions did not note it
-        for name in domains:
-            # Images that have left this machine were measured when they were here.
-            same = before[path.name] == inputs[path.name] and inputs[name] in (None, before[name])
-            if same and qsd.fits(qsd.Weight, data.dict_in(stored, "miou").get(name)):
-                mious[name] = stored["miou"][name]
+    before = inputs | data.dict_in(stored, "of")  # older versions did not note it
+    known = {}  # of this segmenter by this protocol, the domains of other tables among them
+    if stored.get("protocol") == protocol and before[path.name] == inputs[path.name]:
+        known = data.dict_in(stored, "miou")
+    mious = {}
+    for name in domains:
+        # Images that have left this machine were measured when they were here.
+        if inputs[name] in (None, before[name]) and qsd.fits(qsd.Weight, known.get(name)):
+            mious[name] = known[name]
     missing = "+".join(name for name in domains if name not in mious)
     if missing:
         if absent(missing, cfg.root):
             return None
         model, saved = segment.load_segmenter(path, device)
         mious |= measure(path, model, saved, replace(cfg, data=missing), device)
-        data.write(kept, json.dumps(dict(protocol=protocol, miou=mious, of=inputs)))
+        here = {name: text for name, text in inputs.items() if text}
+        data.write(kept, json.dumps(dict(protocol=protocol, miou=known | mious, of=before | here)))
     mean = sum(mious[name] for name in block.unseen) / len(block.unseen)
     seconds = sum(stage["seconds"] for stage in ledger)
     flops = sum(stage["flops"] for stage in ledger)

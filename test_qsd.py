@@ -4043,6 +4043,43 @@ def test_a_measurement_is_kept_until_its_protocol_changes_or_its_segmenter_is_tr
     assert measured() == first._replace(seconds=61)
 
 
+def test_tables_that_share_a_segmenter_keep_each_others_measurements(few, tmp_path, monkeypatch):
+    row = evaluation.Row("row", [quick(tmp_path / "a")])
+    pretend(row, only=3)
+    one = evaluation.Block("one", [[row]], ["toy"], ["toy-night"], {})
+    two = evaluation.Block("two", [[row]], [], ["toy-fog"], {})
+    measured = partial(evaluation.measured, row, cfg=evaluation.Config(data="toy", workers=0), device=CPU)
+    first = measured(one)
+    second = measured(two)
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluation, "measure", None)                  # nothing is measured twice
+        assert measured(one) == first and measured(two) == second
+    miou = json.loads((tmp_path / "a/eval.json").read_text())["miou"]
+    assert miou == dict(zip(["toy", "toy-night", "toy-fog"], [*first.miou[:2], second.miou[0]]))
+    pretend(row, only=0, seed=1)                                    # of another segmenter nothing is kept
+    assert measured(two).miou != second.miou
+    assert list(json.loads((tmp_path / "a/eval.json").read_text())["miou"]) == ["toy-fog"]
+
+
+def test_a_measurement_outlives_its_images_but_not_their_replacement(few, tmp_path, monkeypatch):
+    row = evaluation.Row("row", [quick(tmp_path / "a")])
+    pretend(row, only=3)
+    one = evaluation.Block("one", [[row]], [], ["toy-night"], {})
+    both = evaluation.Block("both", [[row]], [], ["toy-night", "toy-fog"], {})
+    there = {"toy-night": "its images", "toy-fog": "its images"}
+    monkeypatch.setattr(evaluation, "val_contents", lambda name, root: there[name])
+    looked = []
+    monkeypatch.setattr(evaluation, "measure", lambda title, model, saved, cfg, device: (
+        looked.append(cfg.data), dict.fromkeys(cfg.data.split("+"), 50.0))[1])
+    for contents, block, measured in (("its images", one, ["toy-night"]), (None, one, []),
+                                      (None, both, ["toy-fog"]), ("its images", both, []),
+                                      ("others", both, ["toy-night"])):
+        there["toy-night"] = contents
+        evaluation.measured(row, block, evaluation.Config(data="toy"), CPU)
+        assert looked == measured
+        looked.clear()
+
+
 def test_folders_of_older_runs_with_constants_that_no_longer_exist_are_finished_and_keep_their_measurement(
         few, tmp_path, begun):
     row = evaluation.Row("row", [quick(tmp_path / "a")])
