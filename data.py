@@ -2043,10 +2043,13 @@ def autocast(precision, device):
     return torch.autocast(device.type, dtype, enabled=precision != "fp32")
 
 
+ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # signals that ask a process to end
+
+
 def catch_signals():
     """A list that becomes non-empty at the first signal to end, so that a step can finish and be saved before."""
     caught = []
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+    for number in ENDING:
         if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
             signal.signal(number, lambda received, frame: caught.append(received))
     return caught

@@ -1194,6 +1194,7 @@ def run_rows(rows, cfg):
 
     working = {}  # {command: its process}
     began = {}
+    handlers = {number: signal.getsignal(number) for number in data.ENDING}
     signals = data.catch_signals()
     bar = tqdm(total=len(before), initial=len(done), desc="runs", unit="run", dynamic_ncols=True)
     try:
@@ -1222,9 +1223,8 @@ def run_rows(rows, cfg):
             except subprocess.TimeoutExpired:
                 process.kill()
         bar.close()
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
     if signals:
         print(f"stopped by signal {signals[0]}; the same command goes on from there", file=sys.stderr)
         sys.exit(128 + signals[0])

@@ -3999,6 +3999,13 @@ def test_a_killed_table_ends_its_runs_with_their_step_saved(tmp_path, begun, mon
     assert json.loads(log.read_text().splitlines()[-1])["step"] == saved >= 2
 
 
+def test_a_table_outlives_its_terminal_after_its_runs_too_if_nohup_began_it():
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)                    # what nohup does
+    before = [signal.getsignal(number) for number in data.ENDING]
+    evaluation.run_rows([], evaluation.Config(data="toy"))
+    assert [signal.getsignal(number) for number in data.ENDING] == before
+
+
 def test_a_row_shows_mean_and_deviation_of_its_seeds_and_the_papers_number(few, tmp_path, capsys):
     out = str(tmp_path / "with space")
     block, = evaluation.blocks("4", evaluation.Config(data="toy", out=out, seeds=2))
