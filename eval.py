@@ -1491,8 +1491,8 @@ def ticks(values):
 
 def tick_text(value):
     if value and not 1e-3 <= abs(value) < 1e5:
-        digit, power = f"{value:.0e}".split("e")
-        return f"{digit}e{int(power)}"
+        digits, power = f"{value:.2e}".split("e")
+        return f"{float(digits):g}e{int(power)}"
     return f"{value:.4g}"
 
 

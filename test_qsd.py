@@ -4334,11 +4334,12 @@ def test_figure_6_draws_the_unseen_mean_over_the_sources_with_their_labels_and_w
                        "labels of all": [(1, 1.5), (2, 3.5), (3, 5.5)]}
 
 
-@pytest.mark.parametrize("table, budgets", [("clock", ("40s", "80s", "160s")), ("steps", ("250", "1000", "4000"))])
+@pytest.mark.parametrize("table, name, budgets", [
+    ("clock", "GKD", ("40s", "80s", "160s")), ("flops", "GKD", ("2.5e12flop", "5e12flop", "1e13flop")),
+    ("steps", "QSD, no masks", ("250", "1000", "4000"))])
 def test_a_figure_of_budgets_draws_means_and_spreads_of_the_rows_that_all_seeds_have_finished(
-        table, budgets, monkeypatch, capsys):
+        table, name, budgets, monkeypatch, capsys):
     first, second, third = budgets
-    name = {"clock": "GKD", "steps": "QSD, no masks"}[table]
     values = {f"{name}, {first}": 10, f"{name}, {second}": 14, f"{name}, {third}": 30}
     block, = evaluation.blocks(table, evaluation.Config(data="toy", seeds=2))
     drawn = []
@@ -4350,9 +4351,10 @@ def test_a_figure_of_budgets_draws_means_and_spreads_of_the_rows_that_all_seeds_
     monkeypatch.setattr(evaluation, "measured", found)
     evaluation.main(f"--table {table} --data toy --seeds 2 --run no".split())
     (lines, path, *_), options = drawn[0]
-    x = [math.log2(float(budget.removesuffix("s"))) for budget in (first, second)]
+    texts = [budget.rstrip("flops") for budget in (first, second)]  # without their unit
+    x = [math.log2(float(text)) for text in texts]
     assert lines == {name: [(x[0], 11), (x[1], 15)]} and path.name == f"{table}.png"
-    assert options["x_texts"] == {x[0]: first.removesuffix("s"), x[1]: second.removesuffix("s")}
+    assert options["x_texts"] == dict(zip(x, texts))
     assert options["whiskers"] == pytest.approx({(name, x[0]): 2 ** 0.5, (name, x[1]): 2 ** 0.5})
     assert "Gain on unseen domains" in capsys.readouterr().out
 
