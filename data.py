@@ -1072,8 +1072,8 @@ def mix(*numbers):
 
 
 def images(name, root, transform=None, split="train", cache=None):
-    """Unlabelled images for distillation; `cache` is the short side of a stored set."""
-    return Scenes(gather(name, root, split, False, cache), transform, labelled=False, training=True)
+    """Images without labels, for distillation and for figures; `cache` is the short side of a stored set."""
+    return Scenes(gather(name, root, split, False, cache), transform, labelled=False, training=split == "train")
 
 
 def scenes(name, root, split="train", transform=None, labels="1", classes=None, cache=None):

@@ -4305,6 +4305,14 @@ def test_figure_7b_shows_in_a_students_row_the_attention_of_its_own_saved_head(
         assert np.abs(shown.astype(int) - columns["the diagonal"][i][200, 200]).max() <= 2
 
 
+def test_a_broken_image_is_an_error_where_images_are_looked_at_and_not_trained_on(tmp_path, monkeypatch):
+    save_files(tmp_path, "images/val/a.png=! images/val/b.png=0 images/val/c.png=0")
+    monkeypatch.setattr(data, "BAD_SHARE", 1)                       # in training its neighbour would take its place
+    with pytest.raises(qsd.UserError, match="images/val/a.png: cannot be read as an image"):
+        evaluation.main(f"--figure 5 --models toy_small --data folder --root {tmp_path} --out {tmp_path}/a.png".split())
+    assert not (tmp_path / "a.png").exists()
+
+
 def test_figure_9_is_a_table_of_each_models_class_ious(few, tmp_path, capsys):
     for k in (0, 3):
         save_segmenter(tmp_path / f"{k}.pt", only=k)
