@@ -1860,21 +1860,24 @@ def framed(cell, grid, places):
 
 
 def class_table(models, cfg, device):
-    """Figure 9 as text: the IoU of each class and their mean, a table for each domain, a column for each model."""
+    """Figure 9 as text: IoU or AP of each class and their mean, a table for each domain, a column for each model."""
     loaded = segmenters(models, device)
-    ious = {}  # of each model, {domain: [IoU in percent of each class or None, their mean]}
+    ious = {}  # of each model, {domain: [IoU or AP in percent of each class or None, their mean]}
     for name, (model, saved) in loaded.items():
         ious[name] = {}
         for domain, values in class_ious(name, model, saved, cfg, device).items():
             values = [*values.tolist(), values.nanmean().item()]
             ious[name][domain] = [None if math.isnan(value) else round(value, 2) for value in values]
     titles = [*saved["classes"], "mean"]
+    heading = "IoU on {}, %; -: neither labelled nor predicted"
+    if saved["config"]["decoder"] == "boxes":
+        heading = "AP on {}, %; -: no object of this class"
     for domain in data.entries(cfg.data):
         rows = {}
         for k, title in enumerate(titles):
             values = [ious[name][domain][k] for name in models]
             rows[title] = ["-" if value is None else f"{value:.1f}" for value in values]
-        print(f"\nIoU on {domain}, %; -: neither labelled nor predicted")
+        print(f"\n{heading.format(domain)}")
         show(rows, models)
     print(json.dumps({"figure": "9", "rows": titles, "iou": ious}))
 

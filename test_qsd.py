@@ -4916,6 +4916,14 @@ def test_a_detectors_boxes_are_drawn_with_class_and_score_by_images_and_figure_8
     assert texts[1:] == [*([name] for name in classes), ["pole 0.88"]] and Image.open("b.png").width > 3 * 136
 
 
+def test_figure_9_of_detectors_says_that_its_numbers_are_ap(detector, monkeypatch, capsys):
+    monkeypatch.setattr(evaluation, "evaluate_boxes", lambda *args: torch.tensor([0.5, math.nan, 0.25]))
+    evaluation.main(f"--figure 9 --models a={detector} --data toy-boxes".split())
+    text = capsys.readouterr().out
+    assert "\nAP on toy-boxes, %; -: no object of this class\n" in text and "IoU" not in text
+    assert printed_table(text) == [["", "a"], ["car", "50.0"], ["pole", "-"], ["person", "25.0"], ["mean", "37.5"]]
+
+
 def test_table_10_distils_on_the_source_and_replaces_the_decoder_and_its_labels():
     for world, source, labels in (("toy", "toy", "toy-boxes"), ("paper", "voc", "voc")):
         rows = {row.name: [evaluation.parsed(text)[1] for text in row.runs] for _, row in rows_of("10", world)}
