@@ -1099,7 +1099,8 @@ class Draws:
 
     Draw d of a run belongs to epoch d // n. An epoch is a permutation seeded by (seed, epoch) of which each image comes
     `repeats` times in a row (repeated augmentation), cut to n draws. Step s takes draws [s batch, (s + 1) batch); each
-    process a contiguous share of them, in `accumulate` micro-batches: the same images at any number of processes."""
+    process a contiguous share of them, in `accumulate` micro-batches: the same images at any number of processes.
+    world x accumulate divides the batch: see passes_of."""
     n: int
     batch: int
     seed: int = 0
@@ -1108,11 +1109,6 @@ class Draws:
     world: int = 1
     accumulate: int = 1
     repeats: int = 1
-
-    def __post_init__(self):
-        if self.batch % (self.world * self.accumulate):
-            raise UserError(f"--batch {self.batch}: not a multiple of {self.world} processes x {self.accumulate} "
-                            "micro-batches")
 
     def __iter__(self):
         share = self.batch // self.world

@@ -186,8 +186,6 @@ class PixelDecoder(nn.Module):
     """
     def __init__(self, dim, width, kind, layers, heads, ffn, geometry="mmdet"):
         super().__init__()
-        if kind not in ("fpn", "deform"):
-            raise ValueError(f"pixel decoder {kind!r} is unknown: use 'fpn' or 'deform'")
         self.deform = kind == "deform"
         self.geometry = geometry
         finest = caffe2_xavier(nn.Conv2d(dim, width, 1, bias=geometry == "centred"))
@@ -302,7 +300,7 @@ class MaskDecoder(nn.Module):
     feats 4 x (B, dim, ., .) -> a dict: logits (R, B, Q, K+1), and the masks as two factors, embed (R, B, Q, width) and
     pixels (B, width, h, w), which are multiplied out only where they are used. The queries are read out R = L + 1
     times: at first and after each of the L layers. The defaults are a light decoder; the paper's has width=256,
-    queries=100, layers=9, heads=8, ffn=2048, pixel="deform". UserError or ValueError on bad arguments.
+    queries=100, layers=9, heads=8, ffn=2048, pixel="deform". UserError where sizes do not fit together.
     """
     def __init__(self, dim, num_classes, width=64, queries=32, layers=3, heads=4, ffn=256,
                  pixel="fpn", pixel_layers=6, pixel_ffn=1024, points=12544, oversample=3, importance=0.75,
@@ -312,14 +310,12 @@ class MaskDecoder(nn.Module):
             raise UserError(f"--width {width}: GroupNorm wants a multiple of 32, and attention one of --heads {heads}")
         if queries < num_classes:
             raise UserError(f"{queries} queries for {num_classes} classes: each class needs a query of its own")
-        if void not in ("negative", "ignore"):
-            raise ValueError(f"void {void!r} is unknown: use 'negative' (outside every mask) or 'ignore' (left out)")
         self.num_classes = num_classes
         self.points = points          # on which masks are compared
         self.oversample = oversample  # candidates per point
         self.importance = importance  # share of the points that are the most uncertain candidates
         self.weights = weights        # of cross-entropy, BCE and dice
-        self.void = void              # what a pixel labelled 255 is
+        self.void = void              # pixels labelled 255: "negative", outside every mask, or "ignore", left out
         self.geometry = geometry
         self.padding = "border" if geometry == "centred" else "zeros"  # around the maps from which points are read
         self.pixel_decoder = PixelDecoder(dim, width, pixel, pixel_layers, heads, pixel_ffn, geometry)
@@ -457,7 +453,7 @@ class MaskDecoder(nn.Module):
         class_of_query = np.full((R, B, Q), self.num_classes)
         for r, b in np.ndindex(R, B):
             count = wanted.counts[b]
-            _, queries = hungarian(cost[r, b, :count])
+            queries = hungarian(cost[r, b, :count])
             query_of_mask[r, b, :count] = queries
             class_of_query[r, b, queries] = classes[b, :count]
         return torch.from_numpy(query_of_mask).to(pixels.device), torch.from_numpy(class_of_query).to(pixels.device)
@@ -502,19 +498,13 @@ class MaskDecoder(nn.Module):
 
 
 def hungarian(cost):
-    """The assignment of least total cost: each row gets a column of its own (or each column a row, if they are fewer).
+    """The assignment of least total cost, in which each row gets a column of its own.
 
-    cost (n, m) array -> rows, cols, each (min(n, m),), rows ascending. Exact, in O(n^2 m), by shortest augmenting paths
-    (Jonker and Volgenant, 1987). ValueError where a cost is NaN or infinite.
+    cost (n, m) array of finite numbers, n <= m -> the column of each row (n,). Exact, in O(n^2 m), by shortest
+    augmenting paths (Jonker and Volgenant, 1987).
     """
     cost = np.asarray(cost, dtype=np.float64)
-    if not np.isfinite(cost).all():
-        raise ValueError("matching costs hold NaN or inf: the model has diverged; lower the learning rate or use fp32")
     n, m = cost.shape
-    if n > m:
-        cols, rows = hungarian(cost.T)
-        order = rows.argsort()
-        return rows[order], cols[order]
 
     # Prices u, v with cost - u - v >= 0 everywhere, and = 0 on all assigned pairs, prove an assignment cheapest.
     u = cost.min(1)
@@ -554,7 +544,7 @@ def hungarian(cost):
             row_of[col] = row
             col_of[row] = col
             col = given_up
-    return np.arange(n), col_of
+    return col_of
 
 
 def divisors_of(labels):

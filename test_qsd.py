@@ -1388,8 +1388,6 @@ def test_batches_are_the_same_for_any_workers_processes_and_micro_batches_and_af
         for found, expected in zip(zip(*batches), whole):
             assert torch.equal(torch.cat(found), expected[draws])
     assert dataset.seed == 5 and data.loader(dataset, 4, repeats=3).batch_sampler.repeats == 3
-    with pytest.raises(data.UserError, match="--batch 4: not a multiple of 3 processes"):
-        data.loader(dataset, 4, world=3)
 
 
 def test_each_epoch_has_a_shuffle_of_its_own_and_repeated_images_follow_one_another():
@@ -1647,25 +1645,28 @@ def shaken(module):
 
 def test_hungarian_finds_the_cheapest_assignment_of_all():
     rng = np.random.default_rng(0)
-    for n, m in itertools.product(range(1, 6), range(1, 7)):
+    for n, m in itertools.combinations_with_replacement(range(1, 7), 2):
         negative = rng.normal(size=(n, m)) * 10.0 ** rng.integers(-6, 7)
         for cost in (rng.random((n, m)), rng.integers(0, 3, (n, m)), np.full((n, m), 0.3), negative):
-            rows, cols = hungarian(cost)
-            assert len(rows) == len(cols) == min(n, m) == len(set(cols)) and (np.diff(rows) > 0).all()
-            wide = cost if n <= m else cost.T
-            choices = itertools.permutations(range(wide.shape[1]), len(wide))
-            best = min(wide[range(len(wide)), choice].sum() for choice in choices)
-            assert cost[rows, cols].sum() == pytest.approx(best, rel=1e-9)
+            columns = hungarian(cost)
+            assert len(columns) == n == len(set(columns))
+            best = min(cost[range(n), choice].sum() for choice in itertools.permutations(range(m), n))
+            assert cost[range(n), columns].sum() == pytest.approx(best, rel=1e-9)
     cost = rng.random((1, 100)) + 0.1 * rng.random((19, 100))  # all rows want the same columns
     shuffled = cost[rng.permutation(19)][:, rng.permutation(100)]
-    for other in (cost.T, shuffled):
-        assert other[hungarian(other)].sum() == pytest.approx(cost[hungarian(cost)].sum())
+    totals = [some[range(19), hungarian(some)].sum() for some in (cost, shuffled)]
+    assert totals[0] == pytest.approx(totals[1])
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-def test_hungarian_refuses_costs_that_are_not_finite(bad):
-    with pytest.raises(ValueError, match="NaN or inf"):
-        hungarian(np.array([[0, 1, 2], [3, bad, 4]]))
+def test_costs_are_finite_after_a_step_that_diverged_and_each_class_still_gets_a_query(bad):
+    decoder = MaskDecoder(32, 3, width=32)
+    label = cells(2, 4)
+    outputs = torch.randn(1, 2, 5, 4), torch.full((1, 2, 5, 8), bad), torch.randn(2, 8, 16, 16)
+    wanted = decoder.targets(label)
+    assert decoder.matching_cost(*outputs, wanted).isfinite().all()
+    queries, classes = decoder.match(*outputs, wanted)
+    assert queries.shape == (1, *wanted.classes.shape) and (classes < 3).sum() == sum(wanted.counts)
 
 
 def slow_mask_losses(x, t, w):
