@@ -158,18 +158,16 @@ def raw_offset(image):
 
 
 def resize(image, size, mode=InterpolationMode.BILINEAR, antialias=False):
-    """Resize (3, H, W) to size (width, height); without antialias as mmsegmentation does."""
-    width, height = size
-    return TF.resize(image, [height, width], mode, antialias=antialias)
+    """Resize (3, H, W) to size (height, width); without antialias as mmsegmentation does."""
+    return TF.resize(image, list(size), mode, antialias=antialias)
 
 
 LABEL_RESIZE = InterpolationMode.NEAREST_EXACT  # the image's pixel centres; official: NEAREST, up to half a pixel off
 
 
 def resize_label(label, size):
-    """Resize (H, W) to size (width, height): the nearest pixel's class."""
-    width, height = size
-    return TF.resize(label[None], [height, width], LABEL_RESIZE)[0]
+    """Resize (H, W) to size (height, width): the nearest pixel's class."""
+    return TF.resize(label[None], list(size), LABEL_RESIZE)[0]
 
 
 def crop(image, box):
@@ -748,7 +746,7 @@ class Sample(NamedTuple):
             raise UserError(f"{self.label}: cannot be read as a label ({error})") from None
 
 
-def entries(name, classes=None, labelled=True):
+def entries(name, classes=0, labelled=True):
     """{name: row of DATASETS} for a name like gtav+synthia; `classes` is the number of classes of --data folder."""
     parts = []
     for part in name.split("+"):
@@ -898,7 +896,7 @@ def tile_boxes(width, height, side):
     return [(left, top, left + side, top + side) for top in tops for left in lefts]
 
 
-def listing(part, entry, root, split, labelled, cache=None):
+def listing(part, entry, root, split, labelled, cache=0):
     """The samples of one dataset, and the files that have no partner, or several."""
     if split not in entry.splits:
         raise UserError(f"--data {part}: has no {split} split, only {' '.join(entry.splits)}")
@@ -976,7 +974,7 @@ def listed(part, entry, folder, split):
     return samples
 
 
-def gather(name, root, split, labelled, cache, classes=None):
+def gather(name, root, split, labelled, cache=0, classes=0):
     """All samples of a name like gtav+synthia, each tile, each corruption; UserError where a file lacks its partner."""
     samples = []
     for part, entry in entries(name, classes, labelled).items():
@@ -1032,7 +1030,7 @@ class Scenes(torch.utils.data.Dataset):
             if not self.boxes and label.shape != image.shape[1:]:
                 if not sample.entry.resize_label:
                     raise UserError(mismatch(sample, image, label))
-                label = resize_label(label, (image.shape[2], image.shape[1]))
+                label = resize_label(label, image.shape[1:])
         if self.transform:
             with torch.random.fork_rng(devices=[]):
                 torch.default_generator.manual_seed(mix(self.seed, draw))  # torch.manual_seed would touch the GPU's too
@@ -1071,12 +1069,12 @@ def mix(*numbers):
     return int(np.random.SeedSequence(numbers).generate_state(1)[0])
 
 
-def images(name, root, transform=None, split="train", cache=None):
+def images(name, root, transform=None, split="train", cache=0):
     """Images without labels, for distillation and for figures; `cache` is the short side of a stored set."""
     return Scenes(gather(name, root, split, False, cache), transform, labelled=False, training=split == "train")
 
 
-def scenes(name, root, split="train", transform=None, labels="1", classes=None, cache=None):
+def scenes(name, root, split="train", transform=None, labels="1", classes=0, cache=0):
     """Images with labels; labels="1/16" keeps a fixed random subset, `classes` is the number of classes of "folder"."""
     try:
         share = Fraction(labels)
@@ -1313,7 +1311,7 @@ def segment_transform(size=512, short_edges=None, long_edge=None, cat_max_ratio=
         height, width = label.shape
         short_edge = short_edges[torch.randint(len(short_edges), ()).item()]
         scale = min(short_edge / min(height, width), long_edge / max(height, width))
-        scaled = (max(1, round(width * scale)), max(1, round(height * scale)))
+        scaled = (max(1, round(height * scale)), max(1, round(width * scale)))
         image = resize(image, scaled)
         label = resize_label(label, scaled)
         rows, columns = varied_crop(label, size, cat_max_ratio)
@@ -1395,14 +1393,14 @@ def eval_transform(name):
 
     def transform(image, label):
         if entry.eval_half:
-            half = (image.shape[2] // 2, image.shape[1] // 2)
+            half = (image.shape[1] // 2, image.shape[2] // 2)
             image = resize(image, half, InterpolationMode.BICUBIC, antialias=True)
             label = resize_label(label, half)
         if entry.eval_size:
             height, width = image.shape[1:]
             long_edge, short_edge = entry.eval_size
             scale = min(long_edge / max(height, width), short_edge / min(height, width))
-            image = resize(image, (round(width * scale), round(height * scale)))
+            image = resize(image, (round(height * scale), round(width * scale)))
         return image, label
     return transform
 
@@ -1479,14 +1477,14 @@ def clouds(height, width, decay, generator):
 
 # --- Storing a set at training size: python data.py --data gtav --root /data --cache 512 ----------------------------
 
-def store(name, root, size, classes=None, workers=0):
+def store(name, root, size, classes=0, workers=0):
     """Write the training split at short side `size` beside its folder: raw pixels that are mapped, not decoded.
 
     GTAV at 512 takes 48 GB, 12 of them labels. Crops smaller than `size` come out coarser than from the original."""
     for part, entry in entries(name, classes).items():
         if entry.generate or entry.tile or entry.boxes:
             raise UserError(f"--cache {size}: {part} is fast without")
-        samples = gather(part, root, "train", bool(entry.decode), None, classes)
+        samples = gather(part, root, "train", bool(entry.decode), classes=classes)
         folder = samples.folder
         target = stored_folder(part, folder, size)
         if target.exists():
@@ -1558,7 +1556,7 @@ def store_sample(sample, folder, target, size):
         return True
     height, width = image.shape[1:]
     scale = min(1, size / min(height, width))
-    smaller = (round(width * scale), round(height * scale))
+    smaller = (round(height * scale), round(width * scale))
     image = resize(image, smaller, InterpolationMode.BICUBIC, antialias=True)
     stored = {sample.image: image.permute(1, 2, 0)}
     if sample.label:
@@ -1626,7 +1624,7 @@ def check_sample(sample):
     return Finding(problem=mismatch(sample, image, label), counts=counts)
 
 
-def preflight(name, root, out=None, classes=None, workers=0):
+def preflight(name, root, out=None, classes=0, workers=0):
     """Open every file of every split that is there and print what was found; returns the number of problems."""
     if out and Path(out).suffix.lower() not in SUFFIXES:
         raise UserError(f"--out {out}: a picture's name ends in one of {' '.join(sorted(SUFFIXES))}")

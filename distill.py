@@ -134,7 +134,7 @@ def main(argv=None):
     # the images, the two encoders, the objective between them
     torch.manual_seed(cfg.seed)
     transform = data.distill_transform(cfg.size, cfg.randaugment)
-    dataset = None if only_timed else data.images(cfg.data, cfg.root, transform, cache=cfg.cache or None)
+    dataset = None if only_timed else data.images(cfg.data, cfg.root, transform, cache=cfg.cache)
     load_vit = partial(qsd.load_vit, img_size=cfg.size, patch_size=cfg.patch, official=cfg.official)
     teacher = load_vit(cfg.teacher, pretrained=not only_timed, offset=cfg.hub_offset).to(run.device)
     teacher.eval().requires_grad_(False)

@@ -137,7 +137,7 @@ def predict(model, x, window, stride=2 / 3, whole=False, flip=False, scales=(1,)
         mirrored = predict(model, x.flip(3), window, stride, whole)
         return predict(model, x, window, stride, whole) + mirrored.flip(3)
     if not whole:
-        return slide(model, x, window, max(1, round(stride * window)))
+        return slide(model, x, window, stride)
     H, W = x.shape[2:]
     patch = model.encoder.patch_size
     x = F.pad(x, (0, -W % patch, 0, -H % patch))  # to whole patches
@@ -145,7 +145,7 @@ def predict(model, x, window, stride=2 / 3, whole=False, flip=False, scales=(1,)
 
 
 def slide(model, x, window, stride):
-    """Class scores (B, K, H, W) of x (B, 3, H, W), the mean over windows of one side every `stride` pixels."""
+    """Class scores (B, K, H, W) of x (B, 3, H, W), the mean over windows; window and stride as in predict."""
     bands = list(score_bands(model, x, window, stride))
     return torch.cat(bands, 2)[:, :, :x.shape[2]]
 
@@ -157,8 +157,9 @@ def score_bands(model, x, window, stride):
     """
     H, W = x.shape[2:]
     x = F.pad(x, (0, max(window - W, 0), 0, max(window - H, 0)))
-    tops = starts(x.shape[2], window, stride)
-    lefts = starts(x.shape[3], window, stride)
+    step = max(1, round(stride * window))  # pixels
+    tops = starts(x.shape[2], window, step)
+    lefts = starts(x.shape[3], window, step)
     total = None  # (B, K, window, W): the scores of this row of windows, added up
     count = None  # (window, W): how many windows see a pixel
     for top, next_top in zip(tops, [*tops[1:], x.shape[2]]):
@@ -176,10 +177,10 @@ def score_bands(model, x, window, stride):
         count = F.pad(count[done:], (0, 0, 0, done))
 
 
-def starts(length, window, stride):
+def starts(length, window, step):
     """First pixels of the windows along one side; the last window ends flush with the border."""
     last = length - window
-    return sorted({min(pixel, last) for pixel in range(0, last + stride, stride)})
+    return sorted({min(pixel, last) for pixel in range(0, last + step, step)})
 
 
 def evaluate(model, dataset, window, device, batch=1, workers=0, title="", **protocol):
@@ -1957,7 +1958,7 @@ def probe(vit, cfg, device, ridge=1e-3):
     if not domains:
         raise UserError(f"--data {cfg.data}: none of these has a val split to measure the probe on; add one, as in "
                         "gtav+cityscapes")
-    train = data.scenes(source, cfg.root, "train", data.eval_transform(source), classes=cfg.classes or None)
+    train = data.scenes(source, cfg.root, "train", data.eval_transform(source), classes=cfg.classes)
     K = train.num_classes
     gram = 0
     moment = 0
@@ -1995,7 +1996,7 @@ def classify(model, saved, image, cfg, device, least=0.5):
             return found[found[:, 5] >= least]
         if cfg.mode == "slide" and not cfg.flip and scale_list(cfg) == [1]:
             # Band by band, as the scores of all classes of a large photograph would fill the memory.
-            bands = score_bands(model, x, window, max(1, round(cfg.stride * window)))
+            bands = score_bands(model, x, window, cfg.stride)
         else:
             bands = [predict(model, x, window, **protocol_of(cfg))]
         classes = torch.cat([classes_of(scores) for scores in bands], 1)[:, :image.shape[1]]

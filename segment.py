@@ -987,7 +987,7 @@ def released_segmenter(saved):
         raise UserError(f"decode_head.{renamed(error.args[0], OUR_NAMES)} is missing") from None
 
     name = RELEASED_CLASSES.get(sizes["num_classes"], "folder")
-    entry = data.entries(name, sizes["num_classes"] if name == "folder" else None)[name]
+    entry = data.entries(name, sizes["num_classes"] if name == "folder" else 0)[name]
     cfg = Config(data=name, size=values["img_size"], patch=values["patch_size"], width=sizes["width"],
                  queries=sizes["queries"], decoder_layers=sizes["layers"], ffn=sizes["ffn"], heads=sizes["heads"])
     model = Segmenter(qsd.ViT(**values), build_decoder(values["embed_dim"], sizes["num_classes"], cfg))
@@ -1117,7 +1117,7 @@ def main(argv=None):
     transform = data.segment_transform(cfg.size, cat_max_ratio=cfg.cat_max_ratio)
     if cfg.decoder == "boxes":
         transform = partial(data.detect_transform, size=cfg.size)
-    dataset = data.scenes(cfg.data, cfg.root, cfg.split, transform, cfg.labels, cfg.classes or None, cfg.cache or None)
+    dataset = data.scenes(cfg.data, cfg.root, cfg.split, transform, cfg.labels, cfg.classes, cfg.cache)
     if dataset.boxes != (cfg.decoder == "boxes"):
         raise UserError(f"--decoder {cfg.decoder}: --data {cfg.data} labels {'boxes' if dataset.boxes else 'pixels'}")
     if dataset.boxes and cfg.kd_logits:

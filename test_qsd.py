@@ -1210,7 +1210,7 @@ def test_each_dataset_is_read_from_its_true_layout_without_complaint(sets, files
     for root in (tmp_path, tmp_path / folder):  # what holds all datasets, or the dataset's own folder
         for line in sets.split(", "):
             name, split, *expected = line.split()
-            classes = 3 if name == "folder" else None
+            classes = 3 if name == "folder" else 0
             images = [image for image, _ in data.images(name, root, split=split)]
             assert [f"{image.float().mean():.0f}" for image in images] == [item.split(":")[0] for item in expected]
             assert all(image.is_contiguous() for image in images)
@@ -2245,7 +2245,7 @@ def test_a_released_segmenter_computes_what_the_official_code_computes(file):
     with torch.no_grad():
         feats = model.features(crop)
         scores = model.decoder.scores(model(crop), (64, 64))[0]
-        slid = evaluation.slide(model, image, 64, 43)[0]
+        slid = evaluation.slide(model, image, 64, 2 / 3)[0]
     assert [x.shape[2] for x in feats] == [16, 8, 4, 2]
     assert [x.norm().item() for x in feats] == pytest.approx(FEATURE_NORMS, rel=1e-5)
     assert scores.norm().item() == pytest.approx(CROP_NORM, rel=1e-5)
@@ -3691,29 +3691,29 @@ class Lens(torch.nn.Module):
         return x[:, :2] * self.weight[:size[0], :size[1]]
 
 
-def slow_slide(model, x, window, stride):
+def slow_slide(model, x, window, step):
     """The mean over all windows that see a pixel; short sides are padded on the right and below."""
     H, W = x.shape[2:]
     x = F.pad(x, (0, max(0, window - W), 0, max(0, window - H)))
     height, width = x.shape[2:]
     total = torch.zeros(len(x), 2, height, width)
     count = torch.zeros(height, width)
-    for i in range(math.ceil((height - window) / stride) + 1):
-        for j in range(math.ceil((width - window) / stride) + 1):
-            top = min(i * stride, height - window)                  # the last one ends flush with the border
-            left = min(j * stride, width - window)
+    for i in range(math.ceil((height - window) / step) + 1):
+        for j in range(math.ceil((width - window) / step) + 1):
+            top = min(i * step, height - window)                  # the last one ends flush with the border
+            left = min(j * step, width - window)
             here = np.s_[..., top:top + window, left:left + window]
             total[here] += x[here][:, :2] * model.weight
             count[here] += 1
     return (total / count)[:, :, :H, :W]
 
 
-@pytest.mark.parametrize("height, width, stride", [
+@pytest.mark.parametrize("height, width, step", [
     (16, 16, 11), (20, 37, 11), (33, 16, 5), (50, 41, 16), (45, 61, 7), (10, 7, 11), (10, 40, 11), (40, 10, 3)])
-def test_the_sliding_window_equals_a_slow_mean_over_the_windows(height, width, stride):
+def test_the_sliding_window_equals_a_slow_mean_over_the_windows(height, width, step):
     x = torch.randn(2, 3, height, width)
     model = Lens(16)
-    torch.testing.assert_close(evaluation.slide(model, x, 16, stride), slow_slide(model, x, 16, stride))
+    torch.testing.assert_close(evaluation.slide(model, x, 16, step / 16), slow_slide(model, x, 16, step))
 
 
 def test_predictions_may_be_of_whole_images_flipped_and_at_several_scales():
@@ -3728,7 +3728,8 @@ def test_predictions_may_be_of_whole_images_flipped_and_at_several_scales():
     plain = slow_slide(model, x, 16, 11)                            # two thirds of the window, the default
     torch.testing.assert_close(evaluation.predict(model, x, 16), plain)
     torch.testing.assert_close(evaluation.predict(model, x, 16, scales=(1.0,)), plain)
-    torch.testing.assert_close(evaluation.predict(model, x, 16, stride=1 / 4), slow_slide(model, x, 16, 4))
+    for stride, step in ((1 / 4, 4), (1 / 99, 1)):                  # never less than a pixel
+        torch.testing.assert_close(evaluation.predict(model, x, 16, stride=stride), slow_slide(model, x, 16, step))
     expected = 0
     for size in ((10, 18), (25, 46)):                               # 37 / 2 is rounded to an even number
         small = segment.resize(x, size)
