@@ -507,10 +507,15 @@ def draw_street(canvas):
         canvas.thing(kind, x, y, sizes[kind], distance=1 - nearness)
 
 
+def scene_rng(domain, index):
+    """The random numbers of a scene: its layout's, then its look's and its pixels'."""
+    return np.random.Generator(np.random.PCG64([0, index, sum(domain.encode())]))
+
+
 @lru_cache(maxsize=8192)  # a scene takes longer to draw than to train on
-def toy_scene(domain, index, jumble=False, seed=0):
+def toy_scene(domain, index, jumble=False):
     """Image (64, 64, 3) uint8 and label (64, 64) uint8 of scene number `index`; domain: a key of LOOKS, or "wide"."""
-    rng = np.random.Generator(np.random.PCG64([seed, index, sum(domain.encode())]))
+    rng = scene_rng(domain, index)
     objects, kinds, distances = toy_layout(rng, jumble)
     look = toy_look(rng, domain)
     label = kinds[objects]
@@ -564,18 +569,17 @@ def toy_scene(domain, index, jumble=False, seed=0):
 
 
 @lru_cache(maxsize=8192)
-def toy_things(domain, index, hidden=12):
+def toy_things(domain, index, least=12):
     """The image of toy_scene, and as its label boxes around what is visible of each thing.
 
-    One of which fewer than `hidden` pixels are visible is difficult."""
+    One of which fewer than `least` pixels are visible is difficult."""
     image, _ = toy_scene(domain, index)
-    rng = np.random.Generator(np.random.PCG64([0, index, sum(domain.encode())]))  # draws that scene's layout again
-    objects, kinds, distances = toy_layout(rng)
+    objects, kinds, distances = toy_layout(scene_rng(domain, index))  # that scene's layout again
     found = []
     for kind, distance in sorted(set(zip(kinds, distances))):  # only parts of one thing are equal in both
         y, x = np.nonzero((kinds[objects] == kind) & (distances[objects] == distance))
         if kind >= CAR and len(x):
-            found.append([x.min(), y.min(), x.max() + 1, y.max() + 1, kind - CAR, len(x) < hidden])
+            found.append([x.min(), y.min(), x.max() + 1, y.max() + 1, kind - CAR, len(x) < least])
     return image, as_label(found)
 
 
@@ -1300,12 +1304,10 @@ def uniform_noise(draws, N, seed):
 
 # --- Stage 2: image and label together ------------------------------------------------------------------------------
 
-def segment_transform(size=512, short_edges=None, long_edge=None, cat_max_ratio=0.75, flip=0.5):
-    """Random scale, crop, flip, colours, and padding to (size, size), as the official recipe's mmsegmentation pipeline.
-
-    Official defaults: short edge one of 0.5, 0.6, ... 2.0 sizes, long edge at most 4 sizes."""
-    short_edges = short_edges or [size * tenths // 10 for tenths in range(5, 21)]
-    long_edge = long_edge or 4 * size
+def segment_transform(size=512, cat_max_ratio=0.75, flip=0.5):
+    """Random scale, crop, flip, colours, and padding to (size, size), as the official mmsegmentation pipeline does."""
+    short_edges = [size * tenths // 10 for tenths in range(5, 21)]  # 0.5, 0.6, .. 2.0 sizes
+    long_edge = 4 * size  # at most
 
     def transform(image, label):
         height, width = label.shape
@@ -2156,15 +2158,13 @@ def dict_in(book, name):
 
 def read_lines(log):
     """The lines of a run's log.jsonl that hold a dict, as (text, dict); a kill or a full disk cut off the others."""
-    lines = []
     for text in log.read_text(errors="replace").splitlines():
         try:
             record = json.loads(text)
         except ValueError:
             continue
         if isinstance(record, dict):
-            lines.append((text, record))
-    return lines
+            yield text, record
 
 
 def check_place(flag, path):

@@ -205,9 +205,8 @@ def batches(model, dataset, device, batch, workers, title):
 
 def same_size(items):
     """A batch of images and labels of one size."""
-    for shapes in ({image.shape for image, *_ in items}, {label.shape for _, label, _ in items}):
-        if len(shapes) > 1:
-            raise UserError(f"--batch {len(items)}: images or labels of several sizes; use --batch 1")
+    if len({(image.shape, label.shape) for image, label, _ in items}) > 1:
+        raise UserError(f"--batch {len(items)}: images or labels of several sizes; use --batch 1")
     return default_collate(items)
 
 
@@ -674,7 +673,7 @@ def show_effects(found, record):
         paper = None
         if effect.paper:
             table, before, after = effect.paper
-            numbers = paper_numbers(table)["DINOv2-B -> DeiT-S"]["gtav"]
+            numbers = numbers_beside(table)
             paper = round(numbers[after][-1] - numbers[before][-1], 1)
         cells[effect.name] = [f"{mean:+.1f} ± {half:.1f}", "-" if paper is None else f"{paper:+.1f}",
                               verdict(mean, half, paper)]
@@ -832,9 +831,10 @@ TABLES = {  # title, and rows as a function of the pair
     "fig6": ("Figure 6, more sources", more_sources),
 }
 
+
 def beside(reference, table, rows):
     """What each row gains over one of them."""
-    paper = paper_numbers(table).get("DINOv2-B -> DeiT-S", {}).get("gtav", {})
+    paper = numbers_beside(table)
     found = []
     for row in rows:
         if row != reference:
@@ -1034,6 +1034,11 @@ def paper_numbers(name):
     return numbers
 
 
+def numbers_beside(table, setting="gtav"):
+    """The paper's numbers that are shown beside those of small worlds, {row name: [numbers]}: DINOv2-B -> DeiT-S."""
+    return paper_numbers(table).get("DINOv2-B -> DeiT-S", {}).get(setting, {})
+
+
 # --- Tables: what is missing is run, what is there is printed --------------------------------------------------------
 
 def tables(cfg, device):
@@ -1105,7 +1110,7 @@ def blocks(name, cfg):
     count = cfg.seeds or (5 if name == "effects" else 3)
     for seed in range(cfg.seed, cfg.seed + count):
         seeds.append(rows_of(small_pair(cfg.data, cfg.out, seed, cfg.root)._replace(labelled=world)))
-    numbers = paper_numbers(name).get("DINOv2-B -> DeiT-S", {}).get("voc" if name == "10" else "gtav", {})
+    numbers = numbers_beside(name, "voc" if name == "10" else "gtav")
     return [Block(f"{title}, in the {cfg.data} world", seeds, [source], list(unseen), numbers)]
 
 

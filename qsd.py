@@ -1174,14 +1174,19 @@ def build_head(student, teacher, config):
     return QSDVariant(student.embed_dim, teacher.embed_dim, student.grid, config)
 
 
+def feature_layers(depth):
+    """The four blocks a decoder reads: [3, 5, 7, 11] of 12, in proportion at other depths ([7, 11, 15, 23] of 24)."""
+    return [max(0, round(depth * part / 12) - 1) for part in (4, 6, 8, 12)]
+
+
 class GKDFourLayers(GKD):
     """GKD that also distils the three earlier blocks which a decoder reads (--layers four), as a term L_inner."""
     def __init__(self, student, teacher, config):
         super().__init__(student, teacher, config)
         if not config.alpha:
             raise UserError("--layers four adds to L_feat, which --alpha 0 leaves out")
-        self.layers_s = [max(0, round(student.depth * part / 12) - 1) for part in (4, 6, 8)]
-        self.layers_t = [max(0, round(teacher.depth * part / 12) - 1) for part in (4, 6, 8)]
+        self.layers_s = feature_layers(student.depth)[:3]
+        self.layers_t = feature_layers(teacher.depth)[:3]
         self.inner = nn.ModuleList(build_head(student, teacher, config) for _ in self.layers_t)
 
     def forward(self, student, x, s, t, noise):

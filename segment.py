@@ -37,11 +37,6 @@ from qsd import UserError
 
 # --- From the encoder to the decoders --------------------------------------------------------------------------------
 
-def feature_layers(depth):
-    """The four blocks a decoder reads: [3, 5, 7, 11] of 12, in proportion at other depths ([7, 11, 15, 23] of 24)."""
-    return [max(0, round(depth * part / 12) - 1) for part in (4, 6, 8, 12)]
-
-
 def pyramid(outs, grid):
     """Four block outputs become maps of 4, 2, 1 and 0.5 times the token grid, the earliest block the finest map.
 
@@ -790,7 +785,7 @@ class Segmenter(nn.Module):
         self.encoder = encoder
         self.decoder = decoder
         self.frozen = frozen
-        self.layers = feature_layers(encoder.depth) if blocks == "four" else [encoder.depth - 1] * 4
+        self.layers = qsd.feature_layers(encoder.depth) if blocks == "four" else [encoder.depth - 1] * 4
         encoder.requires_grad_(not frozen)
 
     def forward(self, x):

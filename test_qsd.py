@@ -1927,7 +1927,7 @@ def test_parameters_are_those_of_the_paper():
 
 def test_a_decoder_reads_blocks_in_proportion_to_the_depth_the_earliest_as_the_finest_map():
     for depth, layers in {12: [3, 5, 7, 11], 24: [7, 11, 15, 23], 4: [0, 1, 2, 3], 6: [1, 2, 3, 5]}.items():
-        assert segment.feature_layers(depth) == layers
+        assert qsd.feature_layers(depth) == layers
     outs = torch.arange(24.0).view(4, 1, 6, 1)  # of four blocks
     sizes = [(8, 12), (4, 6), (2, 3), (1, 1)]
     for found, block, size in zip(pyramid(outs, (2, 3)), outs, sizes, strict=True):
@@ -3764,6 +3764,12 @@ def test_the_miou_that_eval_prints_is_that_of_a_slow_count_and_needs_no_process_
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["miou"]["mean"] != pytest.approx(expected["mean"])
 
 
+def test_images_of_one_size_whose_labels_have_several_do_not_make_a_batch():
+    items = [(torch.zeros(3, 4, 4), torch.zeros(side, side), 0) for side in (4, 8)]
+    with pytest.raises(qsd.UserError, match="--batch 2: images or labels of several sizes"):
+        evaluation.same_size(items)
+
+
 def test_processes_share_an_odd_number_of_images_and_none_is_counted_twice(tmp_path, monkeypatch):
     model, _ = segment.load_segmenter(save_segmenter(tmp_path / "segmenter.pt"))
     monkeypatch.setitem(data.DATASETS, "toy-fog", data.toy("fog", val=7))
@@ -4940,6 +4946,8 @@ def test_table_10_distils_on_the_source_and_replaces_the_decoder_and_its_labels(
         assert names == ["no-kd", "no-kd-toy-boxes"]
     block, = evaluation.blocks("10", evaluation.Config())
     assert block.source + block.unseen == ["voc", "voc-corruptions"] and block.paper["+ GKD"] == [72.9]
+    block, = evaluation.blocks("10", evaluation.Config(data="toy"))
+    assert block.paper["+ GKD"] == [72.9]
 
 
 BOX_MISTAKES = {
