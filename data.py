@@ -73,7 +73,6 @@ IGNORE = 255                # label of a pixel that no loss and no metric sees
 UNKNOWN = 254               # a label value that the dataset's table does not name: always an error
 FILL = (124, 116, 104)      # the mean as a pixel, for what lies outside an image: 0 after normalisation
 BAD_SHARE = 0.01            # share of the training images that may be unreadable before a run stops
-LABEL_SEED = 0              # of the subset that labels="1/16" takes: the same images in every run
 SUFFIXES = {".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp"}
 BROKEN = (OSError, ValueError, SyntaxError, RuntimeError, Image.DecompressionBombError)  # what damaged files raise
 
@@ -827,7 +826,7 @@ class Samples:
 
 
 def find(folder, patterns, text, skipped=()):
-    """The files below a folder that the first successful pattern names: Names, the pattern, and the files it does not.
+    """The files below a folder by the first pattern that matches any: Names, regular expression, Names of all others.
 
     `text` stands for <split>; files whose name without suffix ends in one of `skipped` are passed over."""
     for pattern in patterns.replace("<split>", text).split():
@@ -846,7 +845,7 @@ def find(folder, patterns, text, skipped=()):
 
 
 def find_some(part, folder, patterns, text, skipped=()):
-    """What find finds, in the first process for all; UserError if that is nothing."""
+    """What `find` returns, found by the first process for all of them; UserError where no file matches."""
     names, regex, others = from_the_first(find, folder, patterns, text, skipped)
     if not len(names):
         looked_for = " or ".join(patterns.replace("<split>", text).split())
@@ -907,7 +906,7 @@ def listing(part, entry, root, split, labelled, cache=0):
     if entry.generate:
         return [Sample(entry, number) for number in entry.splits[split]], []
     if entry.boxes:
-        return listed(part, entry, locate(root, entry), split), []
+        return voc_samples(part, entry, locate(root, entry), split), []
     if labelled and not entry.decode:
         missing = "say how many --classes" if part == "folder" else "has no labels"
         raise UserError(f"--data {part}: {missing}")
@@ -944,7 +943,7 @@ def paired(images, labels):
 
 
 def left_out(folder, entry, others):
-    """Names the files of one's own folder that are of no split, as text."""
+    """The end of a line that says how many files of one's own folder belong to no split."""
     patterns = " ".join(entry.images.replace("<split>", text) for text in entry.splits.values())
     regex = re.compile("|".join(as_regex(pattern).pattern for pattern in patterns.split()))
     return and_without(folder, [name for name in others if not regex.fullmatch(name)])
@@ -952,7 +951,7 @@ def left_out(folder, entry, others):
 
 def and_without(folder, names):
     """The end of a line on a folder's images: how many other files below it are left out, with an example."""
-    return f"; {len(names)} other files there are left out, as {folder / names[0]}" if names else ""
+    return f"; {len(names)} other files there are left out, such as {folder / names[0]}" if names else ""
 
 
 def preflight_command(part, entry, root):
@@ -961,7 +960,7 @@ def preflight_command(part, entry, root):
     return f"python data.py --data {part} --root {shlex.quote(str(root))}{classes}"
 
 
-def listed(part, entry, folder, split):
+def voc_samples(part, entry, folder, split):
     """The samples that VOC's lists name: JPEGImages/NAME.jpg and Annotations/NAME.xml in the folder of the year."""
     samples = []
     for text in entry.splits[split].split():  # as VOC2007/trainval
@@ -984,7 +983,7 @@ def gather(name, root, split, labelled, cache=0, classes=0):
     for part, entry in entries(name, classes, labelled).items():
         found, alone = listing(part, entry, root, split, labelled, cache)
         if alone:
-            raise UserError(f"{alone[0]}: has no partner, as {len(alone)} files of {part} {split}; list them all with "
+            raise UserError(f"{alone[0]}: has no partner ({len(alone)} such files in {part} {split}); list them with "
                             f"{preflight_command(part, entry, root)}")
         if entry.tile or entry.corrupted:
             found = list(itertools.chain.from_iterable(map(pieces, found)))
@@ -1076,6 +1075,9 @@ def mix(*numbers):
 def images(name, root, transform=None, split="train", cache=0):
     """Images without labels, for distillation and for figures; `cache` is the short side of a stored set."""
     return Scenes(gather(name, root, split, False, cache), transform, labelled=False, training=split == "train")
+
+
+LABEL_SEED = 0  # of the subset that labels="1/16" takes: the same images in every run
 
 
 def scenes(name, root, split="train", transform=None, labels="1", classes=0, cache=0):
@@ -1734,7 +1736,7 @@ def label_picture(label, image, classes, colors, width=300, scored=False):
 
 @dataclass
 class Config:
-    """Flags of the preflight."""
+    """Flags of the preflight and, with --cache, of storing a set."""
     data: str = "toy"           # one name of data.DATASETS, or several joined with +
     root: str = "data"          # holds one folder per dataset, or is the dataset's own folder
     classes: qsd.Classes = 0        # how many, for --data folder
@@ -1752,9 +1754,6 @@ def main(argv=None):
 
 
 # --- Flags: every field of a Config is one --------------------------------------------------------------------------
-
-EARLIER = dict(geometry="centred", no_decay="all")  # what runs had before these constants existed; others: the default
-
 
 def configure(Config, preset=None, argv=None):
     """A Config from its defaults, then what preset(given flags) says, then the command line."""
@@ -1788,7 +1787,7 @@ def stop_parsing(message):
 
 
 def parts_of(kind):
-    """Of a field's type the plain type, its qsd.Range or None, the words that it allows, whether it may be none."""
+    """Takes a field's type apart: the plain type, its qsd.Range or None, words it allows, whether it may be none."""
     optional = typing.get_origin(kind) in (typing.Union, types.UnionType)   # like Count | None
     if optional:
         kind = typing.get_args(kind)[0]
@@ -1829,16 +1828,6 @@ def changed(cfg):
     defaults = as_plain(type(cfg)())
     differing = [f"{name} {value}" for name, value in as_plain(cfg).items() if value != defaults[name]]
     return ", ".join(differing) or "nothing"
-
-
-def known_fields(Config, stored):
-    """A stored Config {name: value} as Config takes it: what it lacks today is left out, EARLIER is filled in."""
-    kinds = {field.name: field.type for field in dataclasses.fields(Config)}
-    known = {name: value for name, value in (EARLIER | stored).items() if name in kinds}
-    for name, value in known.items():
-        if not qsd.fits(kinds[name], value):
-            raise UserError(f"its {name} is {value!r}, which is none")
-    return known
 
 
 class Lasting:
@@ -2205,6 +2194,19 @@ def check_folder(cfg, free):
         raise UserError(f"--out {out} is not empty and holds no log.jsonl of this script; choose another --out")
 
 
+EARLIER = dict(geometry="centred", no_decay="all")  # what runs had before these constants existed; others: the default
+
+
+def known_fields(Config, stored):
+    """A stored Config {name: value} as Config takes it: what it lacks today is left out, EARLIER is filled in."""
+    kinds = {field.name: field.type for field in dataclasses.fields(Config)}
+    known = {name: value for name, value in (EARLIER | stored).items() if name in kinds}
+    for name, value in known.items():
+        if not qsd.fits(kinds[name], value):
+            raise UserError(f"its {name} is {value!r}, which is none")
+    return known
+
+
 RETIRED = dict(mask_every=2, val_every=0)  # constants that older runs hold and no Config has any more: their defaults
 
 
@@ -2351,7 +2353,7 @@ def of_each_step(batches_from, step, passes, workers):
 
 
 def loss_of(probe):
-    """The loss of a probe; not compiled, as it has another number of images than a batch."""
+    """The loss of a probe, in eager mode: its two images would be compiled anew."""
     with torch.no_grad(), torch.compiler.set_stance("force_eager"):
         return probe()["loss"].item()
 

@@ -280,7 +280,7 @@ def evaluate_boxes(model, dataset, side, device, batch=1, workers=0, title=""):
 # --- What is measured ------------------------------------------------------------------------------------------------
 
 def measure(title, model, saved, cfg, device):
-    """{domain: mIoU in percent, or mean AP} of a segmenter on cfg.data; title names it where its classes are others."""
+    """{domain: mIoU in percent, or mean AP} of a segmenter on cfg.data; title: what an error calls it."""
     ious = class_ious(title, model, saved, cfg, device)
     return {name: values.nanmean().item() for name, values in ious.items()}
 
@@ -663,11 +663,11 @@ def verdict(mean, half, paper):
     return "reproduced" if mean * paper > 0 else "contradicted"
 
 
-def show_effects(found, record):
+def show_effects(effects, record):
     """Print effects, with intervals and the paper's gains, from {row: {"miou": (seeds, domains + 1)}}."""
     cells = {}
-    effects = {}
-    for effect in found:
+    gains = {}
+    for effect in effects:
         unseen = {row: np.array(record[row]["miou"])[:, -1] for row in (effect.before, effect.after)}  # (seeds,) each
         mean, half = interval(unseen[effect.after] - unseen[effect.before])
         paper = None
@@ -677,10 +677,10 @@ def show_effects(found, record):
             paper = round(numbers[after][-1] - numbers[before][-1], 1)
         cells[effect.name] = [f"{mean:+.1f} ± {half:.1f}", "-" if paper is None else f"{paper:+.1f}",
                               verdict(mean, half, paper)]
-        effects[effect.name] = dict(mean=round(mean, 2), half=round(half, 2), paper=paper)
+        gains[effect.name] = dict(mean=round(mean, 2), half=round(half, 2), paper=paper)
     print("\nGain on unseen domains, mean of the paired differences and 95 % interval")
     show(cells, ["gain", "paper", "verdict"])
-    print(json.dumps({"effects": effects}))
+    print(json.dumps({"effects": gains}))
 
 
 def decoders(p):
@@ -1046,7 +1046,7 @@ def tables(cfg, device):
     check_table(cfg)
     for block in blocks(cfg.table, cfg):
         prepare(block, cfg)
-        results = {}  # of each row, what is known of those of its seeds that are there
+        results = {}  # {row name: the Results of its finished seeds}
         for versions in zip(*block.seeds):
             found = [measured(row, block, cfg, device) for row in versions]
             results[versions[0].name] = [result for result in found if result]
@@ -1142,7 +1142,7 @@ def segmenter_of(row):
 def prepare(block, cfg):
     """Run what is missing of a block; at the paper's scale only what this machine can, after printing all of it."""
     rows = list(chain(*block.seeds))
-    lacks = {}  # of the missing runs
+    lacks = {}  # {missing run: what this machine lacks for it}
     for row in rows:
         for text in row.runs:
             if text not in lacks and not finished(text):

@@ -90,7 +90,7 @@ def sample(x, points, padding):
     return F.grid_sample(x, points, padding_mode=padding, align_corners=False)[..., 0]
 
 
-# Initial weights as mmdet draws them; each function returns the layer.
+# Initial weights as mmdet draws them; each function returns its module.
 
 def xavier_uniform(layer):
     nn.init.xavier_uniform_(layer.weight)
@@ -1055,7 +1055,7 @@ def probabilities(votes):
 
 
 EMBEDDINGS = ("query", "query_pos", "level_embed", "gamma")  # parameters that do not decay; gamma: LayerScale
-DECAYING = ("segmenter.encoder", "segmenter.decoder.pixel_decoder.level_embed")  # official: these do, all of them
+DECAYING = ("segmenter.encoder", "segmenter.decoder.pixel_decoder.level_embed")  # official: all below these names decay
 
 
 def parameter_groups(learner, cfg):

@@ -1261,7 +1261,7 @@ BDD = "seg/images/val/a.jpg=0 seg/labels/val/a_train_id.png"
 SEQ = "miccai_challenge_release_2/seq_5"
 WRONG_FILES = [  # set (with --classes) and split, the files of its folder, the one line
     ("gtav train", "images/1.png=0 labels/1.png=!", "1.png: cannot be read as a label"),
-    ("gtav train", f"{ONE} labels/2.png=7", r"labels/2.png: has no partner, as 1 files of gtav train"),
+    ("gtav train", f"{ONE} labels/2.png=7", r"labels/2.png: has no partner \(1 such files in gtav train\); list"),
     ("gtav train", f"{ONE} images/2.png=0", r"images/2.png: has no partner"),
     ("gtav train", "images/1.png=0", "--data gtav: .* holds no files like labels/"),
     ("gtav train", "labels/1.png=7", "--data gtav: .* holds no files like images/"),
@@ -2945,7 +2945,7 @@ def one_change(change, tensor):
     ("night/1.png=0 a.png=0 b.png=0", {}, 3, "3 images in"), ("real/1.png=0 a.png=0", {"pics/n1": "real"}, 2, ""),
     ("real/1.png=0", {"pics/n1": "real"}, 1, ""), ("n1/1.png=0", {"pics/n1/up": "pics"}, 1, ""),
     ("a.jpg=0 a.png=0", {}, 2, ""), ("cats/1.png=0 dogs/big/1.png=0", {}, 2, ""),
-    ("a.png=0 b.heic=! notes.txt=!", {}, 1, "; 2 other files there are left out, as "),
+    ("a.png=0 b.heic=! notes.txt=!", {}, 1, "; 2 other files there are left out, such as "),
     ("a.png=0 .ipynb_checkpoints/a.png=0 __MACOSX/a.png=0", {}, 1, "1 images in"),
 ], ids=str)
 def test_every_picture_of_ones_own_folder_is_used_or_named(files, links, found, line, tmp_path, capsys):
