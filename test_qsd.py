@@ -3899,7 +3899,8 @@ def test_what_a_table_compares_are_its_own_rows_at_equal_budgets_with_the_papers
                 assert len(budgets) == 1, effect
     found = {effect.name: effect for effect in evaluation.EFFECTS_OF["4"](["one-stage MSE", "MSE", "new"])}
     assert found == {"MSE": ("MSE", "one-stage MSE", "MSE", ("4", "one-stage MSE", "MSE")),
-                     "new": ("new", "one-stage MSE", "new", ())}
+                     "new": ("new", "one-stage MSE", "new", ()),
+                     "CWD instead of MSE": ("CWD instead of MSE", "MSE", "CWD", ("4", "MSE", "CWD"))}
     frozen = evaluation.EFFECTS_OF["main"](["no KD", "no KD, frozen", "GKD (QSD)"])
     assert [effect.before for effect in frozen] == 2 * ["no KD, frozen"]
 
