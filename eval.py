@@ -792,6 +792,7 @@ def by_steps(p):
 
 COURSE_EFFECTS = (
     Effect("MSE instead of no KD", "no KD", "MSE"),
+    Effect("identity attention instead of no KD", "no KD", "identity attention"),
     Effect("masked patches and CLS, identity attention", "MSE", "identity attention"),
     Effect("learned attention instead of identity", "identity attention", "QSD"),
     Effect("masked patches", "QSD, no masks", "QSD"),
