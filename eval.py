@@ -1398,8 +1398,10 @@ def figure_6(unseen, path, title):
 def demo_picture(block, path, cfg):
     """Draw images of the unseen domains: predictions, and the features of the teacher and the students."""
     folders = {row.name: segmenter_of(row).parent for row in block.seeds[0]}
-    predicted = {name: folders[name] for name in ("no KD", "two-stage MSE", "GKD (QSD)")}
-    featured = {"teacher": folders["teacher"]} | predicted
+    students = {name: folders[name] for name in ("no KD", "two-stage MSE", "GKD (QSD)")}
+    teacher = {"teacher": folders["teacher"]}
+    predicted = students | teacher
+    featured = teacher | students
     cfg = Config(data="+".join(block.unseen), root=cfg.root, examples=8 // len(block.unseen))
     return compare(predicted, featured, cfg, path, torch.device("cpu"))
 

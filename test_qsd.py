@@ -4181,8 +4181,8 @@ def test_figure_8_and_the_demo_show_each_segmenter_in_the_column_of_its_name(few
         pretend(row, only=i)
     evaluation.main(["--demo"])
     evaluation.main("--figure 8 --data toy".split())                # without --models: those of the demo
-    for j, k in enumerate([0, 2, 3]):
-        assert (cell("runs/toy/0/demo.png", 0, 2 + j, 9) == data.TOY_COLORS[k]).all()
+    for j, k in enumerate([0, 2, 3, 4]):
+        assert (cell("runs/toy/0/demo.png", 0, 2 + j, 10) == data.TOY_COLORS[k]).all()
     for j, k in enumerate(range(5)):
         assert (cell("runs/toy/figure-8.png", 0, 2 + j, 7) == data.TOY_COLORS[k]).all()
     made = {cfg.out for row in block.seeds[0] for _, cfg, _ in map(evaluation.parsed, row.runs)}
