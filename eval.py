@@ -790,7 +790,7 @@ def by_steps(p):
     return rows
 
 
-COURSE_EFFECTS = (
+COURSE_EFFECTS = (  # what is compared at each number of STEPS: two of COURSES, or one with the row without distillation
     Effect("MSE instead of no KD", "no KD", "MSE"),
     Effect("identity attention instead of no KD", "no KD", "identity attention"),
     Effect("masked patches and CLS, identity attention", "MSE", "identity attention"),
@@ -1434,10 +1434,9 @@ def chart(series, path, x_title, y_title, title="", log=False, x_texts=None, whi
             lines[name] = [(x, math.log10(y)) for x, y in points]
     points = list(chain(*lines.values())) or [(0, 0)]
     reached = [y for _, y in points]
-    for name, of_line in lines.items():
-        for x, y in of_line:
-            half = whiskers.get((name, x), 0)
-            reached += [y - half, y + half]
+    for (name, x), half in whiskers.items():
+        y = dict(lines[name])[x]
+        reached += [y - half, y + half]
     x_ticks = sorted(x_texts) if x_texts else ticks([x for x, _ in points])
     x_texts = x_texts or {x: tick_text(x) for x in x_ticks}
     y_ticks = ticks(reached)
@@ -1478,8 +1477,9 @@ def chart(series, path, x_title, y_title, title="", log=False, x_texts=None, whi
             for x, y in places:
                 pen.ellipse((x - 7, y - 7, x + 7, y + 7), color)
         for x, y in points:
-            half = whiskers.get((name, x), 0)
-            pen.line((x_pixel(x), y_pixel(y - half), x_pixel(x), y_pixel(y + half)), color, 2)
+            if (name, x) in whiskers:
+                half = whiskers[name, x]
+                pen.line((x_pixel(x), y_pixel(y - half), x_pixel(x), y_pixel(y + half)), color, 2)
         y = top + 20 + 36 * i
         pen.line((right + 15, y, right + 55, y), color, 6)
         pen.text((right + 65, y), name, "black", font, anchor="lm")

@@ -1135,33 +1135,31 @@ class QSDVariant(QSD):
     def __init__(self, dim_s, dim_t, grid, config):
         super().__init__(dim_s, dim_t)
         self.grid = grid
-        self.attention = config.attention
-        self.scale = config.scale
-        self.temperature = config.temperature
-        self.pool_keys = config.pool_keys
-        if self.attention != "learned":
+        self.config = config
+        if config.attention != "learned":
             del self.varphi                                         # nothing asks for learned queries
 
     def forward(self, v_s, v_t, queries=None):
-        if self.attention == "identity":                            # without the product by the unit matrix
+        if self.config.attention == "identity":                     # without the product by the unit matrix
             return self.phi(tokens_at(v_s, queries)).float()
         return matmul(self.weights(v_s, v_t, queries), self.pooled(self.phi(v_s)))
 
     def weights(self, v_s, v_t, queries=None):
-        if self.attention == "identity":                            # every token keeps its own value: pointwise
+        c = self.config
+        if c.attention == "identity":                               # every token keeps its own value: pointwise
             return torch.eye(v_t.shape[1], device=v_t.device, dtype=v_t.dtype).expand(len(v_t), -1, -1)
-        query = self.varphi(tokens_at(v_s, queries)) if self.attention == "learned" else tokens_at(v_t, queries)
+        query = self.varphi(tokens_at(v_s, queries)) if c.attention == "learned" else tokens_at(v_t, queries)
         key = self.pooled(v_t)
-        if self.scale == "sqrt":
+        if c.scale == "sqrt":
             query = query * v_t.shape[-1] ** -0.5
-        elif self.scale == "cosine":
-            query = F.normalize(query.to(key.dtype), dim=-1) / self.temperature
+        elif c.scale == "cosine":
+            query = F.normalize(query.to(key.dtype), dim=-1) / c.temperature
             key = F.normalize(key, dim=-1)
         return matmul(query, key.mT).softmax(-1)                    # (B, N, N)
 
     def pooled(self, v):
         """Under --pool_keys, means of 2x2 tokens: (B, N, C) -> (B, N / 4, C). A CLS token is alone and stays."""
-        if not self.pool_keys or v.shape[1] == 1:
+        if not self.config.pool_keys or v.shape[1] == 1:
             return v
         maps = v.mT.unflatten(-1, self.grid)                        # (B, C, h, w)
         return F.avg_pool2d(maps, 2, ceil_mode=True).flatten(2).mT

@@ -3700,7 +3700,7 @@ def slow_slide(model, x, window, step):
     count = torch.zeros(height, width)
     for i in range(math.ceil((height - window) / step) + 1):
         for j in range(math.ceil((width - window) / step) + 1):
-            top = min(i * step, height - window)                  # the last one ends flush with the border
+            top = min(i * step, height - window)                    # the last one ends flush with the border
             left = min(j * step, width - window)
             here = np.s_[..., top:top + window, left:left + window]
             total[here] += x[here][:, :2] * model.weight
