@@ -3881,10 +3881,10 @@ def test_effects_are_means_of_paired_differences_with_students_interval_beside_t
     assert found["GKD instead of two-stage MSE"] == [f"+2.0 ± {half:.1f}", "+1.0", "within noise"]
     assert found["masked patches"][:2] == ["+0.0 ± 0.0", "+0.6"] and found["CLS token"][1] == "-"
     assert found["distil at all, in one stage"][1] == "+9.2" and found["proxy stage before it"][1] == "+2.2"
-    cases = ((3, 1, 2), (-3, 1, 2), (1, 3, 2), (1, 3, 4), (1, 3, 4.1), (1, 3, -2.1), (1, 3, None), (3, 1, None),
-             (-3, 1, None))
-    verdicts = ["reproduced", "contradicted", "within noise", "within noise", "not reproduced", "not reproduced",
-                "within noise", "gain", "loss"]
+    cases = ((3, 1, 2), (3, 1, 4), (3, 1, 4.1), (-3, 1, -4.1), (-3, 1, 2), (1, 3, 2), (1, 3, 4), (1, 3, 4.1),
+             (1, 3, -2.1), (1, 3, None), (3, 1, None), (-3, 1, None))
+    verdicts = ["reproduced", "reproduced", "smaller", "smaller", "contradicted", "within noise", "within noise",
+                "not reproduced", "not reproduced", "within noise", "gain", "loss"]
     assert [evaluation.verdict(*case) for case in cases] == verdicts
 
 
@@ -3901,8 +3901,11 @@ def test_what_a_table_compares_are_its_own_rows_at_equal_budgets_with_the_papers
     assert found == {"MSE": ("MSE", "one-stage MSE", "MSE", ("4", "one-stage MSE", "MSE")),
                      "new": ("new", "one-stage MSE", "new", ()),
                      "CWD instead of MSE": ("CWD instead of MSE", "MSE", "CWD", ("4", "MSE", "CWD"))}
-    frozen = evaluation.EFFECTS_OF["main"](["no KD", "no KD, frozen", "GKD (QSD)"])
-    assert [effect.before for effect in frozen] == 2 * ["no KD, frozen"]
+    main = evaluation.EFFECTS_OF["main"](["no KD", "no KD, frozen", "two-stage MSE", "two-stage CWD", "GKD (QSD)"])
+    assert [effect.before for effect in main] == 4 * ["no KD, frozen"] + 2 * ["two-stage MSE"]
+    assert [effect.after for effect in main[4:]] == ["two-stage CWD", "GKD (QSD)"]
+    toy = evaluation.EFFECTS_OF["main"](["no KD", "two-stage MSE", "GKD (QSD)"])
+    assert [effect.before for effect in toy] == ["no KD", "no KD", "two-stage MSE"]
 
 
 def test_students_t_has_975_thousandths_of_its_mass_below_each_point():
@@ -4352,11 +4355,12 @@ def test_figure_6_draws_the_unseen_mean_over_the_sources_with_their_labels_and_w
                        "labels of all": [(1, 1.5), (2, 3.5), (3, 5.5)]}
 
 
-@pytest.mark.parametrize("table, name, budgets", [
-    ("clock", "GKD", ("40s", "80s", "160s")), ("flops", "GKD", ("2.5e12flop", "5e12flop", "1e13flop")),
-    ("steps", "QSD, no masks", ("250", "1000", "4000"))])
+@pytest.mark.parametrize("table, name, rival, budgets", [
+    ("clock", "GKD", "two-stage MSE", ("40s", "80s", "160s")),
+    ("flops", "GKD", "two-stage MSE", ("2.5e12flop", "5e12flop", "1e13flop")),
+    ("steps", "QSD", "QSD, no masks", ("250", "1000", "4000"))])
 def test_a_figure_of_budgets_draws_means_and_spreads_of_the_rows_that_all_seeds_have_finished(
-        table, name, budgets, monkeypatch, capsys):
+        table, name, rival, budgets, monkeypatch, capsys):
     first, second, third = budgets
     values = {f"{name}, {first}": 10, f"{name}, {second}": 14, f"{name}, {third}": 30}
     block, = evaluation.blocks(table, evaluation.Config(data="toy", seeds=2))
@@ -4374,7 +4378,11 @@ def test_a_figure_of_budgets_draws_means_and_spreads_of_the_rows_that_all_seeds_
     assert lines == {name: [(x[0], 11), (x[1], 15)]} and path.name == f"{table}.png"
     assert options["x_texts"] == dict(zip(x, texts))
     assert options["whiskers"] == pytest.approx({(name, x[0]): 2 ** 0.5, (name, x[1]): 2 ** 0.5})
-    assert "Gain on unseen domains" in capsys.readouterr().out
+    assert "Gain on unseen domains" not in capsys.readouterr().out, "no two finished rows are compared"
+    values[f"{rival}, {first}"] = 5
+    evaluation.main(f"--table {table} --data toy --seeds 2 --run no".split())
+    gains = capsys.readouterr().out.split("Gain on unseen domains")[1]
+    assert "+5.0 ± 0.0" in gains and gains.count("±") == 1
 
 
 # --- Evaluation: a segmenter at work, and encoders without a decoder --------------------------------------------------
