@@ -2020,10 +2020,16 @@ def peak_memory():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2 ** 30
 
 
-def autocast(precision, device):
-    """The context of --precision on this device: auto is bf16 on CUDA and fp32 on a CPU."""
+def precision_on(precision, device):
+    """What --precision means on this device: auto is bf16 on CUDA and fp32 on a CPU."""
     if precision == "auto":
-        precision = "bf16" if device.type == "cuda" else "fp32"
+        return "bf16" if device.type == "cuda" else "fp32"
+    return precision
+
+
+def autocast(precision, device):
+    """The context of --precision on this device."""
+    precision = precision_on(precision, device)
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
     return torch.autocast(device.type, dtype, enabled=precision != "fp32")
 

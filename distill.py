@@ -93,8 +93,10 @@ def preset(given):
 
 
 class Learner(nn.Module):
-    """Student and objective as one module, so that one DDP wrapper sees every trained parameter."""
+    """Student and objective as one module, so that one DDP wrapper sees every trained parameter.
 
+    objective.plain: it reads a pass of the student over whole images; a pass over masked ones it makes itself.
+    """
     def __init__(self, student, objective):
         super().__init__()
         self.student = student
@@ -144,11 +146,15 @@ def main(argv=None):
     if cfg.keep_heads:
         qsd.load_heads(objective, heads, cfg.student)
     learner = Learner(student, objective)
-    run_teacher = teacher.run
+    run_teacher = teacher.run                                       # the name that losses_of calls, compiled below
     N = (cfg.size // cfg.patch) ** 2
 
     def losses_of(model, images, draws):
-        """The losses on uint8 images (B, 3, H, W); all that is random follows from their draw numbers (B)."""
+        """The losses on uint8 images (B, 3, H, W) and their draws (B).
+
+        An image's draw is its number in the endless order in which a run draws images. With the seed it decides all
+        that is random about it, on any number of processes.
+        """
         x = data.normalize(images.to(run.device, non_blocking=True), student.mean, student.std)
         x = data.erase(x, draws, cfg.seed, cfg.erase)               # teacher and student see the same pixels
         noise = data.uniform_noise(draws, N, cfg.seed).to(run.device)   # (B, N), decides which patches to hide
@@ -162,13 +168,14 @@ def main(argv=None):
     two_images = data.two_images(cfg.size)
     probe = partial(losses_of, learner, *two_images)
     flops = data.dry_run(learner, probe)
-    if cfg.compile == "yes" or (cfg.compile == "auto" and run.device.type == "cuda"):
+    compiled = cfg.compile == "yes" or (cfg.compile == "auto" and run.device.type == "cuda")
+    if compiled:
         learner.compile(fullgraph=True)                             # one graph each, or an error: no silent slow path
         run_teacher = torch.compile(teacher.run, fullgraph=True)
     groups = weight_decay_groups(learner, cfg.weight_decay)
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.999), fused=True)
     if only_timed:
-        bench(cfg, run, learner, teacher, losses_of, optimizer, flops)
+        bench(cfg, run, learner, teacher, losses_of, optimizer, flops, compiled)
         return
     run.start(learner, optimizer, dataset, probe, flops, tokens=N, repeats=cfg.repeats)
 
@@ -189,8 +196,11 @@ def main(argv=None):
 # --- How fast a step is: python distill.py --bench ------------------------------------------------------------------
 
 class OfficialLearner(Learner):
-    """The step as the authors' code takes it: the same losses, with more work; what --bench official compares with."""
+    """The authors' step, which --bench official compares with: the same losses, with their additional work.
 
+    That is the second pass of unmasked images, 16-bit logits and four waits for the device. Left out are their moving
+    average of all weights and the search for unused parameters, which would make it slower; it is never compiled.
+    """
     def forward(self, x, t, noise):
         v_t_cls, v_t, _ = t
         which = qsd.masked_images(self.objective.config)
@@ -275,11 +285,12 @@ def kept(losses_of, learner, size, B):
     return sum(nbytes.values())
 
 
-def bench(cfg, run, learner, teacher, losses_of, optimizer, flops):
+def bench(cfg, run, learner, teacher, losses_of, optimizer, flops, compiled):
     """Print images/s, FLOP/s, memory and where a step's time goes; --bench official: beside the authors' step."""
     if cfg.bench == "official" and not asdict(qsd.LossConfig(dcd_pool=cfg.dcd_pool)).items() <= asdict(cfg).items():
         raise qsd.UserError("--bench official is about the paper's objective: leave --loss and its constants alone")
     device = run.device
+    precision = data.precision_on(cfg.precision, device)
     rate = matrix_rate(run)
     watch = Stopwatch(device)
     run.passes = 1
@@ -308,7 +319,7 @@ def bench(cfg, run, learner, teacher, losses_of, optimizer, flops):
     step(learner, optimizer, B)
     times = [step(learner, optimizer, B) for _ in range(5)]
     speed = B / statistics.median(times)
-    print(f"{data.device_name(device)}, {cfg.precision}, {cfg.size} px, patch {cfg.patch}, {B} images a step: "
+    print(f"{data.device_name(device)}, {precision}, {cfg.size} px, patch {cfg.patch}, {B} images a step: "
           f"{speed:.2f} images/s [{B / max(times):.2f}..{B / min(times):.2f}], {speed * flops / 1e12:.3g} TFLOP/s, "
           f"{speed * flops / rate:.0%} of the {rate / 1e12:.3g} of a matrix product, peak {data.peak_memory():.2f} GiB")
 
@@ -322,8 +333,8 @@ def bench(cfg, run, learner, teacher, losses_of, optimizer, flops):
             seconds = step(learner, optimizer, B)
             ratios.append(step(official, theirs, B) / seconds)
         print(f"the authors' step: {statistics.median(ratios):.2f} times as long "
-              f"[{min(ratios):.2f}..{max(ratios):.2f}], peak {data.peak_memory():.2f} GiB")
-    if cfg.compile == "yes" or (cfg.compile == "auto" and device.type == "cuda"):   # the parts are one then
+              f"[{min(ratios):.2f}..{max(ratios):.2f}]")
+    if compiled:                                                    # the parts are one then
         return
 
     weights = sum(p.nbytes for p in teacher.parameters()) + 4 * sum(p.nbytes for p in learner.parameters())

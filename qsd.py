@@ -1,4 +1,8 @@
-"""The method of GKD: the encoders (ViTs that load the official weights), QSD, and the distillation losses."""
+"""The method of GKD: the encoders (ViTs that load the official weights), QSD, and the distillation losses.
+
+In this order: ranges of constants, the table of encoders, the ViT, the loading of checkpoints, the objectives'
+constants, QSD and GKD, ablations beyond the paper, the rivals. Who reads for the method starts at the constants.
+"""
 import hashlib
 import math
 import os
@@ -10,7 +14,7 @@ import types
 import typing
 import zipfile
 from collections import OrderedDict
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
 
@@ -954,9 +958,9 @@ class LossConfig:
     feat_with_cls: bool = True  # official: L_feat is the mean over [CLS; patches]; the paper: over the patches
     mask_ratio: Share = 0.5     # share of the patches hidden in a masked image: int(mask_ratio N) exactly
     mask_all: bool = False      # no: every second image is masked (official: half of the batch); yes: all (the paper)
-    mask_loss: Literal["all", "masked_samples", "masked_tokens"] = "all"  # official: all tokens of all images
-    attention: Literal["learned", "identity", "teacher"] = "learned"  # queries: v_s; none, W = 1 at itself; v_t
-    scale: Literal["one", "sqrt", "cosine"] = "one"  # factor of W: 1 (paper), C_t^-1/2, or cosine / temperature
+    mask_loss: Literal["all", "masked_samples", "masked_tokens"] = "all"  # L_mask: of all tokens (official), or these
+    attention: Literal["learned", "identity", "teacher"] = "learned"  # who queries: v_s (paper), nobody (W = 1), v_t
+    scale: Literal["one", "sqrt", "cosine"] = "one"  # logits times 1 (paper), times C_t^-1/2, or cosines / temperature
     temperature: Positive = 0.07    # for --scale cosine only
     qsd_queries: CountOr0 = 0   # patches of an image that query in L_feat and L_mask, drawn at random; 0 (paper): all
     pool_keys: bool = False     # yes: the N keys and values are averaged 2x2 to N / 4; paper: no
@@ -994,6 +998,13 @@ def matmul(a, b):
         return a.to(dtype) @ b.to(dtype)
 
 
+def tokens_at(v, index):
+    """The tokens of v (B, N, C) at these indices (B, K): (B, K, C). All of them where the indices are None."""
+    if index is None:
+        return v
+    return v.gather(1, index[..., None].expand(-1, -1, v.shape[-1]))
+
+
 class QSD(nn.Module):
     """Every student token queries all teacher tokens, and their similarities reweight the student's own values.
 
@@ -1006,7 +1017,8 @@ class QSD(nn.Module):
         self.phi = projection(dim_s, dim_t)                         # the paper's ϕ makes the values
 
     def weights(self, v_s, v_t, queries=None):
-        W = matmul(self.varphi(tokens_at(v_s, queries)), v_t.mT)    # Eq. 7  (B, N, N)
+        asking = tokens_at(v_s, queries)                            # paper: all N tokens
+        W = matmul(self.varphi(asking), v_t.mT)                     # Eq. 7  (B, N, N)
         return W.softmax(-1)
 
     def forward(self, v_s, v_t, queries=None):
@@ -1014,7 +1026,10 @@ class QSD(nn.Module):
 
 
 class GKD(nn.Module):
-    """The paper's objective: features, masked patches and CLS token, each through a QSD head of its own."""
+    """The paper's objective, L_QSD: features, masked patches and CLS token, each through a QSD head of its own.
+
+    GKD is the paper's name for the whole method, of which this is what stage 1 minimises.
+    """
     weight = 1.0
     layers_s = layers_t = ()
 
@@ -1026,8 +1041,8 @@ class GKD(nn.Module):
         self.feat = build_head(student, teacher, c) if c.alpha else None
         self.mask = build_head(student, teacher, c) if c.beta else None
         self.cls = build_head(student, teacher, c) if c.gamma else None
-        unmasked_images_too = c.beta and c.mask_loss == "all" and not c.mask_all    # their tokens count in L_mask
-        self.plain = bool(c.alpha or c.gamma or unmasked_images_too)
+        self.unmasked_count = c.mask_loss == "all" and not c.mask_all   # tokens of unmasked images count in L_mask
+        self.plain = bool(c.alpha or c.gamma or (c.beta and self.unmasked_count))
 
     def forward(self, student, x, s, t, noise):
         c = self.config
@@ -1040,7 +1055,8 @@ class GKD(nn.Module):
         if c.alpha:
             queries = random_queries(noise, c.qsd_queries)          # (B, K); paper: None, all N query
             v_s_prime = self.feat(v_s, v_t, queries)                # (B, N, C_t)
-            L_feat = distance(v_s_prime, tokens_at(v_t, queries))   # Eq. 9
+            v_t_asked = tokens_at(v_t, queries)
+            L_feat = distance(v_s_prime, v_t_asked)                 # Eq. 9
         if c.beta:
             v_s_mask_prime, v_t_mask = self.masked(student, x, v_s, v_t, noise)
             L_mask = distance(v_s_mask_prime, v_t_mask)             # Eq. 10
@@ -1065,7 +1081,7 @@ class GKD(nn.Module):
         which = masked_images(c)
         hidden = random_mask(noise[which], c.mask_ratio)            # (M, N), for the M masked images
         v_s_mask = student(x[which], hidden)[1]                     # (M, N, C_s)
-        if c.mask_loss == "all" and not c.mask_all:
+        if self.unmasked_count:
             index = torch.arange(len(x), device=x.device)[which]
             v_s_mask = v_s.to(v_s_mask.dtype).index_copy(0, index, v_s_mask)    # (B, N, C_s)
         else:
@@ -1108,13 +1124,6 @@ def random_queries(noise, K):
         return None
     N = noise.shape[1]
     return noise.argsort(1)[:, torch.arange(K, device=noise.device) * N // K]
-
-
-def tokens_at(v, index):
-    """The tokens of v (B, N, C) at these indices (B, K): (B, K, C). All of them where the indices are None."""
-    if index is None:
-        return v
-    return v.gather(1, index[..., None].expand(-1, -1, v.shape[-1]))
 
 
 def normalize_targets(t, how):
@@ -1371,6 +1380,8 @@ class Proteus(nn.Module):
         return {"L_cls": L_cls, "L_feat": L_feat, "L_mask": L_mask, "loss": L_cls + L_feat + L_mask}
 
 
+OF_QSD = ("alpha", "beta", "gamma", "distance", "feat_with_cls", "mask_loss", "attention", "scale", "temperature",
+          "qsd_queries", "pool_keys", "layers")  # constants that no other objective reads
 LOSSES = {"qsd": GKD, "mse": MSE, "cwd": CWD, "afdcd": AfDCD, "g2sd": G2SD, "vitkd": ViTKD, "proteus": Proteus}
 
 
@@ -1380,6 +1391,10 @@ def build_objective(student, teacher, config):
     hidden = int(config.mask_ratio * N)
     if not hidden and (config.mask_loss == "masked_tokens" or config.loss == "proteus"):
         raise UserError(f"--mask_ratio {config.mask_ratio} hides no patch, but the loss is one of hidden patches alone")
+    given = asdict(config)
+    for name, default in asdict(LossConfig()).items():
+        if name in OF_QSD and given[name] != default and config.loss != "qsd":
+            raise UserError(f"--{name} {given[name]} changes nothing: --loss {config.loss} does not read it")
     if config.qsd_queries > N:
         raise UserError(f"--qsd_queries {config.qsd_queries}: an image has only {N} patches")
     if config.qsd_queries and config.mask_loss == "masked_tokens":

@@ -1105,6 +1105,10 @@ def main(argv=None):
         raise UserError("--kd and --kd_logits train the encoder: add --freeze no")
     if (cfg.kd or cfg.kd_logits) and cfg.teacher == "none":
         raise UserError("--kd and --kd_logits need a --teacher")
+    if cfg.teacher != "none" and not (cfg.kd or cfg.kd_logits):
+        raise UserError(f"--teacher {cfg.teacher} teaches nothing: add --kd 1 or --kd_logits 1")
+    if cfg.loss != Config.loss and not cfg.kd:
+        raise UserError(f"--loss {cfg.loss} distils nothing: add --kd 1")
 
     # The labelled images, the encoder and its decoder.
     torch.manual_seed(cfg.seed)
@@ -1123,15 +1127,16 @@ def main(argv=None):
     segmenter = Segmenter(encoder, decoder, cfg.freeze, cfg.blocks).to(device)
     ancestors, _ = qsd.ledger_and_heads(cfg.encoder)
 
-    # One-stage distillation: a teacher encoder whose tokens the objective compares, a judge whose scores are learned.
+    # One-stage distillation: from an encoder, whose tokens the student imitates, or from a whole segmenter, whose class
+    # scores it imitates.
     teacher = None
-    judge = None
+    teacher_segmenter = None
     objective = None
     if cfg.kd:
         teacher = load_vit(cfg.teacher).to(device).eval().requires_grad_(False)
         objective = qsd.build_objective(encoder, teacher, cfg).to(device)
     if cfg.kd_logits:
-        judge, trained = load_segmenter(cfg.teacher, device)
+        teacher_segmenter, trained = load_segmenter(cfg.teacher, device)
         if trained["classes"] != list(dataset.classes):
             raise UserError(f"--teacher {cfg.teacher} was trained on other classes than those of --data {cfg.data}")
     learner = Learner(segmenter, objective, cfg)
@@ -1152,9 +1157,9 @@ def main(argv=None):
                     noise = data.uniform_noise(draws, N, cfg.seed).to(device)  # (B, N), decides which patches to hide
                     t = teacher.run(data.renormalize(x, encoder, teacher), layers=objective.layers_t)
                     t = qsd.normalize_targets(t, cfg.target_norm)  # cls (B, C_t), patches (B, N, C_t), outs
-                if judge:
-                    outputs = judge(data.renormalize(x, encoder, judge.encoder))
-                    teacher_scores = judge.decoder.scores(outputs, x.shape[2:])  # (B, K, H, W)
+                if teacher_segmenter:
+                    outputs = teacher_segmenter(data.renormalize(x, encoder, teacher_segmenter.encoder))
+                    teacher_scores = teacher_segmenter.decoder.scores(outputs, x.shape[2:])  # (B, K, H, W)
             return model(x, label, generator, divisors, t, noise, teacher_scores)
 
     # Two images through one step tell what it costs; the parameters it does not touch are not trained.
@@ -1173,7 +1178,8 @@ def main(argv=None):
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * (1 - run.fraction) ** cfg.power
         divisors = divisors_of([label for _, label, _ in micro_batches])
-        if not divisors[1] and not run.ledger["steps"]:
+        _, pixels = divisors
+        if not pixels and not run.ledger["steps"]:
             qsd.say("no pixel of the first images has a label: all are 255")
         for images, label, draws in micro_batches:  # gradient accumulation
             with run.sync():
