@@ -1391,10 +1391,12 @@ def build_objective(student, teacher, config):
     hidden = int(config.mask_ratio * N)
     if not hidden and (config.mask_loss == "masked_tokens" or config.loss == "proteus"):
         raise UserError(f"--mask_ratio {config.mask_ratio} hides no patch, but the loss is one of hidden patches alone")
-    given = asdict(config)
-    for name, default in asdict(LossConfig()).items():
-        if name in OF_QSD and given[name] != default and config.loss != "qsd":
-            raise UserError(f"--{name} {given[name]} changes nothing: --loss {config.loss} does not read it")
+    if config.loss != "qsd":
+        given = asdict(config)
+        default = asdict(LossConfig())
+        for name in OF_QSD:
+            if given[name] != default[name]:
+                raise UserError(f"--{name} {given[name]} changes nothing: --loss {config.loss} does not read it")
     if config.qsd_queries > N:
         raise UserError(f"--qsd_queries {config.qsd_queries}: an image has only {N} patches")
     if config.qsd_queries and config.mask_loss == "masked_tokens":
