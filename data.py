@@ -1,63 +1,36 @@
-"""Every dataset of the paper, read from its original download without conversion, and the augmentations of both stages;
-in the last part what every training script shares: flags, processes, the run with its checkpoints and its log.
+"""Every dataset of the paper, read from its original download without conversion, and the augmentations of both stages.
 
 An image is a uint8 tensor (3, H, W), a label an int64 tensor (H, W) of class numbers, 255 = ignore, or boxes: as_label.
-A domain is a row of DATASETS; sources join with "+" (gtav+synthia). Check a download, or store it at training size:
+A domain is a row of DATASETS; sources join with "+" (gtav+synthia). Check a download:
 
     python data.py --data gtav --root /data --out gtav.png  # opens every file; exit status 1 if something is wrong
-    python data.py --data gtav --root /data --cache 512     # 25k slow PNGs -> mapped pixels with short side 512
 """
 import argparse
-import dataclasses
-import datetime
-import fcntl
 import hashlib
-import inspect
-import io
 import itertools
-import json
 import math
 import mmap
-import multiprocessing
 import os
 import re
-import resource
 import shlex
-import shutil
 import signal
-import socket
-import subprocess
 import sys
-import threading
-import time
-import traceback
-import types
-import typing
 import zlib
 from array import array
 from collections.abc import Callable
-from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
-from contextlib import ExitStack, contextmanager, nullcontext
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 from xml.etree import ElementTree
-
-if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)    # Ctrl-C while torch is loaded: no traceback; see cli
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
-import torchvision
 from PIL import Image, ImageDraw, ImageOps
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import ConcatDataset, DataLoader
-from torch.utils.flop_counter import FlopCounterMode
 from torchvision.ops import box_area
 from torchvision.transforms import InterpolationMode, RandomResizedCrop
 from torchvision.transforms.v2 import Compose, RandomCrop, RandomHorizontalFlip, Resize, functional as TF
@@ -65,7 +38,6 @@ from torchvision.tv_tensors import BoundingBoxes
 from torchvision.utils import draw_bounding_boxes
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).parent))  # where python -P does not look
 import qsd
 from qsd import UserError
 
@@ -127,9 +99,11 @@ def map_tiff(path):
             if offset is not None:
                 return np.memmap(path, np.uint8, "c", offset, (image.height, image.width, 3))
             pixels = np.asarray(to_rgb(image))
-        with whole(unpacked, f"part.{os.getpid()}") as part, open(part, "wb") as file:  # others may unpack it just now
+        part = unpacked.with_name(f"part.{os.getpid()}.{unpacked.name}")    # others may unpack it just now
+        with open(part, "wb") as file:
             np.save(file, pixels)
             file.write(made_from)
+        os.replace(part, unpacked)
     return np.load(unpacked, mmap_mode="c")
 
 
@@ -846,7 +820,7 @@ def find(folder, patterns, text, skipped=()):
 
 def find_some(part, folder, patterns, text, skipped=()):
     """What `find` returns, found by the first process for all of them; UserError where no file matches."""
-    names, regex, others = from_the_first(find, folder, patterns, text, skipped)
+    names, regex, others = find(folder, patterns, text, skipped)
     if not len(names):
         looked_for = " or ".join(patterns.replace("<split>", text).split())
         raise UserError(f"--data {part}: {folder} holds no files like {looked_for}")
@@ -919,8 +893,6 @@ def listing(part, entry, root, split, labelled, cache=0):
         labels, labels_regex, _ = find_some(part, folder, entry.labels, entry.splits[split], entry.converted)
         images, labels, alone = paired(by_key(images, regex), by_key(labels, labels_regex))
     samples = Samples(entry, folder, images, labels)
-    if cache and split == "train":  # evaluation sees the original pixels
-        samples = use_stored(samples, part, cache)
     rest = left_out(folder, entry, others) if entry.own else ""
     qsd.say(f"{part} {split}: {len(samples)} images in {folder}{rest}")
     return samples, [folder / name for name in alone]
@@ -1140,22 +1112,13 @@ def loader(dataset, batch, workers=0, **order):
     draws = Draws(len(dataset), batch, **order)
     dataset.seed = draws.seed
     return DataLoader(dataset, batch_sampler=draws, num_workers=workers, pin_memory=torch.cuda.is_available(),
-                      prefetch_factor=4 if workers else None, worker_init_fn=outlast_signals,
-                      multiprocessing_context=start_method(workers))
-
-
-def start_method(workers):
-    """How loading processes begin: as a copy of this one; Python 3.14's default would have to pickle the transforms."""
-    return "fork" if workers else None
+                      prefetch_factor=4 if workers else None, worker_init_fn=outlast_signals)
 
 
 def outlast_signals(worker):
-    """Keep a loading process alive until the training one has finished its step: signals often reach both.
-
-    SIGTERM leaves it 30 seconds and no more, for that is how Python ends it after a crash, too."""
+    """Keep a loading process alive until the training one has finished its step: signals often reach both."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(30))
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 # --- Stage 1: crop, flip, RandAugment -------------------------------------------------------------------------------
@@ -1479,109 +1442,7 @@ def clouds(height, width, decay, generator):
     return x[:height, :width]
 
 
-# --- Storing a set at training size: python data.py --data gtav --root /data --cache 512 ----------------------------
-
-def store(name, root, size, classes=0, workers=0):
-    """Write the training split at short side `size` beside its folder: raw pixels that are mapped, not decoded.
-
-    GTAV at 512 takes 48 GB, 12 of them labels. Crops smaller than `size` come out coarser than from the original."""
-    for part, entry in entries(name, classes).items():
-        if entry.generate or entry.tile or entry.boxes:
-            raise UserError(f"--cache {size}: {part} is fast without")
-        samples = gather(part, root, "train", bool(entry.decode), classes=classes)
-        folder = samples.folder
-        target = stored_folder(part, folder, size)
-        if target.exists():
-            raise UserError(f"--cache {size}: {target} exists; delete it to make it again")
-        unfinished = target.with_name(f"{target.name}.{os.getpid()}.part")
-        try:
-            job = partial(store_sample, folder=folder, target=unfinished, size=size)
-            unreadable = sum(in_parallel(job, samples, workers, f"storing {part}"))
-            made_from = {"from": str(folder), "short_side": size, "unreadable": unreadable,
-                         "pixels": "uint8, bicubic with antialias; labels are class numbers, nearest pixel"}
-            for kind, files in files_of(samples).items():
-                made_from[kind] = names_and_sizes(folder, files)
-                made_from[f"{kind}, times"] = some_bytes(files, times=True)
-                made_from[f"{kind}, bytes"] = some_bytes(files)
-            (unfinished / "made_from.json").write_text(json.dumps(made_from, indent=1))
-            os.replace(unfinished, target)  # complete or absent
-        finally:
-            shutil.rmtree(unfinished, ignore_errors=True)
-        print(f"{target}: {len(samples) - unreadable} images")
-
-
-def stored_folder(part, folder, size):
-    return folder.resolve().parent / f"{part}-{size}"
-
-
-def files_of(samples):
-    """The files of a set: {"images": [Path]}, and if it is labelled "labels"."""
-    files = {"images": [samples.folder / name for name in samples.images]}
-    if samples.labels:
-        files["labels"] = [samples.folder / name for name in samples.labels]
-    return files
-
-
-def names_and_sizes(folder, files):
-    listed = "\n".join(f"{file.relative_to(folder)} {file.stat().st_size}" for file in files)
-    return f"{len(files)} files, names and sizes have sha256 {hashlib.sha256(listed.encode()).hexdigest()}"
-
-
-def some_bytes(files, times=False):
-    """A text that changes with bytes of any of the files; times: with those of 256 files and the time of any."""
-    digest = hashlib.sha256()
-    step = math.ceil(len(files) / 256) if times else 1
-    for i, file in enumerate(files):
-        if times:
-            digest.update(str(file.stat().st_mtime_ns).encode())
-        if i % step == 0:
-            digest.update(fingerprint(file).encode())
-    return digest.hexdigest()
-
-
-def made_from_these(made_from, samples):
-    """Whether a stored set comes from these files as they are; a copy of them has other times, but the same bytes."""
-    for kind, files in files_of(samples).items():
-        if made_from.get(kind) != names_and_sizes(samples.folder, files):
-            return False
-        times = some_bytes(files, times=True)
-        if made_from.get(f"{kind}, times", times) != times:     # older versions noted names and sizes only
-            if made_from.get(f"{kind}, bytes") != some_bytes(files):
-                return False
-    return True
-
-
-def store_sample(sample, folder, target, size):
-    """Write image and label of one sample; returns whether the image is unreadable (training will skip it too)."""
-    try:
-        image = sample.read_image()
-    except UserError as error:
-        print(error, file=sys.stderr)
-        return True
-    height, width = image.shape[1:]
-    scale = min(1, size / min(height, width))
-    smaller = (round(height * scale), round(width * scale))
-    image = resize(image, smaller, InterpolationMode.BICUBIC, antialias=True)
-    stored = {sample.image: image.permute(1, 2, 0)}
-    if sample.label:
-        stored[sample.label] = resize_label(sample.read_label(), smaller)
-    for original, pixels in stored.items():
-        file = Path(f"{target / original.relative_to(folder)}.npy")
-        file.parent.mkdir(parents=True, exist_ok=True)
-        np.save(file, np.ascontiguousarray(pixels))
-    return False
-
-
-def use_stored(samples, part, size):
-    """The same samples with the stored files; UserError unless those were made from the files as they are now."""
-    target = stored_folder(part, samples.folder, size)
-    made_from = read_book(target / "made_from.json")
-    if not from_the_first(made_from_these, made_from, samples):
-        state = "was made from other files; delete it and run" if target.exists() else "is not there; run"
-        raise UserError(f"--cache {size}: {target} {state} "
-                        f"{preflight_command(part, samples.entry, samples.folder)} --cache {size}")
-    return replace(samples, folder=target, ending=".npy")
-
+# --- Preflight: python data.py --data gtav --root /data -------------------------------------------------------------
 
 def in_parallel(job, items, workers, title):
     """Results of job(item) in order, behind a bar."""
@@ -1600,8 +1461,6 @@ def begin_worker():
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
-
-# --- Preflight: python data.py --data gtav --root /data -------------------------------------------------------------
 
 class Finding(NamedTuple):
     """What opening a sample's files showed."""
@@ -1632,8 +1491,6 @@ def preflight(name, root, out=None, classes=0, workers=0):
     """Open every file of every split that is there and print what was found; returns the number of problems."""
     if out and Path(out).suffix.lower() not in SUFFIXES:
         raise UserError(f"--out {out}: a picture's name ends in one of {' '.join(sorted(SUFFIXES))}")
-    if out:
-        check_place("--out", out)
     count = 0
     shown = []
     counts = np.zeros(256, np.int64)
@@ -1654,8 +1511,7 @@ def preflight(name, root, out=None, classes=0, workers=0):
             shown += good[::max(1, math.ceil(len(good) / 4))]  # 4 at most, evenly
     print_shares(entry.classes, counts, "objects" if entry.boxes else "pixels")
     if out and shown:
-        with whole(Path(out)) as file:
-            overview(shown).save(file)
+        overview(shown).save(out)
     return count
 
 
@@ -1734,922 +1590,21 @@ def label_picture(label, image, classes, colors, width=300, scored=False):
     return image.permute(1, 2, 0).numpy()
 
 
-@dataclass
-class Config:
-    """Flags of the preflight and, with --cache, of storing a set."""
-    data: str = "toy"           # one name of data.DATASETS, or several joined with +
-    root: str = "data"          # holds one folder per dataset, or is the dataset's own folder
-    classes: qsd.Classes = 0        # how many, for --data folder
-    out: str = "preflight.png"  # picture of some samples: image above label, or with boxes
-    cache: qsd.PixelsOr0 = 0    # instead store the training split at this short side, pixels
-    workers: qsd.Workers = 0    # processes that open files
-
-
 def main(argv=None):
-    cfg = configure(Config, argv=argv)
-    if cfg.cache:
-        store(cfg.data, cfg.root, cfg.cache, cfg.classes, cfg.workers)
-    elif preflight(cfg.data, cfg.root, cfg.out, cfg.classes, cfg.workers):
-        sys.exit(1)
-
-
-# --- Flags: every field of a Config is one --------------------------------------------------------------------------
-
-def configure(Config, preset=None, argv=None):
-    """A Config from its defaults, then what preset(given flags) says, then the command line."""
-    given = vars(command_line(Config).parse_args(argv))
-    values = preset(given) if preset else {}
-    return Config(**(values | given))
-
-
-@lru_cache
-def command_line(Config):
-    """The parser of a Config's flags; a field's comment is the flag's help."""
-    help_of = {}
-    for cls in Config.__mro__[-2::-1]:  # base classes first: a subclass may comment a field anew
-        help_of |= dict(re.findall(r"^    (\w+): .*?# (.*)$", inspect.getsource(cls), re.M))
-    parser = argparse.ArgumentParser(allow_abbrev=False)
-    parser.error = stop_parsing
-    for field in dataclasses.fields(Config):
-        _, limits, words, _ = parts_of(field.type)
-        within = f"{limits}; " if limits else ""
-        text = f"{help_of.get(field.name, '')} ({within}default {field.default})".replace("%", "%%")
-        alone = {}
-        if "yes" in words:  # --demo alone means yes
-            alone = {"nargs": "?", "const": parse_value(field.type, "yes")}
-        parser.add_argument(f"--{field.name}", type=partial(parse_value, field.type), default=argparse.SUPPRESS,
-                            metavar="|".join(words) or "X", help=text, **alone)
-    return parser
-
-
-def stop_parsing(message):
-    raise UserError(f"{message} (--help lists the flags)")
-
-
-def parts_of(kind):
-    """Takes a field's type apart: the plain type, its qsd.Range or None, words it allows, whether it may be none."""
-    optional = typing.get_origin(kind) in (typing.Union, types.UnionType)   # like Count | None
-    if optional:
-        kind = typing.get_args(kind)[0]
-    limits = None
-    if typing.get_origin(kind) is typing.Annotated:
-        kind, limits = typing.get_args(kind)
-    words = ("yes", "no") if kind is bool else ()
-    if typing.get_origin(kind) is Literal:
-        words = typing.get_args(kind)
-    return kind, limits, words, optional
-
-
-def parse_value(kind, text):
-    """One flag's text as the type that its field declares, within its range."""
-    kind, limits, words, optional = parts_of(kind)
-    if optional and text == "none":
-        return None
-    if words and text not in words:
-        raise argparse.ArgumentTypeError(f"'{text}' is none of {', '.join(words)}")
-    if words:
-        return text == "yes" if kind is bool else text
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", default="toy", help="a name of DATASETS, or several joined with +")
+    parser.add_argument("--root", default="data", help="holds one folder per dataset, or is the dataset's own folder")
+    parser.add_argument("--classes", type=int, default=0, help="how many, for --data folder")
+    parser.add_argument("--out", default="preflight.png", help="picture of some samples: image above label")
+    parser.add_argument("--workers", type=int, default=0, help="processes that open files")
+    args = parser.parse_args(argv)
     try:
-        value = kind(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"'{text}' is no {kind.__name__}") from None
-    if limits and value not in limits:
-        raise argparse.ArgumentTypeError(f"{limits} was expected, not {text}")
-    return value
-
-
-def as_plain(cfg):
-    """A Config as JSON gives it back."""
-    return json.loads(json.dumps(dataclasses.asdict(cfg)))
-
-
-def changed(cfg):
-    """What preset and command line set over a Config's defaults, as text."""
-    defaults = as_plain(type(cfg)())
-    differing = [f"{name} {value}" for name, value in as_plain(cfg).items() if value != defaults[name]]
-    return ", ".join(differing) or "nothing"
-
-
-class Lasting:
-    """A standard stream that outlives its reader: what `| head`, a closed terminal or a full disk refuses is lost."""
-
-    def __init__(self, stream):
-        self.stream = stream
-
-    def __getattr__(self, name):
-        return getattr(self.stream, name)
-
-    def write(self, text):
-        self.attempt(self.stream.write, text)
-
-    def flush(self):
-        self.attempt(self.stream.flush)
-
-    def attempt(self, act, *text):
-        try:
-            act(*text)
-        except OSError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
-
-
-def open_streams():
-    """Standard streams that no write fails on, whatever locale, pipe or closed descriptor the script was given."""
-    while os.open(os.devnull, os.O_RDWR) <= 2:  # a closed one would become the next file that is opened
-        pass
-    for name in ("stdout", "stderr"):
-        stream = getattr(sys, name) or open(os.devnull, "w")
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
-            setattr(sys, name, Lasting(stream))
-
-
-AT_END = ExitStack()    # what is left to do when a script ends, by whatever
-
-
-def cli(main):
-    """Run a script's main; what is not the code's fault becomes one line on stderr and exit status 2.
-
-    Of several processes that fail alike the first speaks; those that fail because another one did say nothing."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    open_streams()
-    status = 0
-    line = ""
-    try:
-        main()
-    except KeyboardInterrupt:
-        status = 128 + signal.SIGINT
-        line = "stopped by Ctrl-C"
-    except Exception as error:
-        status = 2
-        line = reason_of(error)
-        if line is None:
-            status = 1
-            traceback.print_exc()
-    finally:
-        AT_END.close()
-    if not status:
-        if dist.is_initialized():
-            dist.destroy_process_group()
-        return
-    for child in multiprocessing.active_children():     # Python would wait for loading processes, and they for a signal
-        child.kill()
-        child.join()
-    if "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("RANK") != "0":
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)   # which torchrun sends as soon as another process has ended
-        time.sleep(2)
-    if line:
-        print(f"{Path(sys.argv[0]).name}: {line}", file=sys.stderr)
-    sys.stderr.flush()
-    if dist.is_initialized():
-        os._exit(status)    # destroying the group would wait for processes that wait for this one
-    sys.exit(status)        # not within main, whose frame keeps its loading processes alive
-
-
-def reason_of(error):
-    """The line that tells a user why a script ended, "" where another process has told it; None for a bug."""
-    text = first_line(error, 300)
-    if isinstance(error, UserError):
-        return str(error)
-    if isinstance(error, OSError):          # the world's fault: a full disk, a folder that is not ours, a lost network
-        return f"{error.filename}: {error.strerror}" if error.filename else text
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in text:
-        return f"not enough memory ({text}); lower --micro, --batch or --size"
-    if isinstance(error, BrokenExecutor) or "DataLoader worker" in text:
-        return "a process that reads images was killed, perhaps for its memory; use fewer --workers"
-    closed = dist.is_initialized() and ("Connection closed" in text or "Connection reset" in text or "gloo" in text)
-    return "" if closed or isinstance(error, dist.DistError) else None
-
-
-def first_line(error, most=80):
-    """The beginning of an exception's text."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)[:most]
-
-
-# --- Processes: one, or as many as torchrun starts ------------------------------------------------------------------
-
-PATIENCE = datetime.timedelta(hours=3)  # how long processes wait for one that saves or downloads
-
-# fp32 products on CUDA, as of stage 2 and evaluation: "high" is TF32, which tensor cores have, "highest" is fp32
-# proper, which they have not. QSD's logits bear it: under autocast their queries have bf16's 7 bits, and TF32 has 10.
-FP32_PRODUCTS = "high"
-
-STARTED_BY = "GKD_TABLE"    # eval.py sets it for the runs of a table: its process number
-
-
-def launch():
-    """Join the processes that torchrun started; a lone process needs no group, and no network. Returns the device."""
-    local = torchrun_says("LOCAL_RANK", 0)
-    number = torchrun_says("RANK", 0)
-    world = torchrun_says("WORLD_SIZE", 1)
-    if torch.cuda.is_available():
-        if local >= torch.cuda.device_count():
-            raise UserError(f"process {local} finds no GPU of its own: --nproc_per_node={torch.cuda.device_count()}")
-        torch.cuda.set_device(local)
-        torch.set_float32_matmul_precision(FP32_PRODUCTS)
-    device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
-    if os.environ.get("TORCHELASTIC_RUN_ID") or os.environ.get(STARTED_BY):
-        threading.Thread(target=end_with_its_starter, args=[os.getppid()], daemon=True).start()
-    if world > 1 and not dist.is_initialized():
-        absent = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
-        if absent or number >= world:
-            raise UserError(f"RANK {number} of WORLD_SIZE {world}, and no {' '.join(absent) or 'such process'}: start "
-                            "several processes with torchrun, or one without these variables")
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
-    return device
-
-
-def end_with_its_starter(parent):
-    """Stop as after a signal once torchrun, or the table that this run belongs to, is gone."""
-    table = int(os.environ.get(STARTED_BY, "0"))
-    while os.getppid() == parent and (not table or Path(f"/proc/{table}").exists() or not Path("/proc").exists()):
-        time.sleep(1)
-    os.kill(os.getpid(), signal.SIGTERM)
-
-
-def torchrun_says(name, alone):
-    """One of the numbers that torchrun hands to its processes; `alone`: what it is without torchrun."""
-    text = os.environ.get(name, str(alone))
-    if not text.isdecimal():
-        raise UserError(f"the environment's {name} is '{text}', where torchrun puts a number: unset it")
-    return int(text)
-
-
-def rank():
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def world_size():
-    return dist.get_world_size() if dist.is_initialized() else 1
-
-
-def summed(tensor):
-    """A tensor's sum over all processes, in place."""
-    if dist.is_initialized():
-        dist.all_reduce(tensor)
-    return tensor
-
-
-def largest(*values):
-    """The largest of each value over all processes, as floats, so that all of them take the same decision."""
-    if not dist.is_initialized():
-        return [float(value) for value in values]
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    values = torch.tensor(values, dtype=torch.float64, device=device)
-    dist.all_reduce(values, op=dist.ReduceOp.MAX)
-    return values.tolist()
-
-
-def from_the_first(function, *args):
-    """What a function returns in the first process, handed on to the others."""
-    if not dist.is_initialized():
-        return function(*args)
-    found = [function(*args) if rank() == 0 else None]
-    dist.broadcast_object_list(found)
-    return found[0]
-
-
-def device_name(device):
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-
-
-def peak_memory():
-    """The most memory held so far, in GiB: on CUDA by tensors, on a CPU by the process."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2 ** 30
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2 ** 30
-
-
-def precision_on(precision, device):
-    """What --precision means on this device: auto is bf16 on CUDA and fp32 on a CPU."""
-    if precision == "auto":
-        return "bf16" if device.type == "cuda" else "fp32"
-    return precision
-
-
-def autocast(precision, device):
-    """The context of --precision on this device."""
-    precision = precision_on(precision, device)
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
-    return torch.autocast(device.type, dtype, enabled=precision != "fp32")
-
-
-ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # signals that ask a process to end
-
-
-def catch_signals():
-    """A list that becomes non-empty at the first signal to end, so that a step can finish and be saved before."""
-    caught = []
-    for number in ENDING:
-        if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
-            signal.signal(number, lambda received, frame: caught.append(received))
-    return caught
-
-
-# --- What a step costs, and how many there are ----------------------------------------------------------------------
-
-def count_flops(work):
-    """Floating-point operations (2 per multiply-add) of calling work(), backward passes included.
-
-    Convolutions, matrix products and attention count; sampling, resizing, norms and element-wise work do not."""
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:  # fused attention would not count
-        work()
-    return counter.get_total_flops()
-
-
-def two_images(size):
-    """The smallest batch, black: images (2, 3, size, size) and their draw numbers (2,)."""
-    return torch.zeros(2, 3, size, size, dtype=torch.uint8), torch.arange(2)
-
-
-def dry_run(learner, losses_of_two_images):
-    """FLOPs per image of a training step; parameters that the step does not touch no longer require a gradient."""
-    def step():
-        loss = losses_of_two_images()["loss"]
-        if not loss.isfinite():
-            raise UserError(f"two black images have a loss of {loss.item()} before the first step: an encoder gives "
-                            "numbers that are not finite; look at its file, or use --precision fp32")
-        loss.backward()
-    flops = count_flops(step)
-    for parameter in learner.parameters():
-        parameter.requires_grad_(parameter.grad is not None)
-    learner.zero_grad()
-    return flops / 2
-
-
-def parse_budget(text, steps_per_epoch):
-    """A budget as (unit, amount): "600" and "300ep" in steps, "2h" and "30m" in seconds, "3e18flop" in flops."""
-    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?(?:e[0-9]+)?)(ep|h|m|s|flop|)", text)
-    if not match or not 0 < float(match[1]) < math.inf:
-        raise UserError(f"--budget {text} is not one of 600 (steps), 300ep, 2h, 30m, 45s, 3e18flop")
-    amount = float(match[1])
-    if match[2] == "flop":
-        return "flops", amount
-    if match[2] in ("h", "m", "s"):
-        return "seconds", amount * {"h": 3600, "m": 60, "s": 1}[match[2]]
-    steps = amount * steps_per_epoch if match[2] == "ep" else amount
-    return "steps", max(1, round(steps))
-
-
-def passes_of(batch, micro, world, pairs=True):
-    """Forward passes that a step takes on each process: none holds more than `micro` images, and all make up the batch.
-
-    pairs: none holds an odd number of images."""
-    least = 2 if pairs else 1
-    if batch < 1 or batch % (least * world):
-        raise UserError(f"--batch {batch} does not divide into {'pairs of ' if pairs else ''}images over {world} "
-                        f"processes; use a multiple of {least * world}")
-    own = batch // world
-    for count in range(1, own + 1):
-        if own % (least * count) == 0 and (own // count <= micro or own // count == least):
-            return count
-
-
-# --- Files: whole or absent -----------------------------------------------------------------------------------------
-
-@contextmanager
-def whole(path, mark="part"):
-    """Where to write what becomes the file `path` once it is complete: no kill and no full disk leaves half of it."""
-    unfinished = path.with_name(f"{mark}.{path.name}")
-    try:
-        unfinished.parent.mkdir(parents=True, exist_ok=True)
-        yield unfinished
-        os.replace(unfinished, path)
-    except (OSError, RuntimeError) as error:    # RuntimeError: what torch makes of a full disk
-        raise UserError(f"{path} could not be written ({error}); what was there before is kept. "
-                        "Free some space and run the same command again") from None
-    finally:
-        unfinished.unlink(missing_ok=True)
-
-
-def save(path, state):
-    """Write a checkpoint, whole or not at all."""
-    with whole(path) as unfinished, open(unfinished, "wb") as file:
-        torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def write(path, text):
-    """Write a text file, whole or not at all."""
-    with whole(path) as unfinished:
-        unfinished.write_text(text)
-
-
-def read_book(path):
-    """The dict in a JSON file that this project wrote; an empty one where it is absent or damaged."""
-    try:
-        book = json.loads(path.read_text())
-    except (OSError, ValueError):
-        book = {}
-    return book if isinstance(book, dict) else {}
-
-
-def dict_in(book, name):
-    """The dict that a book holds under a name; an empty one where there is none."""
-    part = book.get(name)
-    return part if isinstance(part, dict) else {}
-
-
-def read_lines(log):
-    """The lines of a run's log.jsonl that hold a dict, as (text, dict); a kill or a full disk cut off the others."""
-    for text in log.read_text(errors="replace").splitlines():
-        try:
-            record = json.loads(text)
-        except ValueError:
-            continue
-        if isinstance(record, dict):
-            yield text, record
-
-
-def check_place(flag, path):
-    """UserError if nothing could be written to a path, found before the work and without writing."""
-    place = Path(path)
-    try:
-        while not is_there(place):
-            place = place.parent
-        mode = os.W_OK | os.X_OK if place.is_dir() else os.W_OK
-        good = os.access(place, mode) and (place.is_dir() or place.is_file() and place == Path(path))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{flag} {str(path)[:80]}: is no path ({error})") from None
-    if not good:
-        raise UserError(f"{flag} {path}: {place} is not a folder that can be written to")
-
-
-def is_there(path):
-    """Whether there is a file, a folder or a link, be it to nothing; OSError where there could be none."""
-    try:
-        os.lstat(path)
-    except FileNotFoundError:
-        return False
-    return True
-
-
-# --- Run folders ----------------------------------------------------------------------------------------------------
-
-def check_folder(cfg, free):
-    """Refuse --out if it holds another run or foreign files, and leave it as it is; `free`: see check_header."""
-    out = Path(cfg.out)
-    log = out / "log.jsonl"
-    check_place("--out", out)
-    if log.exists():
-        check_header(log, cfg, free)
-    elif out.exists() and not out.is_dir():
-        raise UserError(f"--out {out} is a file, not a folder; choose another --out")
-    elif out.exists() and any(path.name not in ("part.log.jsonl", "lock") for path in out.iterdir()):
-        raise UserError(f"--out {out} is not empty and holds no log.jsonl of this script; choose another --out")
-
-
-EARLIER = dict(geometry="centred", no_decay="all")  # what runs had before these constants existed; others: the default
-
-
-def known_fields(Config, stored):
-    """A stored Config {name: value} as Config takes it: what it lacks today is left out, EARLIER is filled in."""
-    kinds = {field.name: field.type for field in dataclasses.fields(Config)}
-    known = {name: value for name, value in (EARLIER | stored).items() if name in kinds}
-    for name, value in known.items():
-        if not qsd.fits(kinds[name], value):
-            raise UserError(f"its {name} is {value!r}, which is none")
-    return known
-
-
-RETIRED = dict(mask_every=2, val_every=0)  # constants that older runs hold and no Config has any more: their defaults
-
-
-def check_header(log, cfg, free):
-    """Refuse a run that the first line of its log says began with other constants than cfg, or with other files.
-
-    A constant that one of the two lacks has its default there, or what RETIRED and EARLIER say; cfg is set to EARLIER.
-    Those in `free`, and the folder's name, may differ; a file may have moved, if it is the same."""
-    header = next((line for _, line in read_lines(log)), {})
-    stored = dict_in(header, "config")
-    files = dict_in(header, "files")
-    if not stored:
-        raise UserError(f"{log} is damaged: it does not begin with the constants of a run; choose another --out, or "
-                        "delete the folder if nothing in it is needed")
-    for name, value in EARLIER.items():
-        if hasattr(cfg, name) and name not in stored:
-            setattr(cfg, name, value)
-    before = as_plain(type(cfg)()) | RETIRED | EARLIER | stored
-    now = before | RETIRED | as_plain(cfg)
-    differing = []
-    for name, value in before.items():
-        moved = name in files and file_of(now[name]) == files[name]
-        if not moved and not same_value(value, now[name]) and name not in free and name != "out":
-            differing.append(f"{name} {value} -> {now[name]}")
-    if differing:
-        raise UserError(f"--out {log.parent} holds a run with other constants ({', '.join(differing)}); "
-                        "choose another --out")
-    for name, text in files.items():
-        value = as_plain(cfg).get(name)
-        if (log.parent / "last.pt").exists() and text not in (None, file_of(value)):
-            raise UserError(f"--{name} {value} is another file than when the run in --out {log.parent} began; "
-                            "choose another --out")
-
-
-def file_of(value):
-    """The fingerprint of a file that a constant names, as those of teacher and student; None if it names none."""
-    return fingerprint(value) if isinstance(value, str) and value and os.path.isfile(value) else None
-
-
-def same_value(a, b):
-    """Whether two constants are equal, or two spellings of one path."""
-    return a == b or (isinstance(a, str) and isinstance(b, str) and os.path.abspath(a) == os.path.abspath(b))
-
-
-def lock(folder):
-    """Keep other processes out of a run's folder until this one ends, by whatever; UserError if one is in it.
-
-    The operating system holds the lock, so that a killed process leaves none; the file says who has it."""
-    file = AT_END.enter_context(locked(folder))
-    file.truncate(0)
-    file.write(f"process {os.getpid()} on {socket.gethostname()}")
-    file.flush()
-    AT_END.callback((folder / "lock").unlink, missing_ok=True)
-
-
-def locked(folder):
-    """The file "lock" of a folder, open, and locked for as long as it is; UserError if another process has it."""
-    file = open(folder / "lock", "a+")
-    try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):
-        file.seek(0)
-        raise UserError(f"--out {folder} is in use by {file.read()}; wait for it, or choose another --out") from None
-    except OSError:     # a network disk without locks
-        pass
-    return file
-
-
-def load(path, instead=None):
-    """A checkpoint of a run, None where there is none; a damaged one is an error unless there is another instead."""
-    try:
-        return qsd.open_checkpoint(path) if is_there(path) else None
+        if preflight(args.data, args.root, args.out, args.classes, args.workers):
+            sys.exit(1)
     except UserError as error:
-        if not instead:
-            raise UserError(f"{path} cannot be read ({error}); nothing was changed. If it is damaged, delete it: the "
-                            "same command then starts anew") from None
-    qsd.say(f"{path} is damaged, and will be made again from last.pt")
-
-
-def times_of(*paths):
-    """When each of some files was written, None for those that are not there."""
-    return [path.stat().st_mtime_ns if path.is_file() else None for path in paths]
-
-
-def restore(path, saved, parts, spent, dataset):
-    """Bring a run's parts to the state of its checkpoint; returns its ledger. UserError where it is another run's."""
-    try:
-        qsd.check_state(f"{path} does not fit the run", saved["learner"], parts["learner"].state_dict())
-        for name, part in parts.items():
-            part.load_state_dict(saved[name])
-        moments = [value for state in parts["optimizer"].state.values() for value in state.values()]
-        if not all(value.isfinite().all() for value in moments):
-            raise ValueError("its optimiser holds numbers that are not finite")
-        spent = spent | saved["spent"]
-        if not all(qsd.fits(qsd.Weight, amount) for amount in spent.values()):
-            raise ValueError("its ledger is damaged")
-        dataset.unreadable[saved.get("unreadable", [])] = True
-    except UserError:
-        raise
-    except Exception as error:  # whatever is not as it was written
-        raise UserError(f"{path} is no checkpoint of this run ({first_line(error)}); nothing was changed. If it is not "
-                        "needed, delete it: the same command then starts anew") from None
-    return spent
-
-
-def contents_of(dataset):
-    """A text that tells a set of images from another: their number, names of 4096, bytes of 64."""
-    n = len(dataset)
-    digest = hashlib.sha256(str(n).encode())
-    for i in range(0, n, math.ceil(n / 4096)):
-        for file in (dataset.samples[i].image, dataset.samples[i].label):
-            digest.update((file.name if isinstance(file, Path) else str(file)).encode())
-    for i in range(0, n, math.ceil(n / 64)):
-        if isinstance(dataset.samples[i].image, Path):
-            digest.update(fingerprint(dataset.samples[i].image).encode())
-    return digest.hexdigest()
-
-
-def compare_processes(out, found):
-    """All processes must find the same state in --out; two machines without a shared disk would train apart."""
-    most, minus_least = largest(found, -found)
-    if most != -minus_least:
-        raise UserError(f"--out {out}: some processes find a run there and others do not, or another step: give all "
-                        "the same folder, on a shared disk and as an absolute path")
-
-
-def of_each_step(batches_from, step, passes, workers):
-    """The micro-batches of each step from one on; if a loading process fails, this one goes on alone."""
-    batches = iter(batches_from(start_step=step, workers=workers))
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)               # torch's would raise in the midst of a step
-    while True:
-        try:
-            micro_batches = [next(batches) for _ in range(passes)]
-        except (RuntimeError, OSError, EOFError) as error:      # whatever a killed process leaves of its pipe
-            if not workers:
-                raise
-            reason = str(error).strip().splitlines()[-1]    # above it is the worker's traceback
-            print(f"a loading process failed ({reason}); this process goes on alone", file=sys.stderr)
-            workers = 0
-            batches = iter(batches_from(start_step=step))
-            continue
-        yield micro_batches
-        step += 1
-
-
-def loss_of(probe):
-    """The loss of a probe, in eager mode: its two images would be compiled anew."""
-    with torch.no_grad(), torch.compiler.set_stance("force_eager"):
-        return probe()["loss"].item()
-
-
-def steps_of(checkpoint):
-    """The step after which a checkpoint was written; 0 without one."""
-    spent = checkpoint.get("spent") if checkpoint else dict(steps=0)
-    if not isinstance(spent, dict) or not qsd.fits(qsd.CountOr0, spent.get("steps")):
-        raise UserError("last.pt is no checkpoint of a run; if it is not needed, delete it: the same command then "
-                        "starts anew")
-    return spent["steps"]
-
-
-def header_of(cfg, device):
-    """The first line of a log: what a run was begun with."""
-    config = as_plain(cfg)
-    versions = dict(torch=torch.__version__, torchvision=torchvision.__version__, python=sys.version.split()[0])
-    files = {name: file_of(value) for name, value in config.items() if name not in ("out", "root", "data")}
-    files = {name: text for name, text in files.items() if text}
-    return dict(config=config, command=" ".join(sys.argv), git=git_commit(), **versions,
-                device=device_name(device), world=world_size(), files=files)
-
-
-def cut(log, steps):
-    """Cut a log back to a step."""
-    header, *lines = read_lines(log)
-    kept = [text for text, line in lines if qsd.fits(int, line.get("step", 0)) and line.get("step", 0) <= steps]
-    write(log, "\n".join([header[0], *kept]) + "\n")
-
-
-def append(log, lines):
-    """Add lines to a log, all or none; returns those that a full disk did not take."""
-    size = log.stat().st_size
-    try:
-        with open(log, "a") as file:
-            file.writelines(lines)
-    except OSError as error:
-        os.truncate(log, size)
-        print(f"{log}: {error.strerror}; tried again with the next line", file=sys.stderr)
-        return lines
-    return []
-
-
-def count_unreadable(dataset, device):
-    """How many images no process could read; from now on all know them, and too many end the run."""
-    known = summed(dataset.unreadable.to(device, torch.int32))
-    dataset.unreadable |= (known > 0).cpu()
-    count = int(dataset.unreadable.sum())
-    if count > BAD_SHARE * len(dataset):
-        raise UserError(f"{count} of {len(dataset)} training images cannot be read: too many")
-    return count
-
-
-def git_commit():
-    """The commit that this code stands at, or None."""
-    if not shutil.which("git"):
-        return None
-    ask = ["git", "rev-parse", "--short", "HEAD"]
-    answer = subprocess.run(ask, capture_output=True, text=True, cwd=Path(__file__).parent)
-    return answer.stdout.strip() or None
-
-
-# --- Run: all of a training script that is not the method -----------------------------------------------------------
-
-class Run:
-    """A training run: its processes and device, its folder --out, its ledger and log, its checkpoints, its budget.
-
-        run = Run(cfg, "student.pt", FREE)      # joins the processes, opens --out
-        run.start(learner, optimizer, ...)      # weights, optimiser and order of the images: as --out left them
-        for micro_batches in run.steps():       # until --budget is spent
-            ...                                 # run.sync() and run.backward(losses) for each of them
-            run.step()                          # the optimiser's step, then ledger, log, checkpoint, signals
-        run.finish(checkpoint)                  # writes the result; what resuming needed is dropped
-
-    --out holds log.jsonl (a header with the Config, then a line every log_every steps), last.pt while the run goes on
-    and the result when it has ended. `free` names the constants that may change when a run resumes.
-    """
-
-    def __init__(self, cfg, result, free):
-        self.cfg = cfg
-        self.out = Path(cfg.out)
-        self.result = self.out / result
-        self.device = launch()
-        self.autocast = autocast(cfg.precision, self.device)
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=cfg.precision == "fp16")
-        parse_budget(cfg.budget, steps_per_epoch=1)
-        check_folder(cfg, free)
-        self.found = times_of(self.out / "last.pt", self.result)
-        if rank() == 0 and (self.out / "lock").exists():
-            locked(self.out).close()    # it is locked for good when the first file is written
-        self.checkpoint = load(self.out / "last.pt")
-        self.finished = bool(load(self.result, instead=self.checkpoint))
-        compare_processes(self.out, math.inf if self.finished else steps_of(self.checkpoint))
-        if self.finished:
-            qsd.say(f"{self.result} is finished; nothing to do")
-            self.tidy()
-        else:
-            qsd.say(f"{self.out}: set over the defaults: {changed(cfg)}")
-
-    def start(self, learner, optimizer, dataset, probe, flops, tokens, repeats=1, pairs=True):
-        """Continue where the checkpoint ends, or begin.
-
-        probe() gives the losses of two black images; flops and tokens are those of one image."""
-        cfg = self.cfg
-        self.learner = learner
-        self.optimizer = optimizer
-        self.dataset = dataset
-        self.probe = probe
-        self.per_step = dict(steps=1, images=cfg.batch, tokens=cfg.batch * tokens, flops=cfg.batch * flops)
-        self.ledger = dict(steps=0, images=0, tokens=0, flops=0.0, seconds=0.0, skipped=0, waited=0.0, peak_gb=0.0)
-        self.contents = contents_of(dataset)
-        self.sane = 1000 * max(1, loss_of(probe))
-        if self.checkpoint:
-            if self.checkpoint.get("contents", self.contents) != self.contents:
-                raise UserError(f"--root {cfg.root}: {cfg.data} has other files there than when this run began")
-            self.ledger = restore(self.out / "last.pt", self.checkpoint, self.parts(), self.ledger, dataset)
-        self.model = DistributedDataParallel(learner) if dist.is_initialized() else learner
-
-        self.unit, self.budget = parse_budget(cfg.budget, len(dataset) / cfg.batch)
-        self.passes = passes_of(cfg.batch, cfg.micro, world_size(), pairs)
-        self.batches_from = partial(loader, dataset, cfg.batch, seed=cfg.seed, rank=rank(), world=world_size(),
-                                    accumulate=self.passes, repeats=repeats)
-        if rank() == 0:
-            self.start_log(gflop_per_image=flops / 1e9)
-        self.bar = tqdm(initial=self.ledger["steps"], desc=str(self.out), disable=rank() > 0, unit="step",
-                        dynamic_ncols=True)
-        AT_END.callback(self.bar.close)
-        self.signals = catch_signals()
-        self.unwritten = []                 # lines of the log that a full disk did not take yet
-        self.saved = time.time()
-        self.kept = self.ledger["steps"]    # the step that the same command goes on from
-        self.skips = 0                      # non-finite steps in a row
-
-    def parts(self):
-        """What a checkpoint keeps, beside the ledger."""
-        return dict(learner=self.learner, optimizer=self.optimizer, scaler=self.scaler)
-
-    # -- the loop --
-
-    def steps(self):
-        """For each step the list of its micro-batches, until the budget is spent."""
-        batches = of_each_step(self.batches_from, self.ledger["steps"], self.passes, self.cfg.workers)
-        while self.fraction < 1:
-            self.began = time.time()
-            self.losses = {}
-            self.backwards = 0
-            micro_batches = next(batches)
-            self.waited = time.time() - self.began
-            self.draws = micro_batches[-1][-1]
-            yield micro_batches
-
-    @property
-    def fraction(self):
-        """The share of the budget that is spent, in 0..1."""
-        return self.ledger[self.unit] / self.budget
-
-    def sync(self):
-        """Context of a micro-batch: processes average their gradients in the backward pass of the last one only."""
-        last = self.backwards == self.passes - 1
-        return nullcontext() if last or not dist.is_initialized() else self.model.no_sync()
-
-    def backward(self, losses):
-        """Add a micro-batch's share to the gradients of losses["loss"], and its losses to those that are logged."""
-        self.scaler.scale(losses["loss"] / self.passes).backward()
-        for name, value in losses.items():
-            self.losses[name] = self.losses.get(name, 0) + value.detach() / self.passes
-        self.backwards += 1
-
-    def step(self):
-        """The optimiser's step, unless a gradient is not finite; then what every step leaves behind."""
-        finite = self.update()
-        stop = self.signals[0] if self.signals else 0
-        due = time.time() - self.saved > 60 * self.cfg.save_minutes
-        skipped, stop, due, seconds = largest(not finite, stop, due, time.time() - self.began)
-        self.skips = self.skips + 1 if skipped else 0
-        self.spend(seconds, skipped)
-        self.report()
-        diverged = self.skips == self.cfg.max_skips
-        if stop or diverged or due:
-            self.save_checkpoint()
-        if stop:
-            self.leave(int(stop))
-        if diverged:
-            self.give_up()
-
-    def update(self):
-        """The optimiser's step alone; False if a gradient was not finite and nothing was changed."""
-        self.scaler.unscale_(self.optimizer)
-        gradients = [p.grad for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
-        finite = bool(torch.nn.utils.get_total_norm(gradients).isfinite())
-        if finite:
-            self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self.optimizer.zero_grad()
-        return finite
-
-    # -- what a step leaves behind --
-
-    def spend(self, seconds, skipped):
-        """Add a step to the ledger."""
-        for name, amount in dict(self.per_step, seconds=seconds, skipped=skipped, waited=self.waited).items():
-            self.ledger[name] += amount
-        self.ledger["peak_gb"] = max(self.ledger["peak_gb"], peak_memory())
-
-    def report(self):
-        """Move the bar; every log_every steps, and at the end, write a line of the log (means over all processes)."""
-        spent = self.ledger
-        self.bar.total = max(round(spent["steps"] / self.fraction), spent["steps"])
-        self.bar.update(spent["steps"] - self.bar.n)
-        if spent["steps"] % self.cfg.log_every and self.fraction < 1:
-            return
-        means = summed(torch.stack([value.double() for value in self.losses.values()])) / world_size()
-        record = dict(step=spent["steps"])
-        for name, mean in zip(self.losses, means.tolist()):
-            record[name] = round(mean, 6) if math.isfinite(mean) else None      # JSON has no NaN
-        record["lr"] = self.optimizer.param_groups[0]["lr"]
-        record["images_per_s"] = round(spent["images"] / spent["seconds"], 1)
-        record["data_wait"] = round(spent["waited"] / spent["seconds"], 3)
-        record["peak_gb"] = round(spent["peak_gb"], 2)
-        record["skipped"] = int(spent["skipped"])
-        record["unreadable"] = count_unreadable(self.dataset, self.device)
-        record["flops"] = spent["flops"]
-        record["seconds"] = round(spent["seconds"], 2)
-        record["eta_s"] = round(spent["seconds"] * (1 / self.fraction - 1))
-        self.bar.set_postfix(loss=record["loss"], data_wait=record["data_wait"])
-        if rank() == 0:
-            self.unwritten.append(json.dumps(record) + "\n")
-            self.unwritten = append(self.out / "log.jsonl", self.unwritten)
-
-    def start_log(self, **more):
-        """Lock the folder; begin a fresh run's log, or cut a resumed one back to its checkpoint's step."""
-        self.out.mkdir(parents=True, exist_ok=True)
-        lock(self.out)
-        if times_of(self.out / "last.pt", self.result) != self.found:
-            raise UserError(f"--out {self.out} was changed by another process; run the same command again")
-        log = self.out / "log.jsonl"
-        if self.ledger["steps"] and log.exists():
-            cut(log, self.ledger["steps"])
-        else:
-            write(log, json.dumps(header_of(self.cfg, self.device) | more) + "\n")
-
-    def healthy(self):
-        """Whether the weights are of use: two black images have a loss that is not a thousand times the first one."""
-        return loss_of(self.probe) < self.sane
-
-    def save_checkpoint(self):
-        """Write last.pt, unless a step has ruined the weights: then the one before is worth more."""
-        self.saved = time.time()
-        if self.healthy():
-            self.kept = self.ledger["steps"]
-            states = {name: part.state_dict() for name, part in self.parts().items()}
-            more = dict(contents=self.contents, unreadable=self.dataset.unreadable.nonzero().flatten().tolist())
-            if rank() == 0:
-                save(self.out / "last.pt", states | dict(spent=self.ledger) | more)
-
-    def leave(self, number):
-        """End after a signal, the step finished and saved."""
-        largest(0)                          # together: torchrun would kill a process that still saves
-        if rank() == 0:
-            print(f"stopped by signal {number} after step {self.ledger['steps']}; the same command goes on from step "
-                  f"{self.kept}", file=sys.stderr)
-        sys.exit(128 + number)
-
-    def give_up(self):
-        """End after too many non-finite steps in a row, naming the images of the last."""
-        draws = self.batches_from().batch_sampler
-        names = [str(self.dataset.samples[draws.index(draw)].image) for draw in self.draws.tolist()]
-        kept = f"{self.out}/last.pt holds the weights before them: the same command goes on with the next images"
-        if self.kept < self.ledger["steps"]:
-            kept = f"the weights were ruined before them, so {self.out}/last.pt was left as it was at step {self.kept}"
-        raise UserError(f"{self.skips} steps in a row had non-finite gradients and changed nothing; {kept}. Look at "
-                        f"the last images ({', '.join(names[:8])}). A lower --lr or --precision fp32 needs a new --out")
-
-    def finish(self, checkpoint):
-        """Write the run's result and drop what resuming needed."""
-        self.bar.close()
-        if not self.healthy():
-            raise UserError(f"the last step ruined the weights: no {self.result} is written. A lower --lr or "
-                            "--precision fp32 wants another --out")
-        if rank() == 0:
-            save(self.result, checkpoint)
-        self.tidy()
-
-    def tidy(self):
-        """Delete what resuming needed, and files that a kill left half-written."""
-        if rank() == 0:
-            halves = ["part.last.pt", "part.log.jsonl", f"part.{self.result.name}"]
-            for name in [*halves, "last.pt", "prev.pt", "lock"]:    # prev.pt: of older runs
-                (self.out / name).unlink(missing_ok=True)
+        print(f"data.py: {error}", file=sys.stderr)
+        sys.exit(2)
 
 
 if __name__ == "__main__":
-    cli(main)
+    main()

@@ -6,27 +6,43 @@
 
 With N GPUs write `torchrun --standalone --nproc_per_node=N` for `python`. Proxy stage and source stage are this same
 script, --stage picks the preset. The same command resumes.
+
+In this order: the constants, the step from images to gradients, and then what every training script here shares: Run,
+flags, processes, costs. The last part times a step (--bench).
 """
+import argparse
+import dataclasses
+import datetime
+import inspect
+import json
 import math
+import os
+import re
 import signal
 import statistics
 import sys
+import threading
 import time
-from dataclasses import asdict, dataclass, replace
+import typing
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Literal
 
-if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)    # Ctrl-C while torch is loaded: no traceback; see data.cli
-
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
+import torchvision
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).parent))  # where python -P does not look
 import data
 import qsd
+from qsd import UserError, say
 
 
 @dataclass
@@ -39,39 +55,34 @@ class Config(qsd.LossConfig):
     teacher: str = "dinov2_vitb14"  # a name of qsd.ENCODERS or a checkpoint
     student: str = "deit_small_distilled"  # likewise; the source stage gets the proxy stage's student.pt
     pretrained: bool = True         # no: the student starts from random weights
-    official: bool = True           # a named encoder's file must have its SHA-256; no: whatever lies there is taken
-    student_depth: qsd.Count | None = None  # only the student's first k blocks
+    student_depth: int | None = None  # only the student's first k blocks
     keep_heads: bool = False        # start from the heads in the student's checkpoint; official: fresh in each stage
     out: str = "runs/distill"       # log.jsonl, last.pt, student.pt
     # images
-    size: qsd.Pixels = 512          # side of the square crop, pixels (proxy 224)
-    patch: qsd.Pixels = 16          # patch side of both ViTs, pixels (proxy 14); checkpoints are resized to it
-    hub_offset: qsd.Share = 0.0     # of a DINOv2 teacher's resized pos_embed; official: 0.1 in the proxy stage, else 0
-    cache: qsd.PixelsOr0 = 0        # read what `python data.py --cache SIZE` stored at this short side; 0: originals
+    size: int = 512                 # side of the square crop, pixels (proxy 224)
+    patch: int = 16                 # patch side of both ViTs, pixels (proxy 14); checkpoints are resized to it
+    hub_offset: float = 0.0         # of a DINOv2 teacher's resized pos_embed; official: 0.1 in the proxy stage, else 0
     randaugment: bool = True        # official, in both stages
-    erase: qsd.Share = 0.25         # probability of RandomErasing
-    repeats: qsd.Count = 3          # times that an image comes in a row (repeated augmentation, official); 1: none
-    workers: qsd.Workers = 8        # image-loading processes per training process; 0: load in the training process
+    erase: float = 0.25             # probability of RandomErasing
+    repeats: int = 3                # times that an image comes in a row (repeated augmentation, official); 1: none
+    workers: int = 8                # image-loading processes per training process; 0: load in the training process
     # optimiser
-    batch: qsd.Batch = 128          # global, whatever the number of processes (proxy 512)
-    micro: qsd.Count = 64           # most images of one forward pass; the rest is gradient accumulation
+    batch: int = 128                # global, whatever the number of processes (proxy 512)
+    micro: int = 64                 # most images of one forward pass; the rest is gradient accumulation
     budget: str = "300ep"           # 600 (steps), 300ep, 2h, 3e18flop; the schedule follows the fraction spent
-    lr: qsd.Positive = 5e-4         # peak
+    lr: float = 5e-4                # peak
     lr_rule: Literal["batch/512", "constant"] = "batch/512"  # official: lr x batch / 512; the paper's text: constant
-    lr_min: qsd.Weight = 1e-5       # the cosine's end
-    warmup: qsd.Share = 0.0         # fraction of the budget; official 0, Proteus 5 of 100 epochs
-    weight_decay: qsd.Weight = 0.05 # not of 1-d parameters; of pos_embed, cls_token and mask_token (official)
+    lr_min: float = 1e-5            # the cosine's end
+    warmup: float = 0.0             # fraction of the budget; official 0, Proteus 5 of 100 epochs
+    weight_decay: float = 0.05      # not of 1-d parameters; of pos_embed, cls_token and mask_token (official)
     # running
-    seed: qsd.Seed = 0              # decides order, augmentation, masks and fresh weights
+    seed: int = 0                   # decides order, augmentation, masks and fresh weights
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # auto: bf16 on CUDA, fp32 on CPU; losses are fp32
     compile: Literal["auto", "yes", "no"] = "auto"  # torch.compile; auto: on CUDA
-    log_every: qsd.Count = 10       # steps
-    save_minutes: qsd.Weight = 10.0 # between checkpoints
-    max_skips: qsd.Count = 10       # non-finite steps in a row that end the run
+    log_every: int = 10             # steps
+    save_minutes: float = 10.0      # between checkpoints
     bench: Literal["no", "yes", "official"] = "no"  # only time a step, of random weights; official: and the authors'
 
-
-FREE = {"root", "official", "workers", "micro", "log_every", "save_minutes", "max_skips"}  # may change on resuming
 
 TOY = dict(teacher="toy_teacher", student="toy_small", size=64, patch=8, batch=16, budget="500",
            repeats=1, workers=1, lr=2e-3, lr_rule="constant", dcd_pool=1, log_every=20)
@@ -125,19 +136,19 @@ def learning_rate(cfg, fraction):
 
 
 def main(argv=None):
-    cfg = data.configure(Config, preset, argv)
+    cfg = configure(Config, preset, argv)
     only_timed = cfg.bench != "no"
-    if only_timed:                                                  # no --out, weights or images are read or written
-        cfg = replace(cfg, out="--bench", pretrained=False)  # no folder of a user is called so
-    run = data.Run(cfg, "student.pt", FREE)                         # joins the processes, opens --out
+    if only_timed:                                                  # no weights, images or folders are read or written
+        cfg = replace(cfg, pretrained=False, out="--bench")
+    run = Run(cfg, "student.pt")                                    # joins the processes, looks at --out
     if run.finished:
         return
 
     # the images, the two encoders, the objective between them
     torch.manual_seed(cfg.seed)
     transform = data.distill_transform(cfg.size, cfg.randaugment)
-    dataset = None if only_timed else data.images(cfg.data, cfg.root, transform, cache=cfg.cache)
-    load_vit = partial(qsd.load_vit, img_size=cfg.size, patch_size=cfg.patch, official=cfg.official)
+    dataset = None if only_timed else data.images(cfg.data, cfg.root, transform)
+    load_vit = partial(qsd.load_vit, img_size=cfg.size, patch_size=cfg.patch)
     teacher = load_vit(cfg.teacher, pretrained=not only_timed, offset=cfg.hub_offset).to(run.device)
     teacher.eval().requires_grad_(False)
     student = load_vit(cfg.student, depth=cfg.student_depth, pretrained=cfg.pretrained).to(run.device)
@@ -164,33 +175,483 @@ def main(argv=None):
                 t = qsd.normalize_targets(t, cfg.target_norm)       # cls (B, C_t), patches (B, N, C_t), outs
             return model(x, t, noise)
 
-    # two images through one step: its cost per image, and which parameters this objective does not train
-    two_images = data.two_images(cfg.size)
-    probe = partial(losses_of, learner, *two_images)
-    flops = data.dry_run(learner, probe)
-    compiled = cfg.compile == "yes" or (cfg.compile == "auto" and run.device.type == "cuda")
-    if compiled:
+    # two black images through one step: its cost per image, and which parameters this objective does not train
+    flops = dry_run(learner, partial(losses_of, learner, *two_images(cfg.size)))
+    if cfg.compile == "yes" or (cfg.compile == "auto" and run.device.type == "cuda"):
         learner.compile(fullgraph=True)                             # one graph each, or an error: no silent slow path
         run_teacher = torch.compile(teacher.run, fullgraph=True)
-    groups = weight_decay_groups(learner, cfg.weight_decay)
-    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.999), fused=True)
+    optimizer = torch.optim.AdamW(weight_decay_groups(learner, cfg.weight_decay), betas=(0.9, 0.999), fused=True)
     if only_timed:
-        bench(cfg, run, learner, teacher, losses_of, optimizer, flops, compiled)
+        bench(cfg, run, learner, run_teacher, losses_of, optimizer, flops)
         return
-    run.start(learner, optimizer, dataset, probe, flops, tokens=N, repeats=cfg.repeats)
+    run.start(learner, optimizer, dataset, flops, tokens=N, repeats=cfg.repeats)
 
-    for micro_batches in run.steps():                               # until --budget is spent
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(cfg, run.fraction)
-        for images, draws in micro_batches:                         # gradient accumulation; uint8 (B, 3, H, W), (B)
-            with run.sync():                                        # processes average gradients in the last one
-                losses = losses_of(run.model, images, draws)        # Eq. 4 on the proxy set, Eq. 5 on source images
-                run.backward(losses)                                # the gradients of losses["loss"], added up
-        run.step()                                                  # AdamW; then ledger, log and checkpoint
+    with run:                                                       # signals now wait for the end of a step
+        for micro_batches in run.steps():                           # until --budget is spent
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(cfg, run.fraction)
+            for images, draws in micro_batches:                     # gradient accumulation; uint8 (B, 3, H, W), (B)
+                with run.sync():                                    # processes average gradients in the last one
+                    losses = losses_of(run.model, images, draws)    # Eq. 4 on the proxy set, Eq. 5 on source images
+                    run.scaler.scale(losses["loss"] / len(micro_batches)).backward()
+                run.note(losses)
+            if run.finite():                                        # else the step is skipped and counted
+                run.scaler.step(optimizer)
+            run.scaler.update()
+            optimizer.zero_grad()
+            run.after()                                             # ledger, log, checkpoint, signals
 
-    ledger = ancestors + [dict(script="distill", data=cfg.data, **run.ledger)]
-    checkpoint = qsd.student_checkpoint(student)                    # timm's keys
-    run.finish(checkpoint | dict(objective=objective.state_dict(), config=data.as_plain(cfg), ledger=ledger))
+        ledger = ancestors + [dict(script="distill", data=cfg.data, **run.ledger)]
+        checkpoint = qsd.student_checkpoint(student)                # timm's keys
+        run.finish(checkpoint | dict(objective=objective.state_dict(), config=dataclasses.asdict(cfg), ledger=ledger))
+
+
+# --- Run: all of a training script that is not the method -----------------------------------------------------------
+
+FREE = {"out", "root", "workers", "micro", "log_every", "save_minutes"}     # constants that may change on resuming
+MAX_SKIPS = 10              # non-finite steps in a row that end a run
+
+
+class Run:
+    """A training run: its processes and device, its folder --out, its ledger and log, its checkpoints, its budget.
+
+        run = Run(cfg, "student.pt")            # joins the processes, looks at --out
+        run.start(learner, optimizer, ...)      # weights, optimiser and order of the images: as --out left them
+        with run:                               # SIGTERM and Ctrl-C wait for the end of a step
+            for micro_batches in run.steps():   # until --budget is spent
+                ...
+                run.after()                     # ledger, log, checkpoint; leaves if a signal has come
+            run.finish(checkpoint)              # writes the result; what resuming needed is deleted
+
+    --out holds log.jsonl (a header with the Config, then a line every log_every steps), last.pt while the run goes on
+    and the result when it has ended.
+    """
+
+    def __init__(self, cfg, result):
+        self.cfg = cfg
+        self.out = Path(cfg.out)
+        self.log = self.out / "log.jsonl"
+        self.last = self.out / "last.pt"
+        self.result = self.out / result
+        self.device = launch()
+        self.autocast = autocast(cfg.precision, self.device)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=cfg.precision == "fp16")
+        parse_budget(cfg.budget, steps_per_epoch=1)                 # a mistake in it is told before the work
+        check_folder(cfg)
+        self.finished = from_the_first(self.result.exists())
+        if self.finished:
+            say(f"{self.result} is finished; nothing to do")
+            self.tidy()
+        else:
+            say(f"{self.out}: set over the defaults: {changed(cfg)}")
+
+    def start(self, learner, optimizer, dataset, flops, tokens, repeats=1, pairs=True):
+        """Continue where last.pt ends, or begin; flops and tokens are those of one image.
+
+        pairs: a micro-batch holds an even number of images, as masking every second one wants it.
+        """
+        cfg = self.cfg
+        self.learner = learner
+        self.optimizer = optimizer
+        self.parts = dict(learner=learner, optimizer=optimizer, scaler=self.scaler)     # whose states last.pt holds
+        self.per_step = dict(steps=1, images=cfg.batch, tokens=cfg.batch * tokens, flops=cfg.batch * flops)
+        self.ledger = dict(steps=0, images=0, tokens=0, flops=0.0, seconds=0.0, skipped=0, waited=0.0)
+        self.unit, self.budget = parse_budget(cfg.budget, len(dataset) / cfg.batch)
+        self.passes = passes_of(cfg.batch, cfg.micro, world_size(), pairs)
+        self.skips = 0                                              # non-finite steps in a row
+        self.resume_or_begin(flops)
+        self.model = DistributedDataParallel(learner) if dist.is_initialized() else learner
+        self.loader = data.loader(dataset, cfg.batch, cfg.workers, seed=cfg.seed, start_step=self.ledger["steps"],
+                                  rank=rank(), world=world_size(), accumulate=self.passes, repeats=repeats)
+
+    def resume_or_begin(self, flops):
+        """Bring all parts to the state of last.pt and the log back to its step; or write the header of a new log."""
+        first = rank() == 0
+        saved = from_the_first(qsd.open_checkpoint(self.last) if first and self.last.exists() else None)
+        if saved:                           # all have it from the first: two disks cannot make them train apart
+            for name, part in self.parts.items():
+                part.load_state_dict(saved[name])
+            self.ledger = saved["ledger"]
+        if saved and first:
+            header, *lines = self.log.read_text().splitlines(keepends=True)
+            kept = [line for line in lines if step_of(line) <= self.ledger["steps"]]
+            write(self.log, header + "".join(kept))
+        elif first:
+            header = dict(config=dataclasses.asdict(self.cfg), command=" ".join(sys.argv), torch=torch.__version__,
+                          torchvision=torchvision.__version__, python=sys.version.split()[0],
+                          device=device_name(self.device), world=world_size(), gflop_per_image=flops / 1e9)
+            write(self.log, json.dumps(header) + "\n")
+
+    # -- while it runs --
+
+    def __enter__(self):
+        """Catch the signals that ask a process to end, start the bar and the loading processes."""
+        self.caught = []                                            # signals that have come
+        self.handlers = {}                                          # what they did before
+        if threading.current_thread() is threading.main_thread():   # no other thread may have handlers
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self.handlers[number] = signal.signal(number, lambda received, frame: self.caught.append(received))
+        self.saved = time.time()
+        self.bar = tqdm(initial=self.ledger["steps"], desc=str(self.out), disable=rank() > 0, unit="step",
+                        dynamic_ncols=True)
+        self.batches = iter(self.loader)
+        return self
+
+    def __exit__(self, *error):
+        """Leave signals, terminal and processes as they were, however the run ends."""
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+        self.bar.close()
+        del self.batches                                            # ends the loading processes
+
+    def steps(self):
+        """For each step the list of its micro-batches, until the budget is spent."""
+        while self.fraction < 1:
+            self.began = time.time()
+            self.losses = {}
+            self.left = self.passes                                 # micro-batches of this step still to come
+            micro_batches = [next(self.batches) for _ in range(self.passes)]
+            self.waited = time.time() - self.began
+            yield micro_batches
+
+    @property
+    def fraction(self):
+        """The share of the budget that is spent, in 0..1."""
+        return self.ledger[self.unit] / self.budget
+
+    def sync(self):
+        """Context of a micro-batch: processes average their gradients in the backward pass of the last one only."""
+        self.left -= 1
+        return self.model.no_sync() if self.left and dist.is_initialized() else nullcontext()
+
+    def note(self, losses):
+        """Add a micro-batch's losses to those of the step, which are logged."""
+        for name, value in losses.items():
+            self.losses[name] = self.losses.get(name, 0) + value.detach() / self.passes
+
+    def finite(self):
+        """Whether the step's gradients are finite; UserError after too many steps in a row whose were not."""
+        self.scaler.unscale_(self.optimizer)
+        gradients = [p.grad for p in self.learner.parameters() if p.grad is not None]
+        finite = torch.nn.utils.get_total_norm(gradients).isfinite().item()
+        self.skips = 0 if finite else self.skips + 1
+        self.ledger["skipped"] += not finite
+        if self.skips == MAX_SKIPS:
+            raise UserError(f"--out {self.out}: {self.skips} steps in a row had gradients that are not finite; begin "
+                            "again in a new --out with a lower --lr or --precision fp32")
+        return finite
+
+    def after(self):
+        """What a step leaves behind: ledger, log, now and then last.pt; after a signal the process ends here."""
+        stop, seconds = largest(max(self.caught, default=0), time.time() - self.began)     # for all processes alike
+        for name, amount in dict(self.per_step, seconds=seconds, waited=self.waited).items():
+            self.ledger[name] += amount
+        self.bar.total = max(round(self.ledger["steps"] / self.fraction), self.ledger["steps"])
+        self.bar.update()
+        if self.ledger["steps"] % self.cfg.log_every == 0 or self.fraction >= 1:
+            self.report()
+        if stop or time.time() - self.saved > 60 * self.cfg.save_minutes:
+            self.save()
+        if stop:
+            largest(0)                      # together: torchrun would kill a process that still saves
+            if rank() == 0:
+                tqdm.write(f"stopped by signal {stop:.0f} after step {self.ledger['steps']}; the same command goes on "
+                           "from there", file=sys.stderr)
+            sys.exit(128 + int(stop))
+
+    def report(self):
+        """Write a line of the log: the step's losses, means over all processes, and what the run has cost so far."""
+        spent = self.ledger
+        means = summed(torch.stack([value.double() for value in self.losses.values()])) / world_size()
+        record = dict(step=spent["steps"])
+        for name, mean in zip(self.losses, means.tolist()):
+            record[name] = round(mean, 6) if math.isfinite(mean) else None      # JSON has no NaN
+        record["lr"] = self.optimizer.param_groups[0]["lr"]
+        record["images_per_s"] = round(spent["images"] / spent["seconds"], 1)
+        record["data_wait"] = round(spent["waited"] / spent["seconds"], 3)      # share of the time
+        record["skipped"] = spent["skipped"]
+        record["flops"] = spent["flops"]
+        record["seconds"] = round(spent["seconds"], 2)
+        if self.device.type == "cuda":
+            record["peak_gb"] = round(torch.cuda.max_memory_allocated() / 2 ** 30, 2)
+        self.bar.set_postfix(loss=record["loss"], data_wait=record["data_wait"])
+        if rank() == 0:
+            with open(self.log, "a") as file:
+                file.write(json.dumps(record) + "\n")
+
+    # -- what it writes --
+
+    def save(self):
+        """Write last.pt, from which the same command goes on."""
+        self.check_weights()
+        self.saved = time.time()
+        if rank() == 0:
+            states = {name: part.state_dict() for name, part in self.parts.items()}
+            save(self.last, states | dict(ledger=self.ledger))
+
+    def finish(self, checkpoint):
+        """Write the run's result and delete what resuming needed."""
+        self.check_weights()
+        if rank() == 0:
+            save(self.result, checkpoint)
+        self.tidy()
+
+    def check_weights(self):
+        """UserError if a step has left a weight infinite or NaN: it is neither saved nor a result."""
+        if not all(parameter.isfinite().all() for parameter in self.learner.parameters()):
+            raise UserError(f"--out {self.out}: step {self.ledger['steps']} left weights that are not finite, which "
+                            "are not saved; begin again in a new --out with a lower --lr or --precision fp32")
+
+    def tidy(self):
+        """Delete what resuming needed, and what a kill has left half-written."""
+        if rank() == 0:
+            for path in [self.last, *self.out.glob("part.*")]:
+                path.unlink(missing_ok=True)
+
+
+def check_folder(cfg):
+    """UserError if --out is a file, holds other files than a run's, or a run with other constants than those of cfg.
+
+    Those in FREE may differ. A constant that the run did not know yet had what is its default today.
+    """
+    out = Path(cfg.out)
+    log = out / "log.jsonl"
+    if out.is_file():
+        raise UserError(f"--out {out} is a file, not a folder; choose another --out")
+    if not log.exists():
+        if out.exists() and any(not path.name.startswith("part.") for path in out.iterdir()):
+            raise UserError(f"--out {out} is not empty and holds no log.jsonl of a run; choose another --out")
+        return
+    with open(log) as file:
+        stored = json.loads(file.readline())["config"]
+    before = dataclasses.asdict(type(cfg)()) | stored
+    differing = []
+    for name, value in dataclasses.asdict(cfg).items():
+        if value != before[name] and name not in FREE:
+            differing.append(f"{name} {before[name]} -> {value}")
+    if differing:
+        raise UserError(f"--out {out} holds a run with other constants ({', '.join(differing)}); choose another --out")
+
+
+def step_of(line):
+    """The step that a line of a log is about; infinite for a line that a kill has cut off."""
+    try:
+        return json.loads(line)["step"]
+    except ValueError:
+        return math.inf
+
+
+def save(path, checkpoint):
+    """Write a checkpoint beside its place, then rename it: no kill leaves half of it under its name."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"part.{path.name}")
+    torch.save(checkpoint, part)
+    os.replace(part, path)
+
+
+def write(path, text):
+    """Write a text file likewise."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"part.{path.name}")
+    part.write_text(text)
+    os.replace(part, path)
+
+
+# --- Flags: every field of a Config is one --------------------------------------------------------------------------
+
+def configure(Config, preset=None, argv=None):
+    """A Config from its defaults, then what preset(flags that were given) says, then the command line.
+
+    A field's type says what its flag takes, its comment is the flag's help. Numbers are finite and not negative.
+    """
+    source = "".join(inspect.getsource(cls) for cls in reversed(Config.__mro__[:-1]))
+    comments = dict(re.findall(r"^    (\w+): .*?# (.*)$", source, re.M))
+    parser = Parser(allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    for field in dataclasses.fields(Config):
+        parts = typing.get_args(field.type)                         # the words of a Literal; of int | None both types
+        takes = {}
+        if typing.get_origin(field.type) is Literal:
+            takes = dict(choices=parts)
+        elif field.type is bool:
+            takes = dict(type=yes_or_no, nargs="?", const=True, metavar="yes|no")   # --demo alone means yes
+        elif field.type is not str:
+            takes = dict(type=partial(number, kind=parts[0] if parts else field.type))
+        text = f"{comments.get(field.name, '')} (default {field.default})".replace("%", "%%")
+        parser.add_argument(f"--{field.name}", help=text, **takes)
+    given = vars(parser.parse_args(argv))
+    values = preset(given) if preset else {}
+    return Config(**(values | given))
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise UserError(f"{message} (--help lists the flags)")
+
+
+def yes_or_no(text):
+    if text not in ("yes", "no"):
+        raise argparse.ArgumentTypeError(f"yes or no was expected, not {text}")
+    return text == "yes"
+
+
+def number(text, kind):
+    """A flag's text as int or float; NaN, infinite and negative numbers are mistakes."""
+    try:
+        value = kind(text)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"a number ({kind.__name__}) of 0 or more was expected, not {text}")
+    return value
+
+
+def changed(cfg):
+    """What preset and command line set over a Config's defaults, as text."""
+    defaults = type(cfg)()
+    differing = []
+    for name, value in dataclasses.asdict(cfg).items():
+        if value != getattr(defaults, name):
+            differing.append(f"{name} {value}")
+    return ", ".join(differing) or "nothing"
+
+
+def cli(main):
+    """Run a script's main: a user's mistake is one line on stderr and exit status 2, a bug is a traceback."""
+    try:
+        main()
+    except UserError as error:
+        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:                                       # before the first step or after the last
+        sys.exit(128 + signal.SIGINT)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+# --- Processes: one, or as many as torchrun starts ------------------------------------------------------------------
+
+# fp32 products on CUDA, as of stage 2 and evaluation: "high" is TF32, which tensor cores have, "highest" is fp32
+# proper, which they have not. QSD's logits bear it: under autocast their queries have bf16's 7 bits, and TF32 has 10.
+FP32_PRODUCTS = "high"
+
+
+def launch():
+    """Join the processes that torchrun started; a lone process needs no group, and no network. Returns the device."""
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision(FP32_PRODUCTS)
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
+        patience = datetime.timedelta(hours=1)                      # with one that downloads, or lists a slow disk
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=patience)
+    return device
+
+
+def rank():
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size():
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def summed(tensor):
+    """A tensor's sum over all processes, in place."""
+    if dist.is_initialized():
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def largest(*values):
+    """The largest of each value over all processes, as floats, so that all of them take the same decision."""
+    if not dist.is_initialized():
+        return [float(value) for value in values]                   # on CUDA a tensor would be waited for
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    values = torch.tensor(values, dtype=torch.float64, device=device)
+    dist.all_reduce(values, dist.ReduceOp.MAX)
+    return values.tolist()
+
+
+def from_the_first(value):
+    """The first process's value, in all of them."""
+    values = [value]
+    if dist.is_initialized():
+        dist.broadcast_object_list(values)
+    return values[0]
+
+
+def device_name(device):
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+
+
+def precision_on(precision, device):
+    """What --precision means on this device: auto is bf16 on CUDA and fp32 on a CPU."""
+    if precision == "auto":
+        return "bf16" if device.type == "cuda" else "fp32"
+    return precision
+
+
+def autocast(precision, device):
+    """The context of --precision on this device."""
+    precision = precision_on(precision, device)
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    return torch.autocast(device.type, dtype, enabled=precision != "fp32")
+
+
+# --- What a step costs, and how many there are ----------------------------------------------------------------------
+
+def count_flops(work):
+    """Floating-point operations (2 per multiply-add) of calling work(), backward passes included.
+
+    Convolutions, matrix products and attention count; sampling, resizing, norms and element-wise work do not.
+    """
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:   # fused attention would not count
+        work()
+    return counter.get_total_flops()
+
+
+def two_images(size):
+    """The smallest batch, black: images (2, 3, size, size) and their draw numbers (2,)."""
+    return torch.zeros(2, 3, size, size, dtype=torch.uint8), torch.arange(2)
+
+
+def dry_run(learner, losses_of_two_images):
+    """FLOPs per image of a training step; parameters that the step does not touch no longer require a gradient."""
+    flops = count_flops(lambda: losses_of_two_images()["loss"].backward())
+    for parameter in learner.parameters():
+        parameter.requires_grad_(parameter.grad is not None)
+    learner.zero_grad()
+    return flops / 2
+
+
+def parse_budget(text, steps_per_epoch):
+    """A budget as (unit, amount): "600" and "300ep" in steps, "2h" and "30m" in seconds, "3e18flop" in flops."""
+    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?(?:e[0-9]+)?)(ep|h|m|s|flop|)", text)
+    if not match or not 0 < float(match[1]) < math.inf:
+        raise UserError(f"--budget {text} is not one of 600 (steps), 300ep, 2h, 30m, 45s, 3e18flop")
+    amount = float(match[1])
+    if match[2] == "flop":
+        return "flops", amount
+    if match[2] in ("h", "m", "s"):
+        return "seconds", amount * {"h": 3600, "m": 60, "s": 1}[match[2]]
+    steps = amount * steps_per_epoch if match[2] == "ep" else amount
+    return "steps", max(1, round(steps))
+
+
+def passes_of(batch, micro, world, pairs=True):
+    """Forward passes that a step takes on each process: none holds more than `micro` images, and all make up the batch.
+
+    pairs: none holds an odd number of images.
+    """
+    least = 2 if pairs else 1
+    if batch < 1 or batch % (least * world):
+        raise UserError(f"--batch {batch} does not divide into {'pairs of ' if pairs else ''}images over {world} "
+                        f"processes; use a multiple of {least * world}")
+    own = batch // world
+    for count in range(1, own + 1):
+        if own % (least * count) == 0 and (own // count <= micro or own // count == least):
+            return count
 
 
 # --- How fast a step is: python distill.py --bench ------------------------------------------------------------------
@@ -225,133 +686,69 @@ class OfficialLearner(Learner):
         return (W @ head.phi(v_s)).to(v_t.dtype)
 
 
-class Stopwatch:
-    """Seconds by part; while a part runs within another one, only the inner one's time goes on."""
-
-    def __init__(self, device):
-        self.device = device
-        self.seconds = {}
-        self.part = "input"
-        self.since = time.perf_counter()
-
-    def switch(self, part):
-        """From here on the time is `part`'s. Returns whose it was."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
-        now = time.perf_counter()
-        before = self.part
-        self.seconds[before] = self.seconds.get(before, 0) + now - self.since
-        self.part = part
-        self.since = now
-        return before
-
-    def around(self, part, function):
-        """The function, its time being the part's."""
-        def timed(*args, **more):
-            before = self.switch(part)
-            result = function(*args, **more)
-            self.switch(before)
-            return result
-        return timed
-
-
-def matrix_rate(run):
-    """FLOP/s of this device in a product of two large matrices in the run's precision, the best of five."""
-    n = 8192 if run.device.type == "cuda" else 1024
-    a = torch.randn(n, n, device=run.device)
-    watch = Stopwatch(run.device)
-    best = math.inf
-    for _ in range(6):                                              # the first one warms up
-        watch.seconds.clear()
-        with run.autocast:
-            watch.around("product", torch.mm)(a, a)
-        best = min(best, watch.seconds["product"])
-    return 2 * n ** 3 / best
-
-
-def kept(losses_of, learner, size, B):
-    """Bytes that a forward pass of B images keeps for its backward pass, the weights among them."""
-    nbytes = {}
-
-    def keep(tensor):
-        storage = tensor.untyped_storage()                          # views of one storage count once
-        nbytes[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    images = torch.zeros(B, 3, size, size, dtype=torch.uint8)
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        losses = losses_of(learner, images, torch.arange(B))        # while they live, so does what is kept
-    del losses
-    return sum(nbytes.values())
-
-
-def bench(cfg, run, learner, teacher, losses_of, optimizer, flops, compiled):
-    """Print images/s, FLOP/s, memory and where a step's time goes; --bench official: beside the authors' step."""
-    if cfg.bench == "official" and not asdict(qsd.LossConfig(dcd_pool=cfg.dcd_pool)).items() <= asdict(cfg).items():
-        raise qsd.UserError("--bench official is about the paper's objective: leave --loss and its constants alone")
+def bench(cfg, run, learner, run_teacher, losses_of, optimizer, flops):
+    """Print images/s, FLOP/s and what a step's time is spent on; --bench official: beside the authors' step."""
+    default = qsd.LossConfig(dcd_pool=cfg.dcd_pool)
+    changed_loss = [name for name, value in vars(default).items() if getattr(cfg, name) != value]
+    if cfg.bench == "official" and changed_loss:
+        raise UserError(f"--bench official is about the paper's objective: leave --{changed_loss[0]} alone")
     device = run.device
-    precision = data.precision_on(cfg.precision, device)
-    rate = matrix_rate(run)
-    watch = Stopwatch(device)
-    run.passes = 1
 
-    def step(model, its_optimizer, B):
-        """A training step on B random images. Returns its seconds."""
-        images = torch.randint(0, 256, (B, 3, cfg.size, cfg.size), dtype=torch.uint8)
-        run.optimizer = its_optimizer
-        run.losses = {}
-        run.backwards = 0
-        watch.switch("input")
-        began = watch.since
-        losses = losses_of(model, images, torch.arange(B))
-        watch.switch("backward")
-        run.backward(losses)
-        watch.switch("optimiser")
-        run.update()
-        watch.switch("idle")
-        return watch.since - began
+    def seconds(work, *args):
+        """How long work(*args) takes, on CUDA with all that it starts there."""
+        began = time.perf_counter()
+        work(*args)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - began
 
+    def step(model, its_optimizer, images):
+        losses = losses_of(model, images, torch.arange(len(images)))
+        losses["loss"].backward()
+        its_optimizer.step()
+        its_optimizer.zero_grad()
+
+    def random_images(B):
+        return torch.randint(0, 256, (B, 3, cfg.size, cfg.size), dtype=torch.uint8)
+
+    # as many images as one pass takes, or about 3 seconds do
     B = cfg.micro if device.type == "cuda" else 2
-    step(learner, optimizer, B)
-    seconds = step(learner, optimizer, B)
-    while 2 * B <= cfg.micro and seconds * B < 3:                   # as many images as one pass takes, or 3 seconds do
+    images = random_images(B)
+    seconds(step, learner, optimizer, images)                       # warms up, compiles
+    while 2 * B <= cfg.micro and seconds(step, learner, optimizer, images) < 1.5:
         B *= 2
-    step(learner, optimizer, B)
-    times = [step(learner, optimizer, B) for _ in range(5)]
+        images = random_images(B)
+    times = [seconds(step, learner, optimizer, images) for _ in range(6)][1:]
     speed = B / statistics.median(times)
-    print(f"{data.device_name(device)}, {precision}, {cfg.size} px, patch {cfg.patch}, {B} images a step: "
-          f"{speed:.2f} images/s [{B / max(times):.2f}..{B / min(times):.2f}], {speed * flops / 1e12:.3g} TFLOP/s, "
-          f"{speed * flops / rate:.0%} of the {rate / 1e12:.3g} of a matrix product, peak {data.peak_memory():.2f} GiB")
+    matrix = torch.randn(2 * [8192 if device.type == "cuda" else 1024], device=device)
+    with run.autocast:
+        rate = 2 * len(matrix) ** 3 / min(seconds(torch.mm, matrix, matrix) for _ in range(6))
+    print(f"{device_name(device)}, {precision_on(cfg.precision, device)}, {cfg.size} px, patch {cfg.patch}, {B} images "
+          f"a step: {speed:.2f} images/s [{B / max(times):.2f}..{B / min(times):.2f}], {speed * flops / 1e12:.3g} "
+          f"TFLOP/s, {speed * flops / rate:.0%} of the {rate / 1e12:.3g} of a matrix product")
+
+    x = data.normalize(images.to(device), learner.student.mean, learner.student.std)
+    with run.autocast, torch.no_grad():
+        teacher = statistics.median(seconds(run_teacher, x) for _ in range(3)) / statistics.median(times)
+    forward = statistics.median(seconds(losses_of, learner, images, torch.arange(B)) for _ in range(3))
+    forward /= statistics.median(times)
+    print(f"of a step: teacher {teacher:.0%}, student with heads and losses {forward - teacher:.0%}, backward pass and "
+          f"optimiser {1 - forward:.0%}")
+    if device.type == "cuda":
+        print(f"peak memory {torch.cuda.max_memory_allocated() / 2 ** 30:.2f} GiB")
 
     if cfg.bench == "official":
         official = OfficialLearner(learner.student, learner.objective)
         groups = weight_decay_groups(learner, cfg.weight_decay)
         theirs = torch.optim.AdamW(groups, betas=(0.9, 0.999), foreach=False)   # one parameter after the other
-        step(official, theirs, B)
+        seconds(step, official, theirs, images)
         ratios = []
         for _ in range(7):                                          # by turns, so that a busy machine harms both
-            seconds = step(learner, optimizer, B)
-            ratios.append(step(official, theirs, B) / seconds)
+            ours = seconds(step, learner, optimizer, images)
+            ratios.append(seconds(step, official, theirs, images) / ours)
         print(f"the authors' step: {statistics.median(ratios):.2f} times as long "
               f"[{min(ratios):.2f}..{max(ratios):.2f}]")
-    if compiled:                                                    # the parts are one then
-        return
-
-    weights = sum(p.nbytes for p in teacher.parameters()) + 4 * sum(p.nbytes for p in learner.parameters())
-    activations = kept(losses_of, learner, cfg.size, 4) - kept(losses_of, learner, cfg.size, 2)
-    print(f"memory: {weights / 2 ** 20:.1f} MiB for weights, gradients and AdamW; "
-          f"{activations / 2 / 2 ** 20:.1f} MiB for each image of a pass")
-
-    teacher.tokens = watch.around("teacher", teacher.tokens)
-    learner.student.tokens = watch.around("student", learner.student.tokens)
-    learner.objective.forward = watch.around("heads and losses", learner.objective.forward)
-    watch.seconds.clear()
-    for _ in range(3):
-        step(learner, optimizer, B)
-    del watch.seconds["idle"]
-    for part, seconds in watch.seconds.items():
-        print(f"{part:>16} {seconds / 3 * 1000:8.0f} ms {seconds / sum(watch.seconds.values()):5.0%}")
 
 
 if __name__ == "__main__":
-    data.cli(main)
+    cli(main)

@@ -10,6 +10,7 @@
 
 Results are printed as Markdown for people and as one line of JSON for programs.
 """
+import hashlib
 import json
 import math
 import os
@@ -20,14 +21,12 @@ import subprocess
 import sys
 import time
 from collections import Counter, defaultdict
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from itertools import chain
 from pathlib import Path
-from typing import Annotated, Literal, NamedTuple
-
-if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)    # Ctrl-C while torch is loaded: no traceback; see data.cli
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -38,7 +37,6 @@ from torchvision.ops import box_iou
 from torchvision.transforms.v2 import functional as TF
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).parent))  # where python -P does not look
 import data
 import distill
 import qsd
@@ -56,23 +54,23 @@ class Config:
     root: str = "data"              # the folder that holds the data sets
     # protocol
     mode: Literal["slide", "whole"] = "slide"  # official: sliding window
-    window: qsd.PixelsOr0 = 0       # side of the sliding window, pixels; 0: the training crop (official 512)
-    stride: Annotated[float, qsd.Range(0, 1, open=True)] = 2 / 3    # of the window, rounded (official 341 of 512)
+    window: int = 0                 # side of the sliding window, pixels; 0: the training crop (official 512)
+    stride: float = 2 / 3           # of the window, rounded (official 341 of 512)
     flip: bool = False              # average with the mirrored image (official: no)
     scales: str = "1"               # multiples of the image's size to average over, as in 0.75,1,1.25 (official: 1)
-    batch: qsd.Batch = 1            # images at once; more than 1 needs images of one size
-    workers: qsd.Workers = 2        # image-loading processes
+    batch: int = 1                  # images at once; more than 1 needs images of one size
+    workers: int = 2                # image-loading processes
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "fp32"  # official: fp32
     # figures of several models, and a quick look at encoders
     figure: Literal["none", "3b", "5", "7a", "7b", "8", "9"] = "none"  # a figure of the paper; 9 is printed as a table
     probe: bool = False             # mIoU of a linear classifier on the tokens of each of --models
     models: str = ""                # name=path,name=path; a path is a run's folder, a checkpoint or an encoder's name
-    classes: qsd.Classes = 0        # how many your own folder has, for --probe; segmenters know theirs
+    classes: int = 0                # how many your own folder has, for --probe; segmenters know theirs
     official: bool = True           # a named encoder's file must have its SHA-256; no: whatever lies there is taken
-    patch: qsd.PixelsOr0 = 0        # patch side of the encoders in 5, 7a, 7b and --probe, pixels; 0: as trained
-    examples: qsd.Count = 2         # images of each domain in figures 5 and 8
-    subset: qsd.Count = 300         # images of each domain that figure 7a measures, and that --probe learns from
-    tokens: qsd.Count = 10000       # distances in figure 7a (the paper's number)
+    patch: int = 0                  # patch side of the encoders in 5, 7a, 7b and --probe, pixels; 0: as trained
+    examples: int = 2               # images of each domain in figures 5 and 8
+    subset: int = 300               # images of each domain that figure 7a measures, and that --probe learns from
+    tokens: int = 10000             # distances in figure 7a (the paper's number)
     # a segmenter at work
     images: str = ""                # segment this image or folder of images with --checkpoint; the results go to --out
     export: str = ""                # write --checkpoint as a torch.export program (.pt2) or for mmsegmentation (.pth)
@@ -80,10 +78,10 @@ class Config:
     # the paper's tables
     table: str = "none"             # main, effects, steps, variants, clock, flops, 1 to 10, fig6: run what is missing
     demo: bool = False              # --table main --data toy with one seed, and a picture
-    seed: qsd.Seed = 0              # the first seed of the small worlds' runs
-    seeds: qsd.CountOr0 = 0         # how many seeds; 0: 3, 5 for --table effects, 1 for --demo
-    jobs: qsd.Count = 2             # runs at the same time, each on its share of the cores
-    processes: qsd.CountOr0 = 0     # of each distillation; 0: one per GPU
+    seed: int = 0                   # the first seed of the small worlds' runs
+    seeds: int = 0                  # how many seeds; 0: 3, 5 for --table effects, 1 for --demo
+    jobs: int = 2                   # runs at the same time, each on its share of the cores
+    processes: int = 0              # of each distillation; 0: one per GPU
     run: bool = True                # no: only print what is missing and what is there
     out: str = "runs"               # folder of the tables' runs and of pictures; for --figure also a file
 
@@ -101,6 +99,103 @@ def preset(given):
     elif name == "paper":
         values |= dict(jobs=1)
     return values
+
+
+# --- Files ----------------------------------------------------------------------------------------------------------
+
+def check_place(flag, path):
+    """UserError if nothing could be written to a path, found before the work and without writing."""
+    place = Path(path)
+    try:
+        while not is_there(place):
+            place = place.parent
+        mode = os.W_OK | os.X_OK if place.is_dir() else os.W_OK
+        good = os.access(place, mode) and (place.is_dir() or place.is_file() and place == Path(path))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{flag} {str(path)[:80]}: is no path ({error})") from None
+    if not good:
+        raise UserError(f"{flag} {path}: {place} is not a folder that can be written to")
+
+
+def is_there(path):
+    """Whether there is a file, a folder or a link, be it to nothing; OSError where there could be none."""
+    try:
+        os.lstat(path)
+    except FileNotFoundError:
+        return False
+    return True
+
+
+@contextmanager
+def whole(path, mark="part"):
+    """Where to write what becomes the file `path` once it is complete: no kill and no full disk leaves half of it."""
+    unfinished = path.with_name(f"{mark}.{path.name}")
+    try:
+        unfinished.parent.mkdir(parents=True, exist_ok=True)
+        yield unfinished
+        os.replace(unfinished, path)
+    except (OSError, RuntimeError) as error:    # RuntimeError: what torch makes of a full disk
+        raise UserError(f"{path} could not be written ({error}); what was there before is kept. "
+                        "Free some space and run the same command again") from None
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def read_book(path):
+    """The dict in a JSON file that this project wrote; an empty one where it is absent or damaged."""
+    try:
+        book = json.loads(path.read_text())
+    except (OSError, ValueError):
+        book = {}
+    return book if isinstance(book, dict) else {}
+
+
+def dict_in(book, name):
+    """The dict that a book holds under a name; an empty one where there is none."""
+    part = book.get(name)
+    return part if isinstance(part, dict) else {}
+
+
+def read_lines(log):
+    """The lines of a run's log.jsonl that hold a dict, as (text, dict); a kill or a full disk cut off the others."""
+    for text in log.read_text(errors="replace").splitlines():
+        try:
+            record = json.loads(text)
+        except ValueError:
+            continue
+        if isinstance(record, dict):
+            yield text, record
+
+
+def contents_of(dataset):
+    """A text that tells a set of images from another: their number, names of 4096, bytes of 64."""
+    n = len(dataset)
+    digest = hashlib.sha256(str(n).encode())
+    for i in range(0, n, math.ceil(n / 4096)):
+        for file in (dataset.samples[i].image, dataset.samples[i].label):
+            digest.update((file.name if isinstance(file, Path) else str(file)).encode())
+    for i in range(0, n, math.ceil(n / 64)):
+        if isinstance(dataset.samples[i].image, Path):
+            digest.update(data.fingerprint(dataset.samples[i].image).encode())
+    return digest.hexdigest()
+
+
+def known_fields(Config, stored):
+    """A stored Config {name: value} as Config takes it: what it lacks today is left out, EARLIER is filled in."""
+    return {name: value for name, value in stored.items() if hasattr(Config, name)}
+
+
+def catch_signals():
+    """A list that becomes non-empty at the first signal to end, so that a step can finish and be saved before."""
+    caught = []
+    for number in ENDING:
+        if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
+            signal.signal(number, lambda received, frame: caught.append(received))
+    return caught
+
+
+ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # signals that ask a process to end
+STARTED_BY = "GKD_TABLE"
 
 
 # --- mIoU ------------------------------------------------------------------------------------------------------------
@@ -187,19 +282,19 @@ def evaluate(model, dataset, window, device, batch=1, workers=0, title="", **pro
     """Confusion matrix (K, K) over labelled images, of which each process takes its share; protocol: of predict."""
     K = dataset.num_classes
     conf = torch.zeros(K, K, dtype=torch.int64, device=device)
-    own = range(data.rank(), len(dataset), data.world_size())
+    own = range(distill.rank(), len(dataset), distill.world_size())
     for x, label in batches(model, Subset(dataset, own), device, batch, workers, title):
         scores = predict(model, x, window, **protocol)
         pred = classes_of(segment.resize(scores, label.shape[1:]))
         conf += confusion(pred, label.to(device), K)
-    return data.summed(conf).cpu()
+    return distill.summed(conf).cpu()
 
 
 def batches(model, dataset, device, batch, workers, title):
     """The images of a labelled dataset, normalised for a model, and their labels; a bar shows the progress."""
-    loader = DataLoader(dataset, batch, num_workers=workers, multiprocessing_context=data.start_method(workers),
+    loader = DataLoader(dataset, batch, num_workers=workers,
                         collate_fn=same_size)
-    for images, label, _ in tqdm(loader, title, disable=data.rank() > 0, leave=False):
+    for images, label, _ in tqdm(loader, title, disable=distill.rank() > 0, leave=False):
         yield data.normalize(images.to(device), model.encoder.mean, model.encoder.std), label
 
 
@@ -263,7 +358,7 @@ def evaluate_boxes(model, dataset, side, device, batch=1, workers=0, title=""):
     """AP (K,) of each class; of a corrupted set the mean over all corruptions and severities, shared by processes."""
     versions = list(dict.fromkeys(sample.corruption for sample in dataset.samples))  # of each image, in this order
     total = torch.zeros(dataset.num_classes, dtype=torch.float64)
-    for number in range(data.rank(), len(versions), data.world_size()):
+    for number in range(distill.rank(), len(versions), distill.world_size()):
         verdicts = []
         labels = []
         own = Subset(dataset, range(number, len(dataset), len(versions)))
@@ -274,7 +369,7 @@ def evaluate_boxes(model, dataset, side, device, batch=1, workers=0, title=""):
         kinds, scores, hits = torch.cat(verdicts).double().numpy().T
         for k in range(dataset.num_classes):
             total[k] += average_precision(scores[kinds == k], hits[kinds == k], labels.count(k))
-    return data.summed(total.to(device)).cpu() / len(versions)
+    return distill.summed(total.to(device)).cpu() / len(versions)
 
 
 # --- What is measured ------------------------------------------------------------------------------------------------
@@ -293,7 +388,7 @@ def class_ious(title, model, saved, cfg, device):
         dataset = val_split(name, cfg, title, saved)
         if dataset.boxes and (cfg.mode != "slide" or cfg.flip or scale_list(cfg) != [1]):
             raise UserError("--mode, --flip and --scales are for pixels; boxes are found once, in the whole image")
-        with data.autocast(cfg.precision, device):
+        with distill.autocast(cfg.precision, device):
             if dataset.boxes:
                 values = evaluate_boxes(model, dataset, window, device, cfg.batch, cfg.workers, name)
             else:
@@ -385,7 +480,7 @@ def parsed(text):
     """A run's script as a module, its Config and its result's path; UserError where the command is wrong."""
     script, *argv = shlex.split(text)
     module, result = SCRIPTS[script]
-    cfg = data.configure(module.Config, module.preset, argv)
+    cfg = distill.configure(module.Config, module.preset, argv)
     return module, cfg, Path(cfg.out, result)
 
 
@@ -394,7 +489,7 @@ def finished(text):
     module, cfg, result = parsed(text)
     if not result.exists():
         return False
-    data.check_folder(cfg, module.FREE)
+    distill.check_folder(cfg)
     return True
 
 
@@ -1100,10 +1195,10 @@ def check_table(cfg):
                         "with --data paper")
     if cfg.setting != "none" and cfg.data != "paper":
         raise UserError(f"--setting {cfg.setting}: belongs to the paper's scale, not to --data {cfg.data}")
-    data.check_place("--out", cfg.out)
+    check_place("--out", cfg.out)
     if Path(cfg.out).is_file():
         raise UserError(f"--out {cfg.out} is a file, not a folder; choose another --out")
-    if data.world_size() > 1:
+    if distill.world_size() > 1:
         raise UserError("--demo and --table start their own processes: start them with python")
 
 
@@ -1220,8 +1315,8 @@ def run_rows(rows, cfg):
 
     working = {}  # {command: its process}
     began = {}
-    handlers = {number: signal.getsignal(number) for number in data.ENDING}
-    signals = data.catch_signals()
+    handlers = {number: signal.getsignal(number) for number in ENDING}
+    signals = catch_signals()
     bar = tqdm(total=len(before), initial=len(done), desc="runs", unit="run", dynamic_ncols=True)
     try:
         while (pending or working) and not signals:
@@ -1267,7 +1362,7 @@ def begin(text, cfg):
     threads = max(1, (os.cpu_count() or 1) // cfg.jobs // world)
     log_of(text).parent.mkdir(parents=True, exist_ok=True)
     with open(log_of(text), "w") as file:
-        env = os.environ | {"OMP_NUM_THREADS": str(threads), data.STARTED_BY: str(os.getpid())}
+        env = os.environ | {"OMP_NUM_THREADS": str(threads), STARTED_BY: str(os.getpid())}
         return subprocess.Popen(words, stdout=file, stderr=file, env=env)
 
 
@@ -1288,7 +1383,7 @@ def failure(text, status, cfg):
 @lru_cache
 def val_contents(name, root):
     """A text that tells a domain's images from others; None where they are not on this machine."""
-    return None if absent(name, root) else data.contents_of(data.scenes(name, root, "val"))
+    return None if absent(name, root) else contents_of(data.scenes(name, root, "val"))
 
 
 class Result(NamedTuple):
@@ -1309,11 +1404,11 @@ def measured(row, block, cfg, device):
     kept = path.with_name("eval.json")
     domains = block.source + block.unseen
     inputs = {name: val_contents(name, cfg.root) for name in domains} | {path.name: data.fingerprint(path)}
-    stored = data.read_book(kept)
-    before = inputs | data.dict_in(stored, "of")  # older versions did not note it
+    stored = read_book(kept)
+    before = inputs | dict_in(stored, "of")  # older versions did not note it
     known = {}  # of this segmenter by this protocol, the domains of other tables among them
     if stored.get("protocol") == protocol and before[path.name] == inputs[path.name]:
-        known = data.dict_in(stored, "miou")
+        known = dict_in(stored, "miou")
     mious = {}
     for name in domains:
         # Images that have left this machine were measured when they were here.
@@ -1326,7 +1421,7 @@ def measured(row, block, cfg, device):
         model, saved = segment.load_segmenter(path, device)
         mious |= measure(path, model, saved, replace(cfg, data=missing), device)
         here = {name: text for name, text in inputs.items() if text}
-        data.write(kept, json.dumps(dict(protocol=protocol, miou=known | mious, of=before | here)))
+        distill.write(kept, json.dumps(dict(protocol=protocol, miou=known | mious, of=before | here)))
     mean = sum(mious[name] for name in block.unseen) / len(block.unseen)
     seconds = sum(stage["seconds"] for stage in ledger)
     flops = sum(stage["flops"] for stage in ledger)
@@ -1395,7 +1490,7 @@ def figure_budgets(unseen, path, x_title):
         if not budget:
             continue
         name = row.removesuffix(f", {budget}")
-        _, amount = data.parse_budget(budget, steps_per_epoch=1)
+        _, amount = distill.parse_budget(budget, steps_per_epoch=1)
         x = math.log2(amount)
         lines[name].append((x, np.mean(values)))
         x_texts[x] = tick_text(amount)
@@ -1578,7 +1673,7 @@ def sheet(columns, titles, names, colors, path, width=136, gap=4, top=28):
 
 def save_picture(picture, path):
     """Write a picture, whole or not at all; returns the path."""
-    with data.whole(path) as unfinished:
+    with whole(path) as unfinished:
         picture.save(unfinished)
     return path
 
@@ -1741,7 +1836,7 @@ def figure_3b(models, cfg, path, device):
         folder = Path(given).parent if Path(given).is_file() else Path(given)
         if not (folder / "log.jsonl").is_file():
             raise UserError(f"{folder}: holds no log.jsonl; this figure wants the folders of runs")
-        lines = [line for _, line in data.read_lines(folder / "log.jsonl")]
+        lines = [line for _, line in read_lines(folder / "log.jsonl")]
         lines = [line for line in lines if {"step", "loss", "lr"} <= line.keys()]
         keys = list(lines[0]) if lines else ["step", "loss", "lr"]
         parts = keys[1:keys.index("lr")]  # all losses stand between step and lr
@@ -1845,7 +1940,7 @@ def attention(path, student, teacher, v_s, v_t):
         raise UserError(f"{path}: holds no head of L_feat; this figure wants a student.pt distilled with --loss qsd "
                         "and --alpha above 0")
     saved = qsd.open_checkpoint(path)
-    config = qsd.LossConfig(**data.known_fields(qsd.LossConfig, saved["config"]))
+    config = qsd.LossConfig(**known_fields(qsd.LossConfig, saved["config"]))
     if config.pool_keys:
         raise UserError(f"{path}: it was distilled with --pool_keys, so that its weights are not N x N")
     head = qsd.build_head(student, teacher, config)
@@ -1937,7 +2032,7 @@ def figure(cfg, device):
     if cfg.data == "paper" and cfg.figure != "3b":
         raise UserError("say on which images with --data or --setting")
     out = Path(cfg.out)
-    data.check_place("--out", out)
+    check_place("--out", out)
     is_file = out.suffix.lower() in data.SUFFIXES
     folder = Path(Config.out) if is_file else out
     if cfg.models or cfg.data not in SMALL:
@@ -2017,7 +2112,7 @@ def classify(model, saved, image, cfg, device, least=0.5):
     """The classes (H, W) uint8 of an image (3, H, W) by cfg's protocol, or its objects (D, 6) that score `least`."""
     window = cfg.window or saved["config"]["size"]
     x = data.normalize(image[None].to(device), model.encoder.mean, model.encoder.std)
-    with torch.no_grad(), data.autocast(cfg.precision, device):
+    with torch.no_grad(), distill.autocast(cfg.precision, device):
         if saved["config"]["decoder"] == "boxes":
             found = find_objects(model, x, window)[0].cpu()
             return found[found[:, 5] >= least]
@@ -2038,7 +2133,7 @@ def segment_images(cfg, device):
     """
     files = image_files(Path(cfg.images))
     out = Path(cfg.out)
-    data.check_place("--out", out)
+    check_place("--out", out)
     if out.is_file():
         raise UserError(f"--out {out}: is a file; choose another folder for the results")
     if out.resolve() == files[0].parent.resolve():
@@ -2047,12 +2142,12 @@ def segment_images(cfg, device):
     palette = data.palette(saved["colors"]).tobytes()
     out.mkdir(parents=True, exist_ok=True)
     began = time.time()
-    with tqdm(files[data.rank()::data.world_size()], "images", disable=data.rank() > 0, leave=False) as bar:
+    with tqdm(files[distill.rank()::distill.world_size()], "images", disable=distill.rank() > 0, leave=False) as bar:
         for file in bar:
             image = data.read_image(file, mapped=False, upright=True)  # (3, H, W)
             found = classify(model, saved, image, cfg, device)
             if saved["config"]["decoder"] == "boxes":
-                data.write(out / f"{file.stem}_boxes.json", json.dumps(found.tolist()))
+                distill.write(out / f"{file.stem}_boxes.json", json.dumps(found.tolist()))
                 picture = data.label_picture(found, image, saved["classes"], saved["colors"], width=800, scored=True)
                 save_picture(Image.fromarray(picture), out / f"{file.stem}_boxes.png")
                 continue
@@ -2062,13 +2157,13 @@ def segment_images(cfg, device):
             blend = Image.blend(Image.fromarray(as_array(image)), picture.convert("RGB"), 0.5)
             overlay = with_legend(blend, saved["classes"], saved["colors"], size=max(13, blend.width // 80))
             save_picture(overlay, out / f"{file.stem}_overlay.png")
-    if data.rank() == 0:
+    if distill.rank() == 0:
         print(f"{out}: {len(files)} images, {len(files) / (time.time() - began):.1f} images/s")
 
 
 def image_files(given):
     """The images at a path, one or a folder of them; UserError where two would have results of one name."""
-    if not data.is_there(given):
+    if not is_there(given):
         raise UserError(f"--images {given}: no such file or folder")
     at_hand = [given / name for name in data.files_below(given)] if given.is_dir() else [given]
     files = {}
@@ -2108,7 +2203,7 @@ def export(checkpoint, path, dynamic):
     """
     if path.suffix not in (".pt2", ".pth"):
         raise UserError(f"--export {path}: torch.export names its files .pt2, mmsegmentation .pth")
-    data.check_place("--export", path)
+    check_place("--export", path)
     model, saved = segment.load_segmenter(checkpoint)
     if saved["config"]["decoder"] == "boxes":
         raise UserError(f"--export {path}: writes the scores of pixels, but {checkpoint} finds boxes")
@@ -2123,7 +2218,7 @@ def export(checkpoint, path, dynamic):
     shapes = ({0: torch.export.Dim("batch")},) if dynamic else None
     example = torch.zeros(2 if dynamic else 1, 3, size, size)
     program = torch.export.export(eager, (example,), dynamic_shapes=shapes)
-    with data.whole(path) as unfinished:
+    with whole(path) as unfinished:
         torch.export.save(program, unfinished, extra_files={"about.json": json.dumps(about)})
         written = torch.export.load(unfinished).module()
         differences = []
@@ -2141,7 +2236,7 @@ def export(checkpoint, path, dynamic):
 def export_weights(model, saved, path):
     """Write a segmenter's weights as a checkpoint of mmsegmentation; read again, they are the same."""
     meta = dict(dataset_meta=dict(classes=saved["classes"], palette=saved["colors"]))
-    data.save(path, dict(state_dict=segment.official_state_dict(model), meta=meta))
+    distill.save(path, dict(state_dict=segment.official_state_dict(model), meta=meta))
     again, _ = segment.load_segmenter(path)
     for name, tensor in again.state_dict().items():
         assert torch.equal(tensor, model.state_dict()[name]), name
@@ -2155,14 +2250,14 @@ def report(cfg, device):
         raise UserError("say on which images with --data or --setting")
     model, saved = segment.load_segmenter(cfg.checkpoint, device)
     mious = measure(cfg.checkpoint, model, saved, cfg, device)
-    if data.rank() == 0:
+    if distill.rank() == 0:
         rows = show_mious({cfg.checkpoint: mious})
         print(json.dumps({"checkpoint": cfg.checkpoint, "miou": rows[cfg.checkpoint]}))
 
 
 def main(argv=None):
-    cfg = data.configure(Config, preset, argv)
-    device = data.launch()
+    cfg = distill.configure(Config, preset, argv)
+    device = distill.launch()
     scale_list(cfg)  # a mistake is told before anything runs
     if cfg.setting not in ("none", *data.SETTINGS):
         raise UserError(f"--setting {cfg.setting}: not one of {' '.join(data.SETTINGS)}")
@@ -2172,7 +2267,7 @@ def main(argv=None):
     if cfg.setting != "none":
         _, unseen = data.SETTINGS[cfg.setting]
         cfg = replace(cfg, data="+".join(unseen))
-    if (cfg.figure != "none" or cfg.probe) and data.world_size() > 1:
+    if (cfg.figure != "none" or cfg.probe) and distill.world_size() > 1:
         raise UserError("--figure and --probe run in one process: start them with python")
     if cfg.figure != "none":
         figure(cfg, device)
@@ -2183,11 +2278,11 @@ def main(argv=None):
     elif cfg.images:
         segment_images(cfg, device)
     elif cfg.export:
-        if data.rank() == 0:
+        if distill.rank() == 0:
             export(cfg.checkpoint, Path(cfg.export), cfg.dynamic)
     else:
         report(cfg, device)
 
 
 if __name__ == "__main__":
-    data.cli(main)
+    distill.cli(main)

@@ -9,16 +9,11 @@ task loss and distillation at once. --kd_logits 1 is Hinton's distillation, whic
 """
 import math
 import re
-import signal
-import sys
 import warnings
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple
-
-if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)    # Ctrl-C while torch is loaded: no traceback; see data.cli
 
 import numpy as np
 import torch
@@ -28,8 +23,8 @@ from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.faster_rcnn import FasterRCNN, FastRCNNPredictor, TwoMLPHead
 from torchvision.models.detection.image_list import ImageList
 
-sys.path.insert(0, str(Path(__file__).parent))  # where python -P does not look
 import data
+import distill
 import qsd
 from data import IGNORE
 from qsd import UserError
@@ -554,9 +549,9 @@ def divisors_of(labels):
         pixels += int((part != IGNORE).sum())
         for label in part:
             masks += len(label[label != IGNORE].unique())
-    device = "cuda" if torch.cuda.is_available() and data.world_size() > 1 else "cpu"   # a lone process need not wait
-    total = data.summed(torch.tensor([masks, pixels], dtype=torch.float64, device=device))
-    return (total / data.world_size() / len(labels)).tolist()
+    device = "cuda" if torch.cuda.is_available() and distill.world_size() > 1 else "cpu"   # a lone process need not wait
+    total = distill.summed(torch.tensor([masks, pixels], dtype=torch.float64, device=device))
+    return (total / distill.world_size() / len(labels)).tolist()
 
 
 # --- One class per pixel, the same interface -------------------------------------------------------------------------
@@ -706,55 +701,51 @@ class Config(qsd.LossConfig):
     root: str = "data"              # the folder that holds the data sets
     split: str = "train"            # the images trained on
     labels: str = "1"               # share of the labelled images: 1, 1/4, 1/8, 1/16 (Table 3), a fixed subset
-    classes: qsd.Classes = 0        # number of classes of your own folder; 0 = as the data set says
+    classes: int = 0                # number of classes of your own folder; 0 = as the data set says
     encoder: str = "dinov2_vits14"  # a name of qsd.ENCODERS or a checkpoint, usually distill.py's student.pt
     pretrained: bool = True         # no: the encoder starts from random weights
-    official: bool = True           # a named encoder's file must have its SHA-256; no: whatever lies there is taken
-    depth: qsd.Count | None = None  # only the encoder's first k blocks
+    depth: int | None = None        # only the encoder's first k blocks
     freeze: bool = True             # the paper's stage 2; no: the encoder is trained, too (a row of Table 5)
     out: str = "runs/segment"       # log.jsonl, last.pt, segmenter.pt
     # decoder
     decoder: Literal["mask", "fpn", "linear", "boxes"] = "mask"  # Mask2Former; SemFPN; one layer; Faster R-CNN
     blocks: Literal["four", "last"] = "four"  # that the decoder reads: [3, 5, 7, 11] of 12 (official); 4 x the last
-    width: qsd.Count = 256          # channels of the mask and box decoders
-    queries: qsd.Count = 100        # of the mask decoder, each proposes a mask
-    decoder_layers: qsd.CountOr0 = 9    # transformer layers of the mask decoder
-    ffn: qsd.Count = 2048           # hidden width of those layers, and of the box decoder's head
+    width: int = 256                # channels of the mask and box decoders
+    queries: int = 100              # of the mask decoder, each proposes a mask
+    decoder_layers: int = 9         # transformer layers of the mask decoder
+    ffn: int = 2048                 # hidden width of those layers, and of the box decoder's head
     pixel: Literal["fpn", "deform"] = "deform"  # pixel decoder of the mask decoder: Mask2Former's; fpn: light
-    heads: qsd.Count = 8            # attention heads of mask decoder and pixel decoder
-    points: qsd.Count = 12544       # pixels on which its masks are compared
+    heads: int = 8                  # attention heads of mask decoder and pixel decoder
+    points: int = 12544             # pixels on which its masks are compared
     void: Literal["negative", "ignore"] = "negative"  # pixels labelled 255: outside every mask (official) or left out
     geometry: Literal["mmdet", "centred"] = "mmdet"  # positions, padding, finest lateral: official, or of older runs
-    rois: qsd.Count = 512           # boxes of an image from which the head of the box decoder learns
-    proposals: qsd.Count = 1000     # boxes of an image that this head sees when it predicts; twice as many in training
+    rois: int = 512                 # boxes of an image from which the head of the box decoder learns
+    proposals: int = 1000           # boxes of an image that this head sees when it predicts; twice as many in training
     # one-stage distillation (equation 3)
-    kd: qsd.Weight = 0.0            # weight of the objective --loss, in units of its published weight; 0 = no teacher
-    kd_logits: qsd.Weight = 0.0     # weight of Hinton's logit distillation; its teacher is a segmenter.pt
+    kd: float = 0.0                 # weight of the objective --loss, in units of its published weight; 0 = no teacher
+    kd_logits: float = 0.0          # weight of Hinton's logit distillation; its teacher is a segmenter.pt
     teacher: str = "none"           # encoder name or checkpoint for --kd; a segmenter.pt for --kd_logits
     # images
-    size: qsd.Pixels = 512          # side of the square crop, pixels
-    patch: qsd.Pixels = 16          # patch side of the encoder, pixels
-    cache: qsd.PixelsOr0 = 0        # short side of the copy that `python data.py --cache SIZE` made; 0 = the originals
-    cat_max_ratio: qsd.Share = 0.75 # a crop is drawn again while one class fills more of it
-    workers: qsd.Workers = 8        # image-loading processes per training process; 0 = load in the training process
+    size: int = 512                 # side of the square crop, pixels
+    patch: int = 16                 # patch side of the encoder, pixels
+    cat_max_ratio: float = 0.75     # a crop is drawn again while one class fills more of it
+    workers: int = 8                # image-loading processes per training process; 0 = load in the training process
     # optimiser
-    batch: qsd.Batch = 4            # global, whatever the number of processes
-    micro: qsd.Count = 4            # most images of one forward pass; the rest is gradient accumulation
+    batch: int = 4                  # global, whatever the number of processes
+    micro: int = 4                  # most images of one forward pass; the rest is gradient accumulation
     budget: str = "40000"           # 40000 (steps), 50ep, 2h, 3e18flop: the schedule follows the fraction spent
-    lr: qsd.Positive = 1e-4         # of the decoder
-    lr_backbone: qsd.Weight = 1e-5  # of the encoder where it is trained (the paper's 1e-5)
-    power: qsd.Weight = 0.9         # of the polynomial decay to 0
-    weight_decay: qsd.Weight = 0.05 # of all parameters that no_decay does not spare
+    lr: float = 1e-4                # of the decoder
+    lr_backbone: float = 1e-5       # of the encoder where it is trained (the paper's 1e-5)
+    power: float = 0.9              # of the polynomial decay to 0
+    weight_decay: float = 0.05      # of all parameters that no_decay does not spare
     no_decay: Literal["decoder", "all"] = "decoder"  # whose norms and embeddings are spared: official, the decoder's
     # running
-    seed: qsd.Seed = 42             # as the official code
+    seed: int = 42                  # as the official code
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "fp32"  # official: fp32
-    log_every: qsd.Count = 50       # steps
-    save_minutes: qsd.Weight = 10.0 # between checkpoints
-    max_skips: qsd.Count = 10       # non-finite steps in a row that end the run
+    log_every: int = 50             # steps
+    save_minutes: float = 10.0      # between checkpoints
 
 
-FREE = {"root", "official", "workers", "micro", "log_every", "save_minutes", "max_skips"}  # may change on resuming
 POINTS = data.MASKS + 1  # the points on which masks are compared have random numbers of their own, see data.mix
 
 # The light decoder of the small worlds.
@@ -837,14 +828,14 @@ def load_segmenter(path, device="cpu"):
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     except Exception as error:  # values of a wrong kind raise anything
-        raise UserError(f"{path} is no segmenter ({data.first_line(error)})") from None
+        raise UserError(f"{path} is no segmenter ({error})") from None
     return model.to(device).eval().requires_grad_(False), saved
 
 
 def own_segmenter(saved):
     """The Segmenter in a segmenter.pt."""
     encoder = qsd.ViT(**qsd.stored_values('its "encoder"', saved["encoder"]))
-    cfg = Config(**data.known_fields(Config, saved["config"]))
+    cfg = Config(**{name: value for name, value in saved["config"].items() if hasattr(Config, name)})
     if np.shape(saved["colors"]) != (len(saved["classes"]), 3):
         raise UserError(f"its {len(saved['classes'])} classes have other colours: {saved['colors']!r}"[:80])
     decoder = build_decoder(encoder.embed_dim, len(saved["classes"]), cfg)
@@ -989,7 +980,7 @@ def released_segmenter(saved):
     qsd.check_state("not the parameters of a segmenter", state, official_state_dict(model))
     model.encoder.load_state_dict(encoder_state)
     model.decoder.load_state_dict(split_qkv(decoder_state))
-    content = dict(model=model.state_dict(), encoder=model.encoder.config, config=data.as_plain(cfg), released=True,
+    content = dict(model=model.state_dict(), encoder=model.encoder.config, config=asdict(cfg), released=True,
                    classes=list(entry.classes), colors=[list(color) for color in entry.colors], ledger=[])
     return model, content
 
@@ -1088,7 +1079,7 @@ def describe(segmenter, cfg, device):
     """Print how large encoder and decoder are, and what the decoder costs on one image of the training crop."""
     with torch.no_grad():
         maps = segmenter.features(torch.zeros(1, 3, cfg.size, cfg.size, device=device))
-    multiply_adds = data.count_flops(lambda: segmenter.decoder(maps)) / 2
+    multiply_adds = distill.count_flops(lambda: segmenter.decoder(maps)) / 2
     decoder_size = sum(p.numel() for p in segmenter.decoder.parameters())
     encoder_size = sum(p.numel() for p in segmenter.encoder.parameters())
     state = "frozen" if cfg.freeze else "trained"
@@ -1097,8 +1088,8 @@ def describe(segmenter, cfg, device):
 
 
 def main(argv=None):
-    cfg = data.configure(Config, preset, argv)
-    run = data.Run(cfg, "segmenter.pt", FREE)  # joins the processes, opens --out
+    cfg = distill.configure(Config, preset, argv)
+    run = distill.Run(cfg, "segmenter.pt")  # joins the processes, opens --out
     if run.finished:
         return
     if (cfg.kd or cfg.kd_logits) and cfg.freeze:
@@ -1116,12 +1107,12 @@ def main(argv=None):
     transform = data.segment_transform(cfg.size, cat_max_ratio=cfg.cat_max_ratio)
     if cfg.decoder == "boxes":
         transform = partial(data.detect_transform, size=cfg.size)
-    dataset = data.scenes(cfg.data, cfg.root, cfg.split, transform, cfg.labels, cfg.classes, cfg.cache)
+    dataset = data.scenes(cfg.data, cfg.root, cfg.split, transform, cfg.labels, cfg.classes)
     if dataset.boxes != (cfg.decoder == "boxes"):
         raise UserError(f"--decoder {cfg.decoder}: --data {cfg.data} labels {'boxes' if dataset.boxes else 'pixels'}")
     if dataset.boxes and cfg.kd_logits:
         raise UserError("--kd_logits compares the classes of pixels; --decoder boxes has --kd")
-    load_vit = partial(qsd.load_vit, img_size=cfg.size, patch_size=cfg.patch, official=cfg.official)
+    load_vit = partial(qsd.load_vit, img_size=cfg.size, patch_size=cfg.patch)
     encoder = load_vit(cfg.encoder, depth=cfg.depth, pretrained=cfg.pretrained)
     decoder = build_decoder(encoder.embed_dim, dataset.num_classes, cfg)
     segmenter = Segmenter(encoder, decoder, cfg.freeze, cfg.blocks).to(device)
@@ -1163,34 +1154,33 @@ def main(argv=None):
             return model(x, label, generator, divisors, t, noise, teacher_scores)
 
     # Two images through one step tell what it costs; the parameters it does not touch are not trained.
-    images, draws = data.two_images(cfg.size)
+    images, draws = distill.two_images(cfg.size)
     label = torch.zeros(2, data.OBJECTS, 6) if dataset.boxes else torch.zeros(2, cfg.size, cfg.size, dtype=torch.int64)
-    probe = partial(losses_of, learner, images, label, draws, divisors=None)
-    flops = data.dry_run(learner, probe)
-    if data.rank() == 0:
-        describe(segmenter, cfg, device)
-
+    flops = distill.dry_run(learner, partial(losses_of, learner, images, label, draws, divisors=None))
     optimizer = torch.optim.AdamW(parameter_groups(learner, cfg), fused=True)
     warnings.filterwarnings("ignore", "Grad strides do not match")  # DDP copies the small gradients of 1x1 convolutions
-    run.start(learner, optimizer, dataset, probe, flops, tokens=N, pairs=bool(cfg.kd))
+    run.start(learner, optimizer, dataset, flops, tokens=N, pairs=bool(cfg.kd))
 
-    for micro_batches in run.steps():  # until --budget is spent
-        for group in optimizer.param_groups:
-            group["lr"] = group["peak"] * (1 - run.fraction) ** cfg.power
-        divisors = divisors_of([label for _, label, _ in micro_batches])
-        _, pixels = divisors
-        if not pixels and not run.ledger["steps"]:
-            qsd.say("no pixel of the first images has a label: all are 255")
-        for images, label, draws in micro_batches:  # gradient accumulation
-            with run.sync():
-                losses = losses_of(run.model, images, label, draws, divisors)
-                run.backward(losses)
-        run.step()
+    with run:  # signals now wait for the end of a step
+        for micro_batches in run.steps():  # until --budget is spent
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak"] * (1 - run.fraction) ** cfg.power
+            divisors = divisors_of([label for _, label, _ in micro_batches])
+            for images, label, draws in micro_batches:  # gradient accumulation
+                with run.sync():  # processes average gradients in the last one
+                    losses = losses_of(run.model, images, label, draws, divisors)
+                    run.scaler.scale(losses["loss"] / len(micro_batches)).backward()
+                run.note(losses)
+            if run.finite():  # else the step is skipped and counted
+                run.scaler.step(optimizer)
+            run.scaler.update()
+            optimizer.zero_grad()
+            run.after()  # ledger, log, checkpoint, signals
 
-    ledger = ancestors + [dict(script="segment", data=cfg.data, **run.ledger)]
-    run.finish(dict(model=segmenter.state_dict(), encoder=encoder.config, config=data.as_plain(cfg),
-                    classes=list(dataset.classes), colors=[list(color) for color in dataset.colors], ledger=ledger))
+        ledger = ancestors + [dict(script="segment", data=cfg.data, **run.ledger)]
+        run.finish(dict(model=segmenter.state_dict(), encoder=encoder.config, config=asdict(cfg), ledger=ledger,
+                        classes=list(dataset.classes), colors=[list(color) for color in dataset.colors]))
 
 
 if __name__ == "__main__":
-    data.cli(main)
+    distill.cli(main)
