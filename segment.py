@@ -107,6 +107,13 @@ def feed_forward(width, hidden):
     return ffn
 
 
+def attention(width, heads):
+    layer = nn.MultiheadAttention(width, heads, batch_first=True)  # its biases start at 0
+    nn.init.xavier_normal_(layer.in_proj_weight)  # q, k and v as one matrix (3 width, width)
+    nn.init.xavier_normal_(layer.out_proj.weight)
+    return layer
+
+
 # --- Pixel decoder: the levels learn from each other -----------------------------------------------------------------
 
 class DeformableAttention(nn.Module):
@@ -222,49 +229,24 @@ class PixelDecoder(nn.Module):
 
 # --- Mask classification ---------------------------------------------------------------------------------------------
 
-class Attention(nn.Module):
-    """Multi-head attention: query (B, Q, width), key and value (B, N, width) -> (B, Q, width).
-
-    mask (B, 1, Q, N) bool: True where a query may read; None = everywhere.
-    """
-    def __init__(self, width, heads):
-        super().__init__()
-        self.heads = heads
-        self.q = nn.Linear(width, width)
-        self.k = nn.Linear(width, width)
-        self.v = nn.Linear(width, width)
-        self.proj = nn.Linear(width, width)
-        for layer in (self.q, self.k, self.v, self.proj):
-            nn.init.zeros_(layer.bias)
-        for layer in (self.q, self.k, self.v):
-            nn.init.normal_(layer.weight, std=(2 / (4 * width)) ** 0.5)  # xavier for q, k, v as one (3 width, width)
-        nn.init.xavier_normal_(self.proj.weight)
-
-    def forward(self, query, key, value, mask=None):
-        q = self.by_head(self.q(query))
-        k = self.by_head(self.k(key))
-        v = self.by_head(self.v(value))
-        x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)  # (B, heads, Q, width / heads)
-        return self.proj(x.transpose(1, 2).flatten(2))
-
-    def by_head(self, x):
-        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, heads, ., width / heads)
-
-
 class MaskLayer(nn.Module):
     """Queries read the map under their masks, then each other; the norms come after each sum, as in Mask2Former."""
     def __init__(self, width, heads, ffn):
         super().__init__()
-        self.read = Attention(width, heads)
+        self.heads = heads
+        self.read = attention(width, heads)
         self.norm1 = nn.LayerNorm(width)
-        self.talk = Attention(width, heads)
+        self.talk = attention(width, heads)
         self.norm2 = nn.LayerNorm(width)
         self.ffn = feed_forward(width, ffn)
         self.norm3 = nn.LayerNorm(width)
 
     def forward(self, x, pos, tokens, tokens_pos, mask):
-        x = self.norm1(x + self.read(x + pos, tokens + tokens_pos, tokens, mask))
-        x = self.norm2(x + self.talk(x + pos, x + pos, x))
+        closed = (~mask).repeat_interleave(self.heads, 0)  # (B heads, Q, N), True where a query may not read
+        read, _ = self.read(x + pos, tokens + tokens_pos, tokens, attn_mask=closed, need_weights=False)
+        x = self.norm1(x + read)
+        heard, _ = self.talk(x + pos, x + pos, x, need_weights=False)
+        x = self.norm2(x + heard)
         return self.norm3(x + self.ffn(x))
 
 
@@ -336,7 +318,7 @@ class MaskDecoder(nn.Module):
         for i, layer in enumerate(self.layers):
             tokens, pos, small = levels[i % 3]  # the three coarser levels in turn, coarsest first
             mask = attended(self.mask_embed(states[-1]) @ small)  # (B, Q, N)
-            x = layer(x, self.query_pos, tokens, pos, mask[:, None])
+            x = layer(x, self.query_pos, tokens, pos, mask)
             states.append(self.norm(x))
         states = torch.stack(states)  # (R, B, Q, width)
         return {"logits": self.classify(states), "embed": self.mask_embed(states), "pixels": pixels}
@@ -873,11 +855,11 @@ OFFICIAL_NAMES = {
     "query_feat.weight": "query",
     "query_embed.weight": "query_pos",
     "level_embed.weight": "level_embed",
-    "transformer_decoder.layers.*.cross_attn.attn.in_proj_": "layers.*.read.qkv.",
-    "transformer_decoder.layers.*.cross_attn.attn.out_proj.": "layers.*.read.proj.",
+    "transformer_decoder.layers.*.cross_attn.attn.in_proj_": "layers.*.read.in_proj_",
+    "transformer_decoder.layers.*.cross_attn.attn.out_proj.": "layers.*.read.out_proj.",
     "transformer_decoder.layers.*.norms.0.": "layers.*.norm1.",
-    "transformer_decoder.layers.*.self_attn.attn.in_proj_": "layers.*.talk.qkv.",
-    "transformer_decoder.layers.*.self_attn.attn.out_proj.": "layers.*.talk.proj.",
+    "transformer_decoder.layers.*.self_attn.attn.in_proj_": "layers.*.talk.in_proj_",
+    "transformer_decoder.layers.*.self_attn.attn.out_proj.": "layers.*.talk.out_proj.",
     "transformer_decoder.layers.*.norms.1.": "layers.*.norm2.",
     "transformer_decoder.layers.*.ffn.layers.0.0.": "layers.*.ffn.0.",
     "transformer_decoder.layers.*.ffn.layers.1.": "layers.*.ffn.2.",
@@ -902,32 +884,6 @@ def renamed(key, names):
     return None
 
 
-def join_qkv(state):
-    """q, k and v of each attention, which are layers of their own here, as the one matrix that they are in mmdet."""
-    joined = {}
-    for key, tensor in state.items():
-        layer, _, kind = key.rpartition(".")
-        attention, _, part = layer.rpartition(".")
-        if part == "q":
-            parts = [state[f"{attention}.{one}.{kind}"] for one in "qkv"]
-            joined[f"{attention}.qkv.{kind}"] = torch.cat(parts)
-        elif part not in ("k", "v"):
-            joined[key] = tensor
-    return joined
-
-
-def split_qkv(state):
-    """The inverse of join_qkv."""
-    split = {}
-    for key, tensor in state.items():
-        if ".qkv." in key:
-            for one, part in zip("qkv", tensor.chunk(3)):
-                split[key.replace(".qkv.", f".{one}.")] = part.clone()
-        else:
-            split[key] = tensor
-    return split
-
-
 def official_state_dict(segmenter):
     """A Segmenter's tensors under mmsegmentation's names; UserError unless its decoder is Mask2Former's."""
     decoder = segmenter.decoder
@@ -937,7 +893,7 @@ def official_state_dict(segmenter):
     state = {}
     for key, tensor in segmenter.encoder.state_dict().items():
         state[f"backbone.{key}"] = tensor
-    for key, tensor in join_qkv(decoder.state_dict()).items():
+    for key, tensor in decoder.state_dict().items():
         state[f"decode_head.{renamed(key, OUR_NAMES)}"] = tensor
     return state
 
@@ -979,7 +935,7 @@ def released_segmenter(saved):
     model = Segmenter(qsd.ViT(**values), build_decoder(values["embed_dim"], sizes["num_classes"], cfg))
     qsd.check_state("not the parameters of a segmenter", state, official_state_dict(model))
     model.encoder.load_state_dict(encoder_state)
-    model.decoder.load_state_dict(split_qkv(decoder_state))
+    model.decoder.load_state_dict(decoder_state)
     content = dict(model=model.state_dict(), encoder=model.encoder.config, config=asdict(cfg), released=True,
                    classes=list(entry.classes), colors=[list(color) for color in entry.colors], ledger=[])
     return model, content

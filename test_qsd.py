@@ -1772,13 +1772,10 @@ def slow_deformable_attention(attn, query, value, sizes):
 
 
 def slow_attention(attn, query, key, value, may_read):
-    if hasattr(attn, "qkv"):
-        weights = zip((query, key, value), attn.qkv.weight.chunk(3), attn.qkv.bias.chunk(3))
-        q, k, v = [F.linear(*arguments).chunk(attn.heads, -1) for arguments in weights]
-    else:
-        q, k, v = [layer(x).chunk(attn.heads, -1) for layer, x in ((attn.q, query), (attn.k, key), (attn.v, value))]
-    scores = [(q[i] @ k[i].mT / math.sqrt(q[i].shape[-1])).masked_fill(~may_read, -math.inf) for i in range(attn.heads)]
-    return attn.proj(torch.cat([scores[i].softmax(-1) @ v[i] for i in range(attn.heads)], -1))
+    weights = zip((query, key, value), attn.in_proj_weight.chunk(3), attn.in_proj_bias.chunk(3))
+    q, k, v = [F.linear(*arguments).chunk(attn.num_heads, -1) for arguments in weights]
+    scores = [(one @ other.mT / math.sqrt(one.shape[-1])).masked_fill(~may_read, -math.inf) for one, other in zip(q, k)]
+    return attn.out_proj(torch.cat([score.softmax(-1) @ one for score, one in zip(scores, v)], -1))
 
 
 def slow_mlp(layers, x):
@@ -1856,7 +1853,7 @@ def test_in_a_mask_layer_queries_read_under_their_masks_then_each_other_then_thi
     layer = shaken(segment.MaskLayer(8, heads=2, ffn=16))
     x, pos, tokens, tokens_pos = torch.randn(2, 5, 8), torch.randn(5, 8), torch.randn(2, 7, 8), torch.randn(7, 8)
     given = [part.double() for part in (x, pos, tokens, tokens_pos)]
-    mask = torch.arange(7) % 5 <= torch.arange(5)[:, None]  # (5, 7)
+    mask = (torch.arange(7) % 5 <= torch.arange(5)[:, None]).expand(2, -1, -1)
     torch.testing.assert_close(layer(*given, mask), slow_mask_layer(layer, *given, mask))
 
 
@@ -2414,11 +2411,10 @@ def test_initial_weights_are_drawn_as_mmdet_draws_them():
         assert weight.std().item() == pytest.approx(std, rel=0.03) and weight.abs().max() > 3 * std
 
     for attention in (layer.read, layer.talk):
-        for part in (attention.q, attention.k, attention.v):
-            normal(part.weight, math.sqrt(2 / (4 * width)))  # a third of one matrix (3 width, width)
-        normal(attention.proj.weight, math.sqrt(2 / (2 * width)))
-        assert attention.q.bias.abs().sum() == attention.k.bias.abs().sum() == attention.v.bias.abs().sum() == 0
-        assert attention.proj.bias.abs().sum() == 0
+        for part in attention.in_proj_weight.chunk(3):
+            normal(part, math.sqrt(2 / (4 * width)))  # a third of one matrix (3 width, width)
+        normal(attention.out_proj.weight, math.sqrt(2 / (2 * width)))
+        assert attention.in_proj_bias.abs().sum() == attention.out_proj.bias.abs().sum() == 0
     for ffn, hidden in ((layer.ffn, 2048), (pixel.layers[0].ffn, 1024)):
         for linear in (ffn[0], ffn[2]):
             normal(linear.weight, math.sqrt(2 / (width + hidden)))
