@@ -84,7 +84,7 @@ class Config(qsd.LossConfig):
     bench: Literal["no", "yes", "official"] = "no"  # only time a step, of random weights; official: and the authors'
 
 
-TOY = dict(teacher="toy_teacher", student="toy_small", size=64, patch=8, batch=16, budget="500",
+TOY = dict(teacher="toy_teacher", student="toy_student", size=64, patch=8, batch=16, budget="1000",
            repeats=1, workers=1, lr=2e-3, lr_rule="constant", dcd_pool=1, log_every=20)
 PRESETS = {
     "proxy": dict(size=224, patch=14, hub_offset=0.1, batch=512, budget="100ep"),

@@ -168,6 +168,7 @@ ENCODERS = {                # size, patch, image, official file, its SHA-256, wh
     "eva02_large":          Encoder(*L, 14, 224, EVA + "eva02_L_pt_m38m_p14.pt", sub_ln=True, **EVA02),
     "toy_small":            Encoder(64, 4, 2, 8, 64),        # for the built-in toy world: no official file
     "toy_base":             Encoder(128, 4, 4, 8, 64),
+    "toy_student":          Encoder(64, 4, 2, 8, 64, "assets/toy_student.pt"),  # shipped; trained as DeiT is, on labels
     "toy_teacher":          Encoder(128, 4, 4, 8, 64, "assets/toy_teacher.pt", "49a3b23f"),  # shipped
 }
 

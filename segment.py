@@ -732,7 +732,7 @@ POINTS = data.MASKS + 1  # the points on which masks are compared have random nu
 
 # The light decoder of the small worlds.
 LIGHT = dict(width=64, queries=32, decoder_layers=3, ffn=256, heads=4, pixel="fpn")
-TOY = LIGHT | dict(encoder="toy_small", size=64, patch=8, batch=8, micro=8, budget="200", lr=2e-3, lr_backbone=1e-3,
+TOY = LIGHT | dict(encoder="toy_student", size=64, patch=8, batch=8, micro=8, budget="200", lr=2e-3, lr_backbone=1e-3,
                    workers=1, seed=0, log_every=20, cat_max_ratio=1.0, blocks="last", dcd_pool=1)
 WIDE = TOY | dict(batch=16, micro=16, budget="16000", lr=1.5e-3, lr_backbone=1.5e-3, no_decay="all")  # the teacher's
 CAMVID = LIGHT | dict(size=224, points=2048, batch=8, micro=8, budget="250", lr=1e-3, lr_backbone=1e-4,
