@@ -18,6 +18,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import statistics
 import sys
@@ -178,6 +179,8 @@ def main(argv=None):
     # two black images through one step: its cost per image, and which parameters this objective does not train
     flops = dry_run(learner, partial(losses_of, learner, *two_images(cfg.size)))
     if cfg.compile == "yes" or (cfg.compile == "auto" and run.device.type == "cuda"):
+        if "CC" not in os.environ and not any(map(shutil.which, ("cc", "gcc", "clang"))):
+            raise UserError("--compile needs a C compiler: install gcc, or say --compile no")
         learner.compile(fullgraph=True)                             # one graph each, or an error: no silent slow path
         run_teacher = torch.compile(teacher.run, fullgraph=True)
     optimizer = torch.optim.AdamW(weight_decay_groups(learner, cfg.weight_decay), betas=(0.9, 0.999), fused=True)
@@ -708,30 +711,22 @@ def bench(cfg, run, learner, run_teacher, losses_of, optimizer, flops):
         its_optimizer.step()
         its_optimizer.zero_grad()
 
-    def random_images(B):
-        return torch.randint(0, 256, (B, 3, cfg.size, cfg.size), dtype=torch.uint8)
-
-    # as many images as one pass takes, or about 3 seconds do
-    B = cfg.micro if device.type == "cuda" else 2
-    images = random_images(B)
+    B = cfg.micro if device.type == "cuda" else min(cfg.micro, 8)
+    images = torch.randint(0, 256, (B, 3, cfg.size, cfg.size), dtype=torch.uint8)
     seconds(step, learner, optimizer, images)                       # warms up, compiles
-    while 2 * B <= cfg.micro and seconds(step, learner, optimizer, images) < 1.5:
-        B *= 2
-        images = random_images(B)
-    times = [seconds(step, learner, optimizer, images) for _ in range(6)][1:]
-    speed = B / statistics.median(times)
+    times = [seconds(step, learner, optimizer, images) for _ in range(5)]
+    whole = statistics.median(times)
     matrix = torch.randn(2 * [8192 if device.type == "cuda" else 1024], device=device)
     with run.autocast:
         rate = 2 * len(matrix) ** 3 / min(seconds(torch.mm, matrix, matrix) for _ in range(6))
     print(f"{device_name(device)}, {precision_on(cfg.precision, device)}, {cfg.size} px, patch {cfg.patch}, {B} images "
-          f"a step: {speed:.2f} images/s [{B / max(times):.2f}..{B / min(times):.2f}], {speed * flops / 1e12:.3g} "
-          f"TFLOP/s, {speed * flops / rate:.0%} of the {rate / 1e12:.3g} of a matrix product")
+          f"a step: {B / whole:.2f} images/s [{B / max(times):.2f}..{B / min(times):.2f}], "
+          f"{B / whole * flops / 1e12:.3g} TFLOP/s, {B / whole * flops / rate:.0%} of a matrix product's")
 
     x = data.normalize(images.to(device), learner.student.mean, learner.student.std)
     with run.autocast, torch.no_grad():
-        teacher = statistics.median(seconds(run_teacher, x) for _ in range(3)) / statistics.median(times)
-    forward = statistics.median(seconds(losses_of, learner, images, torch.arange(B)) for _ in range(3))
-    forward /= statistics.median(times)
+        teacher = statistics.median(seconds(run_teacher, x) for _ in range(3)) / whole
+    forward = statistics.median(seconds(losses_of, learner, images, torch.arange(B)) for _ in range(3)) / whole
     print(f"of a step: teacher {teacher:.0%}, student with heads and losses {forward - teacher:.0%}, backward pass and "
           f"optimiser {1 - forward:.0%}")
     if device.type == "cuda":

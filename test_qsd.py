@@ -2980,6 +2980,13 @@ def test_a_compiled_run_is_two_graphs_compiled_once_with_the_losses_of_eager_mod
 
 # --- Runs: how fast they are ------------------------------------------------------------------------------------------
 
+def test_without_a_c_compiler_compile_is_one_line(flags, tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    monkeypatch.delenv("CC", raising=False)
+    with pytest.raises(qsd.UserError, match="--compile needs a C compiler: install gcc, or say --compile no"):
+        train("distill", flags("distill", tmp_path / "a", "--loss mse --compile yes"))
+
+
 def test_the_bench_prints_speed_parts_and_ratio_of_a_step_and_writes_nothing(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     distill.main("--data toy --bench official --micro 2 --student_depth 1".split())
