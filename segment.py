@@ -8,7 +8,6 @@ The same command resumes. `--kd 1 --loss cwd --teacher dinov2_vitb14 --freeze no
 task loss and distillation at once. --kd_logits 1 is Hinton's distillation, which the paper does not have.
 """
 import math
-import re
 import warnings
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -59,16 +58,13 @@ def centres(size, device):
     return torch.stack([x, y], -1).flatten(0, 1)
 
 
-def sine_position(size, width, device, geometry="mmdet"):
+def sine_position(size, width, device):
     """Sines and cosines at geometric frequencies of each place of an (h, w) grid, (h w, width).
 
-    mmdet counts pixels from 1 and has first y, then x, each with sine and cosine by turns. "centred": pixel centres.
+    As in mmdet: pixels are counted from 1, and first y, then x has its sines and cosines by turns.
     """
-    frequency = 2 * math.pi * 10000 ** (-4 * torch.arange(width // 4, device=device) / width)
-    if geometry == "centred":
-        angle = centres(size, device)[:, :, None] * frequency  # (h w, 2, width / 4)
-        return torch.cat([angle.sin(), angle.cos()], -1).flatten(1)
     h, w = size
+    frequency = 2 * math.pi * 10000 ** (-4 * torch.arange(width // 4, device=device) / width)
     y = torch.arange(1, h + 1, device=device) / (h + 1e-6)
     x = torch.arange(1, w + 1, device=device) / (w + 1e-6)
     y, x = torch.meshgrid(y, x, indexing="ij")  # (h, w) each
@@ -76,13 +72,10 @@ def sine_position(size, width, device, geometry="mmdet"):
     return torch.stack([angle.sin(), angle.cos()], -1).flatten(1)
 
 
-def sample(x, points, padding):
-    """Bilinear values of maps x (B, C, h, w) at points (B, P, 2), (x, y) in 0..1 -> (B, C, P).
-
-    Within half a pixel of the border a value is mixed with the padding: "zeros", or the pixel itself ("border").
-    """
+def sample(x, points):
+    """Bilinear values of maps x (B, C, h, w) at points (B, P, 2), (x, y) in 0..1 -> (B, C, P); outside the map is 0."""
     points = 2 * points[:, :, None] - 1  # (B, P, 1, 2), in -1..1 as grid_sample counts
-    return F.grid_sample(x, points, padding_mode=padding, align_corners=False)[..., 0]
+    return F.grid_sample(x, points, align_corners=False)[..., 0]
 
 
 # Initial weights as mmdet draws them; each function returns its module.
@@ -126,13 +119,13 @@ class DeformableAttention(nn.Module):
         self.heads = heads
         self.levels = levels
         self.points = points
-        self.value = xavier_uniform(nn.Linear(width, width))
-        self.proj = xavier_uniform(nn.Linear(width, width))
-        self.weights = nn.Linear(width, heads * levels * points)
-        self.offsets = nn.Linear(width, heads * levels * points * 2)
-        nn.init.zeros_(self.weights.weight)
-        nn.init.zeros_(self.weights.bias)
-        nn.init.zeros_(self.offsets.weight)
+        self.value_proj = xavier_uniform(nn.Linear(width, width))
+        self.output_proj = xavier_uniform(nn.Linear(width, width))
+        self.attention_weights = nn.Linear(width, heads * levels * points)
+        self.sampling_offsets = nn.Linear(width, heads * levels * points * 2)
+        nn.init.zeros_(self.attention_weights.weight)
+        nn.init.zeros_(self.attention_weights.bias)
+        nn.init.zeros_(self.sampling_offsets.weight)
 
         # At first head h looks in the direction 2 pi h / heads, its points 1, 2, .. pixels away, all with equal weight.
         angle = 2 * math.pi * torch.arange(heads) / heads
@@ -140,14 +133,16 @@ class DeformableAttention(nn.Module):
         ray = ray / ray.abs().amax(-1, keepdim=True)  # on the border of the unit square
         distance = torch.arange(1, points + 1)[:, None]  # (points, 1)
         start = ray[:, None, None] * distance  # (heads, 1, points, 2)
-        self.offsets.bias.data.copy_(start.expand(-1, levels, -1, -1).flatten())
+        self.sampling_offsets.bias.data.copy_(start.expand(-1, levels, -1, -1).flatten())
 
     def forward(self, query, value, sizes):
-        weights = self.weights(query).unflatten(-1, (self.heads, -1)).softmax(-1)  # a head's places weigh 1 in all
+        weights = self.attention_weights(query).unflatten(-1, (self.heads, -1))
+        weights = weights.softmax(-1)  # a head's places weigh 1 in all
         weights = weights.unflatten(-1, (self.levels, self.points))  # (B, N, heads, levels, points)
-        offsets = self.offsets(query).unflatten(-1, (self.heads, self.levels, self.points, 2))  # in pixels of the level
+        offsets = self.sampling_offsets(query)  # in pixels of the level
+        offsets = offsets.unflatten(-1, (self.heads, self.levels, self.points, 2))
         here = torch.cat([centres(size, query.device) for size in sizes])[:, None, None]  # (N, 1, 1, 2)
-        value = self.value(value).unflatten(-1, (self.heads, -1))  # (B, N, heads, d)
+        value = self.value_proj(value).unflatten(-1, (self.heads, -1))  # (B, N, heads, d)
         value = value.permute(0, 2, 3, 1).flatten(0, 1)  # (B heads, d, N)
         levels = value.split([h * w for h, w in sizes], -1)
 
@@ -159,19 +154,19 @@ class DeformableAttention(nn.Module):
             weight = weights[:, :, :, i].transpose(1, 2).flatten(0, 1)  # (B heads, N, points)
             out = out + (seen * weight[:, None]).sum(-1)  # (B heads, d, N)
         out = out.unflatten(0, (-1, self.heads)).flatten(1, 2).transpose(1, 2)  # (B, N, width)
-        return self.proj(out)
+        return self.output_proj(out)
 
 
 class DeformableLayer(nn.Module):
     def __init__(self, width, heads, ffn):
         super().__init__()
-        self.attn = DeformableAttention(width, heads)
+        self.self_attn = DeformableAttention(width, heads)
         self.norm1 = nn.LayerNorm(width)
         self.ffn = feed_forward(width, ffn)
         self.norm2 = nn.LayerNorm(width)
 
     def forward(self, x, pos, sizes):
-        x = self.norm1(x + self.attn(x + pos, x, sizes))
+        x = self.norm1(x + self.self_attn(x + pos, x, sizes))
         return self.norm2(x + self.ffn(x))
 
 
@@ -181,17 +176,16 @@ class PixelDecoder(nn.Module):
     feats 4 x (B, dim, ., .), finest first -> maps 3 x (B, width, ., .), coarsest first, and pixels (B, width, h, w).
     The three mix by deformable attention (kind "deform", as in Mask2Former) or by a top-down sum ("fpn", light).
     """
-    def __init__(self, dim, width, kind, layers, heads, ffn, geometry="mmdet"):
+    def __init__(self, dim, width, kind, layers, heads, ffn):
         super().__init__()
         self.deform = kind == "deform"
-        self.geometry = geometry
-        finest = caffe2_xavier(nn.Conv2d(dim, width, 1, bias=geometry == "centred"))
+        finest = caffe2_xavier(nn.Conv2d(dim, width, 1, bias=False))
         self.laterals = nn.ModuleList([nn.Sequential(finest, nn.GroupNorm(32, width))])
         for _ in range(3):
             conv = xavier_uniform(nn.Conv2d(dim, width, 1))
             self.laterals.append(nn.Sequential(conv, nn.GroupNorm(32, width)))
         if self.deform:
-            self.level_embed = nn.Parameter(torch.randn(3, width))
+            self.level_encoding = nn.Embedding(3, width)
             self.layers = nn.ModuleList(DeformableLayer(width, heads, ffn) for _ in range(layers))
         # The finest map costs the most, so the light decoder filters it depthwise.
         groups = 1 if self.deform else width
@@ -211,8 +205,8 @@ class PixelDecoder(nn.Module):
     def attend(self, maps):
         sizes = [x.shape[-2:] for x in maps]
         positions = []
-        for size, level in zip(sizes, self.level_embed):
-            positions.append(sine_position(size, len(level), level.device, self.geometry) + level)
+        for size, level in zip(sizes, self.level_encoding.weight):
+            positions.append(sine_position(size, len(level), level.device) + level)
         positions = torch.cat(positions)  # (N, width), N tokens in all three maps
         x = torch.cat([x.flatten(2) for x in maps], 2).transpose(1, 2)  # (B, N, width)
         for layer in self.layers:
@@ -234,27 +228,26 @@ class MaskLayer(nn.Module):
     def __init__(self, width, heads, ffn):
         super().__init__()
         self.heads = heads
-        self.read = attention(width, heads)
+        self.cross_attn = attention(width, heads)
         self.norm1 = nn.LayerNorm(width)
-        self.talk = attention(width, heads)
+        self.self_attn = attention(width, heads)
         self.norm2 = nn.LayerNorm(width)
         self.ffn = feed_forward(width, ffn)
         self.norm3 = nn.LayerNorm(width)
 
-    def forward(self, x, pos, tokens, tokens_pos, mask):
-        closed = (~mask).repeat_interleave(self.heads, 0)  # (B heads, Q, N), True where a query may not read
-        read, _ = self.read(x + pos, tokens + tokens_pos, tokens, attn_mask=closed, need_weights=False)
+    def forward(self, x, pos, tokens, tokens_pos, hidden):
+        hidden = hidden.repeat_interleave(self.heads, 0)  # (B heads, Q, N)
+        read, _ = self.cross_attn(x + pos, tokens + tokens_pos, tokens, attn_mask=hidden, need_weights=False)
         x = self.norm1(x + read)
-        heard, _ = self.talk(x + pos, x + pos, x, need_weights=False)
+        heard, _ = self.self_attn(x + pos, x + pos, x, need_weights=False)
         x = self.norm2(x + heard)
         return self.norm3(x + self.ffn(x))
 
 
-def attended(masks):
-    """Which tokens each query may read: those in its mask, or all if its mask is empty. Logits (B, Q, N) -> bool."""
-    inside = masks.detach() >= 0
-    empty = ~inside.any(-1, keepdim=True)
-    return inside | empty
+def outside(masks):
+    """Which tokens each query may not read: those outside its mask, unless that is empty. Logits (B, Q, N) -> bool."""
+    out = masks.detach() < 0
+    return out & ~out.all(-1, keepdim=True)
 
 
 class Targets(NamedTuple):
@@ -262,8 +255,7 @@ class Targets(NamedTuple):
     classes: torch.Tensor  # (B, S) int64: the classes present, in ascending order, then the padding
     counts: list           # of B numbers: how many classes are present
     real: torch.Tensor     # (B, S, 1) bool: False for the padding
-    masks: torch.Tensor    # (B, S, H, W) float: 1 inside the class, 0 outside and in void
-    keep: torch.Tensor     # (B, 1, H, W) float: 1 where a pixel counts, 0 where it is left out
+    masks: torch.Tensor    # (B, S, H, W) float: 1 inside the class, 0 outside and where the label is 255 (official)
 
 
 class MaskDecoder(nn.Module):
@@ -276,7 +268,7 @@ class MaskDecoder(nn.Module):
     """
     def __init__(self, dim, num_classes, width=64, queries=32, layers=3, heads=4, ffn=256,
                  pixel="fpn", pixel_layers=6, pixel_ffn=1024, points=12544, oversample=3, importance=0.75,
-                 no_object=0.1, weights=(2, 5, 5), void="negative", geometry="mmdet"):
+                 no_object=0.1, weights=(2, 5, 5)):
         super().__init__()
         if width % 32 or width % heads:
             raise UserError(f"--width {width}: GroupNorm wants a multiple of 32, and attention one of --heads {heads}")
@@ -287,16 +279,13 @@ class MaskDecoder(nn.Module):
         self.oversample = oversample  # candidates per point
         self.importance = importance  # share of the points that are the most uncertain candidates
         self.weights = weights        # of cross-entropy, BCE and dice
-        self.void = void              # pixels labelled 255: "negative", outside every mask, or "ignore", left out
-        self.geometry = geometry
-        self.padding = "border" if geometry == "centred" else "zeros"  # around the maps from which points are read
-        self.pixel_decoder = PixelDecoder(dim, width, pixel, pixel_layers, heads, pixel_ffn, geometry)
+        self.pixel_decoder = PixelDecoder(dim, width, pixel, pixel_layers, heads, pixel_ffn)
         self.layers = nn.ModuleList(MaskLayer(width, heads, ffn) for _ in range(layers))
-        self.query = nn.Parameter(torch.randn(queries, width))
-        self.query_pos = nn.Parameter(torch.randn(queries, width))
-        self.level_embed = nn.Parameter(torch.randn(3, width))
-        self.norm = nn.LayerNorm(width)
-        self.classify = nn.Linear(width, num_classes + 1)
+        self.query_feat = nn.Embedding(queries, width)
+        self.query_embed = nn.Embedding(queries, width)  # their positions
+        self.level_embed = nn.Embedding(3, width)
+        self.post_norm = nn.LayerNorm(width)
+        self.cls_embed = nn.Linear(width, num_classes + 1)
         self.mask_embed = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(),
                                         nn.Linear(width, width))
         class_weight = torch.tensor([1.0] * num_classes + [no_object])
@@ -305,23 +294,23 @@ class MaskDecoder(nn.Module):
     def forward(self, feats):
         maps, pixels = self.pixel_decoder(feats)
         levels = []
-        for x, level in zip(maps, self.level_embed):
+        for x, level in zip(maps, self.level_embed.weight):
             size = x.shape[-2:]
             tokens = x.flatten(2).transpose(1, 2) + level  # (B, N, width)
-            pos = sine_position(size, x.shape[1], x.device, self.geometry)  # (N, width)
+            pos = sine_position(size, x.shape[1], x.device)  # (N, width)
             # Masks are linear in the pixels, so the masks of small pixels are the small versions of the full masks.
             small = resize(pixels, size).flatten(2)  # (B, width, N)
             levels.append((tokens, pos, small))
 
-        x = self.query.expand(pixels.shape[0], -1, -1)  # (B, Q, width)
-        states = [self.norm(x)]
+        x = self.query_feat.weight.expand(pixels.shape[0], -1, -1)  # (B, Q, width)
+        states = [self.post_norm(x)]
         for i, layer in enumerate(self.layers):
             tokens, pos, small = levels[i % 3]  # the three coarser levels in turn, coarsest first
-            mask = attended(self.mask_embed(states[-1]) @ small)  # (B, Q, N)
-            x = layer(x, self.query_pos, tokens, pos, mask)
-            states.append(self.norm(x))
+            hidden = outside(self.mask_embed(states[-1]) @ small)  # (B, Q, N)
+            x = layer(x, self.query_embed.weight, tokens, pos, hidden)
+            states.append(self.post_norm(x))
         states = torch.stack(states)  # (R, B, Q, width)
-        return {"logits": self.classify(states), "embed": self.mask_embed(states), "pixels": pixels}
+        return {"logits": self.cls_embed(states), "embed": self.mask_embed(states), "pixels": pixels}
 
     def scores(self, outputs, size=None):
         """Semantic scores (B, K, h, w), or at `size`: where its mask is, each query votes for its classes.
@@ -371,8 +360,7 @@ class MaskDecoder(nn.Module):
         classes = order[:, :max(1, *counts)]  # (B, S)
         real = present.gather(1, classes)[..., None]
         masks = label[:, None] == classes[..., None, None]
-        keep = ~void if self.void == "ignore" else torch.ones_like(void)
-        return Targets(classes, counts, real, masks.float(), keep[:, None].float())
+        return Targets(classes, counts, real, masks.float())
 
     def class_loss(self, logits, class_of_query, num_masks):
         """Cross-entropy of each read-out, (R,), a query without a mask weighted less.
@@ -398,17 +386,14 @@ class MaskDecoder(nn.Module):
         if self.points >= H * W:  # every pixel is a point
             x = resize(x, (H, W)).view(B, S, R, -1)
             t = wanted.masks.view(B, S, 1, -1)
-            keep = wanted.keep.view(B, 1, 1, -1)
         else:
             points = self.uncertain_points(x, generator)  # (B S R, P, 2)
-            x = sample(x, points, self.padding).view(B, S, R, -1)
-            t = sample(wanted.masks.view(B * S, 1, H, W), points.view(B * S, -1, 2), self.padding).view_as(x)
-            keep = sample(wanted.keep, points.view(B, -1, 2), "border").view_as(x)
+            x = sample(x, points).view(B, S, R, -1)
+            t = sample(wanted.masks.view(B * S, 1, H, W), points.view(B * S, -1, 2)).view_as(x)
 
-        # The BCE of a logit x is softplus(x) - t x. In void t = 0: a negative if keep = 1, nothing if keep = 0.
         p = x.sigmoid()  # (B, S, R, P)
-        bce = (keep * F.softplus(x) - t * x).sum(-1) / keep.sum(-1).clamp(min=1e-6)
-        dice = 1 - (2 * (t * p).sum(-1) + 1) / ((keep * p).sum(-1) + t.sum(-1) + 1)
+        bce = (F.softplus(x) - t * x).mean(-1)  # of a logit x
+        dice = 1 - (2 * (t * p).sum(-1) + 1) / (p.sum(-1) + t.sum(-1) + 1)
         return bce, dice
 
     @torch.no_grad()
@@ -438,14 +423,13 @@ class MaskDecoder(nn.Module):
             points = centres((h, w), pixels.device).expand(B, -1, -1)
         else:
             points = torch.rand(B, self.points, 2, generator=generator, device=pixels.device)
-        x = embed.transpose(0, 1).flatten(1, 2) @ sample(pixels, points, self.padding)  # (B, R Q, P), mask logits
-        t = sample(wanted.masks, points, self.padding).transpose(1, 2)  # (B, P, S)
-        keep = sample(wanted.keep, points, "border").transpose(1, 2)  # (B, P, 1)
+        x = embed.transpose(0, 1).flatten(1, 2) @ sample(pixels, points)  # (B, R Q, P), mask logits
+        t = sample(wanted.masks, points).transpose(1, 2)  # (B, P, S)
 
         # As in mask_losses, but for all pairs of a query and a mask: (B, R Q, S).
         p = x.sigmoid()
-        bce = (F.softplus(x) @ keep - x @ t) / keep.sum(1, keepdim=True).clamp(min=1e-6)
-        dice = 1 - (2 * p @ t + 1) / (p @ keep + t.sum(1, keepdim=True) + 1)
+        bce = (F.softplus(x).sum(-1, keepdim=True) - x @ t) / x.shape[-1]
+        dice = 1 - (2 * p @ t + 1) / (p.sum(-1, keepdim=True) + t.sum(1, keepdim=True) + 1)
         probability = logits.softmax(-1).transpose(0, 1).flatten(1, 2)  # (B, R Q, K+1)
         named = probability.gather(2, wanted.classes[:, None].expand_as(bce))
 
@@ -464,7 +448,7 @@ class MaskDecoder(nn.Module):
         candidates = self.oversample * self.points
         hard = int(self.importance * self.points)
         points = torch.rand(len(x), candidates + self.points - hard, 2, generator=generator, device=x.device)
-        distance = sample(x, points[:, :candidates], self.padding)[:, 0].abs()  # (n, candidates)
+        distance = sample(x, points[:, :candidates])[:, 0].abs()  # (n, candidates)
         chosen = distance.topk(hard, largest=False).indices[..., None].expand(-1, -1, 2)
         return torch.cat([points.gather(1, chosen), points[:, candidates:]], 1)
 
@@ -483,10 +467,9 @@ def hungarian(cost):
     v = np.zeros(m)
     col_of = np.full(n, -1)  # -1: not assigned
     row_of = np.full(m, -1)
-    for row, col in enumerate(cost.argmin(1)):  # whoever likes a column best and comes first has it
-        if row_of[col] < 0:
-            col_of[row] = col
-            row_of[col] = row
+    liked, first = np.unique(cost.argmin(1), return_index=True)
+    col_of[first] = liked  # the first row that likes a column best has it
+    row_of[liked] = first
 
     # Each of the other rows: Dijkstra over the costs less prices, from this row to the nearest free column.
     for start in np.flatnonzero(col_of < 0):
@@ -503,19 +486,14 @@ def hungarian(cost):
             col = np.where(done, np.inf, length).argmin()
             path = length[col]
             row = row_of[col]
-            done[col] = True
-        done[col] = False  # the free column has no row, and keeps its price
-
-        gain = path - length[done]
+            done[col] = row >= 0  # the free column, where the path ends, keeps its price
         u[start] += path
-        u[row_of[done]] += gain
-        v[done] -= gain
+        u[row_of[done]] += path - length[done]
+        v[done] -= path - length[done]
         while row != start:  # back along the path, each row takes the column that was reached from it
             row = parent[col]
-            given_up = col_of[row]
             row_of[col] = row
-            col_of[row] = col
-            col = given_up
+            col_of[row], col = col, col_of[row]
     return col_of
 
 
@@ -699,8 +677,6 @@ class Config(qsd.LossConfig):
     pixel: Literal["fpn", "deform"] = "deform"  # pixel decoder of the mask decoder: Mask2Former's; fpn: light
     heads: int = 8                  # attention heads of mask decoder and pixel decoder
     points: int = 12544             # pixels on which its masks are compared
-    void: Literal["negative", "ignore"] = "negative"  # pixels labelled 255: outside every mask (official) or left out
-    geometry: Literal["mmdet", "centred"] = "mmdet"  # positions, padding, finest lateral: official, or of older runs
     rois: int = 512                 # boxes of an image from which the head of the box decoder learns
     proposals: int = 1000           # boxes of an image that this head sees when it predicts; twice as many in training
     # one-stage distillation (equation 3)
@@ -719,8 +695,7 @@ class Config(qsd.LossConfig):
     lr: float = 1e-4                # of the decoder
     lr_backbone: float = 1e-5       # of the encoder where it is trained (the paper's 1e-5)
     power: float = 0.9              # of the polynomial decay to 0
-    weight_decay: float = 0.05      # of all parameters that no_decay does not spare
-    no_decay: Literal["decoder", "all"] = "decoder"  # whose norms and embeddings are spared: official, the decoder's
+    weight_decay: float = 0.05      # not of the decoder's norms and embeddings (official)
     # running
     seed: int = 42                  # as the official code
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "fp32"  # official: fp32
@@ -734,7 +709,7 @@ POINTS = data.MASKS + 1  # the points on which masks are compared have random nu
 LIGHT = dict(width=64, queries=32, decoder_layers=3, ffn=256, heads=4, pixel="fpn")
 TOY = LIGHT | dict(encoder="toy_student", size=64, patch=8, batch=8, micro=8, budget="200", lr=2e-3, lr_backbone=1e-3,
                    workers=1, seed=0, log_every=20, cat_max_ratio=1.0, blocks="last", dcd_pool=1)
-WIDE = TOY | dict(batch=16, micro=16, budget="16000", lr=1.5e-3, lr_backbone=1.5e-3, no_decay="all")  # the teacher's
+WIDE = TOY | dict(batch=16, micro=16, budget="16000", lr=1.5e-3, lr_backbone=1.5e-3)  # the teacher's
 CAMVID = LIGHT | dict(size=224, points=2048, batch=8, micro=8, budget="250", lr=1e-3, lr_backbone=1e-4,
                       workers=1, seed=0, log_every=20, dcd_pool=1)
 VOC = dict(decoder="boxes", blocks="last", ffn=1024, batch=16, micro=16, budget="12ep")
@@ -791,167 +766,96 @@ def build_decoder(dim, num_classes, cfg):
     if cfg.decoder == "boxes":
         return BoxDecoder(dim, num_classes, cfg.patch, cfg.width, cfg.ffn, cfg.rois, cfg.proposals)
     return MaskDecoder(dim, num_classes, width=cfg.width, queries=cfg.queries, layers=cfg.decoder_layers,
-                       heads=cfg.heads, ffn=cfg.ffn, pixel=cfg.pixel, points=cfg.points, void=cfg.void,
-                       geometry=cfg.geometry)
+                       heads=cfg.heads, ffn=cfg.ffn, pixel=cfg.pixel, points=cfg.points)
 
 
 def load_segmenter(path, device="cpu"):
     """A trained segmenter, ready to predict, and what its file holds: a segmenter.pt, or a released checkpoint.
 
-    A released one is mmsegmentation's, of the authors' own training; a segmenter.pt's content is made of it. UserError
-    if the file is neither.
+    A released one is mmsegmentation's, of the authors' own training; the content of a segmenter.pt is made of it.
+    UserError if the file is neither.
     """
     saved = qsd.open_checkpoint(Path(path))
     try:
         if "classes" in saved:
-            model = own_segmenter(saved)
+            model = own_segmenter(path, saved)
         else:
-            model, saved = released_segmenter(saved)
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from None
-    except Exception as error:  # values of a wrong kind raise anything
-        raise UserError(f"{path} is no segmenter ({error})") from None
+            model, saved = released_segmenter(path, saved.get("state_dict", saved))
+    except KeyError as error:
+        raise UserError(f"{path} is no whole segmenter: {error.args[0]} is missing") from None
     return model.to(device).eval().requires_grad_(False), saved
 
 
-def own_segmenter(saved):
-    """The Segmenter in a segmenter.pt."""
-    encoder = qsd.ViT(**qsd.stored_values('its "encoder"', saved["encoder"]))
-    cfg = Config(**{name: value for name, value in saved["config"].items() if hasattr(Config, name)})
-    if np.shape(saved["colors"]) != (len(saved["classes"]), 3):
-        raise UserError(f"its {len(saved['classes'])} classes have other colours: {saved['colors']!r}"[:80])
+def own_segmenter(path, saved):
+    """The Segmenter in a segmenter.pt; a constant that its run did not know has today's default."""
+    constants = {name: value for name, value in saved["config"].items() if hasattr(Config, name)}
+    cfg = Config(**constants)
+    encoder = qsd.ViT(**saved["encoder"])
     decoder = build_decoder(encoder.embed_dim, len(saved["classes"]), cfg)
     model = Segmenter(encoder, decoder, blocks=cfg.blocks)
-    qsd.check_state("not the parameters of a segmenter", saved["model"], model.state_dict())
-    model.load_state_dict(saved["model"])
+    load_strictly(model, saved["model"], f"{path} does not fit its segmenter")
     return model
 
 
-# --- Released segmenters: mmsegmentation's checkpoints ---------------------------------------------------------------
-
-# Each parameter of mmsegmentation's Mask2Former (its names start with decode_head.), and what it is called here (under
-# decoder.). A star is a layer's number; after a name that ends in a dot the same weight or bias follows on both sides.
-OFFICIAL_NAMES = {
-    "pixel_decoder.input_convs.0.conv.": "pixel_decoder.laterals.3.0.",
-    "pixel_decoder.input_convs.0.gn.": "pixel_decoder.laterals.3.1.",
-    "pixel_decoder.input_convs.1.conv.": "pixel_decoder.laterals.2.0.",
-    "pixel_decoder.input_convs.1.gn.": "pixel_decoder.laterals.2.1.",
-    "pixel_decoder.input_convs.2.conv.": "pixel_decoder.laterals.1.0.",
-    "pixel_decoder.input_convs.2.gn.": "pixel_decoder.laterals.1.1.",
-    "pixel_decoder.lateral_convs.0.conv.": "pixel_decoder.laterals.0.0.",
-    "pixel_decoder.lateral_convs.0.gn.": "pixel_decoder.laterals.0.1.",
-    "pixel_decoder.level_encoding.weight": "pixel_decoder.level_embed",
-    "pixel_decoder.encoder.layers.*.self_attn.sampling_offsets.": "pixel_decoder.layers.*.attn.offsets.",
-    "pixel_decoder.encoder.layers.*.self_attn.attention_weights.": "pixel_decoder.layers.*.attn.weights.",
-    "pixel_decoder.encoder.layers.*.self_attn.value_proj.": "pixel_decoder.layers.*.attn.value.",
-    "pixel_decoder.encoder.layers.*.self_attn.output_proj.": "pixel_decoder.layers.*.attn.proj.",
-    "pixel_decoder.encoder.layers.*.norms.0.": "pixel_decoder.layers.*.norm1.",
-    "pixel_decoder.encoder.layers.*.ffn.layers.0.0.": "pixel_decoder.layers.*.ffn.0.",
-    "pixel_decoder.encoder.layers.*.ffn.layers.1.": "pixel_decoder.layers.*.ffn.2.",
-    "pixel_decoder.encoder.layers.*.norms.1.": "pixel_decoder.layers.*.norm2.",
-    "pixel_decoder.output_convs.0.conv.": "pixel_decoder.embed.0.",
-    "pixel_decoder.output_convs.0.gn.": "pixel_decoder.embed.1.",
-    "pixel_decoder.mask_feature.": "pixel_decoder.embed.3.",
-    "query_feat.weight": "query",
-    "query_embed.weight": "query_pos",
-    "level_embed.weight": "level_embed",
-    "transformer_decoder.layers.*.cross_attn.attn.in_proj_": "layers.*.read.in_proj_",
-    "transformer_decoder.layers.*.cross_attn.attn.out_proj.": "layers.*.read.out_proj.",
-    "transformer_decoder.layers.*.norms.0.": "layers.*.norm1.",
-    "transformer_decoder.layers.*.self_attn.attn.in_proj_": "layers.*.talk.in_proj_",
-    "transformer_decoder.layers.*.self_attn.attn.out_proj.": "layers.*.talk.out_proj.",
-    "transformer_decoder.layers.*.norms.1.": "layers.*.norm2.",
-    "transformer_decoder.layers.*.ffn.layers.0.0.": "layers.*.ffn.0.",
-    "transformer_decoder.layers.*.ffn.layers.1.": "layers.*.ffn.2.",
-    "transformer_decoder.layers.*.norms.2.": "layers.*.norm3.",
-    "transformer_decoder.post_norm.": "norm.",
-    "cls_embed.": "classify.",
-    "mask_embed.": "mask_embed.",
+# What mmdet's Mask2Former calls a part of a parameter's name, and what it is called here.
+MMDET_NAMES = {
+    "transformer_decoder.": "",
+    "pixel_decoder.encoder.": "pixel_decoder.",
+    "lateral_convs.0.": "laterals.0.",
+    "input_convs.2.": "laterals.1.",
+    "input_convs.1.": "laterals.2.",
+    "input_convs.0.": "laterals.3.",
+    "output_convs.0.": "embed.",
+    "mask_feature.": "embed.3.",
+    ".conv.": ".0.",
+    ".gn.": ".1.",
+    "_attn.attn.": "_attn.",
+    ".norms.0.": ".norm1.",
+    ".norms.1.": ".norm2.",
+    ".norms.2.": ".norm3.",
+    ".ffn.layers.0.0.": ".ffn.0.",
+    ".ffn.layers.1.": ".ffn.2.",
 }
-OUR_NAMES = {ours: official for official, ours in OFFICIAL_NAMES.items()}
 RELEASED_CLASSES = {19: "cityscapes", 6: "potsdam-rgb"}  # number of classes: the data set whose names they have
 
 
-def renamed(key, names):
-    """A decoder parameter's other name, by a table {its name: the other name}; None if the table lacks it."""
-    for name, other in names.items():
-        pattern = re.escape(name).replace(r"\*", r"(\d+)")
-        open_end = name.endswith((".", "_"))
-        found = re.match(pattern if open_end else pattern + "$", key)
-        if found:
-            layer = found[1] if found.groups() else ""
-            return other.replace("*", layer) + key[found.end():]
-    return None
-
-
-def official_state_dict(segmenter):
-    """A Segmenter's tensors under mmsegmentation's names; UserError unless its decoder is Mask2Former's."""
-    decoder = segmenter.decoder
-    if not isinstance(decoder, MaskDecoder) or not decoder.pixel_decoder.deform or decoder.geometry != "mmdet":
-        raise UserError("mmsegmentation has names for segmenters of --decoder mask --pixel deform --geometry mmdet "
-                        "only")
-    state = {}
-    for key, tensor in segmenter.encoder.state_dict().items():
-        state[f"backbone.{key}"] = tensor
-    for key, tensor in decoder.state_dict().items():
-        state[f"decode_head.{renamed(key, OUR_NAMES)}"] = tensor
-    return state
-
-
-def released_segmenter(saved):
+def released_segmenter(path, state):
     """The Segmenter in a checkpoint of mmsegmentation, and the content of a segmenter.pt with it.
 
-    Its sizes follow from the shapes of its tensors, which must fit without one missing or left over: UserError. They
-    do not say what the classes mean: 19 are taken to be those of Cityscapes, 6 those of Potsdam, others get numbers.
+    Its sizes follow from the shapes of its tensors. These do not say what the classes mean: 19 are taken to be those of
+    Cityscapes, 6 those of Potsdam, others get numbers.
     """
-    state = saved.get("state_dict", saved)
-    if not any(str(key).startswith("decode_head.") for key in state):
-        raise UserError("neither a segmenter.pt of this project nor a checkpoint of mmsegmentation")
-    encoder_state = {}
-    decoder_state = {}
+    head = {}
     for key, tensor in state.items():
         part, _, name = key.partition(".")
-        ours = renamed(name, OFFICIAL_NAMES)
-        if part == "backbone":
-            encoder_state[name] = tensor
-        elif part == "decode_head" and ours:
-            decoder_state[ours] = tensor
-        else:
-            raise UserError(f"{key} has no place in a segmenter")
-    for name in ("pos_embed", "patch_embed.proj.weight"):
-        if name not in encoder_state:
-            raise UserError(f"backbone.{name} is missing")
-    values, _ = qsd.infer_values(Path("released"), encoder_state)
-    values |= qsd.IMAGENET  # the authors normalise the images of every encoder so, EVA-02's, too
-    try:
-        sizes = decoder_sizes(decoder_state)
-    except KeyError as error:
-        raise UserError(f"decode_head.{renamed(error.args[0], OUR_NAMES)} is missing") from None
+        if part == "decode_head":
+            for theirs, ours in MMDET_NAMES.items():
+                name = name.replace(theirs, ours)
+            head[name] = tensor
+        elif part != "backbone":
+            raise UserError(f"{path}: {key} has no place in a segmenter")
+    if not head:
+        raise UserError(f"{path} is neither a segmenter.pt of this project nor a checkpoint of mmsegmentation")
 
-    name = RELEASED_CLASSES.get(sizes["num_classes"], "folder")
-    entry = data.entries(name, sizes["num_classes"] if name == "folder" else 0)[name]
-    cfg = Config(data=name, size=values["img_size"], patch=values["patch_size"], width=sizes["width"],
-                 queries=sizes["queries"], decoder_layers=sizes["layers"], ffn=sizes["ffn"], heads=sizes["heads"])
-    model = Segmenter(qsd.ViT(**values), build_decoder(values["embed_dim"], sizes["num_classes"], cfg))
-    qsd.check_state("not the parameters of a segmenter", state, official_state_dict(model))
-    model.encoder.load_state_dict(encoder_state)
-    model.decoder.load_state_dict(decoder_state)
-    content = dict(model=model.state_dict(), encoder=model.encoder.config, config=asdict(cfg), released=True,
+    encoder = qsd.load_vit(path)  # reads what lies under backbone.
+    queries, width = head["query_feat.weight"].shape
+    num_classes = len(head["cls_embed.weight"]) - 1
+    samples = len(head["pixel_decoder.layers.0.self_attn.attention_weights.weight"])  # heads x 3 levels x 4 points
+    layers = {name.split(".")[1] for name in head if name.startswith("layers.")}
+    name = RELEASED_CLASSES.get(num_classes, "folder")
+    entry = data.entries(name, num_classes if name == "folder" else 0)[name]
+    cfg = Config(data=name, size=encoder.config["img_size"], patch=encoder.patch_size, width=width, queries=queries,
+                 heads=samples // 12, ffn=len(head["layers.0.ffn.0.weight"]), decoder_layers=len(layers))
+    model = Segmenter(encoder, build_decoder(encoder.embed_dim, num_classes, cfg))
+    load_strictly(model.decoder, head, f"{path} does not fit Mask2Former")
+    content = dict(model=model.state_dict(), encoder=encoder.config, config=asdict(cfg), released=True,
                    classes=list(entry.classes), colors=[list(color) for color in entry.colors], ledger=[])
     return model, content
 
 
-def decoder_sizes(state):
-    """The sizes of a MaskDecoder with such parameters; KeyError if one that tells them is missing."""
-    queries, width = state["query"].shape
-    weights_per_head = 3 * 4  # levels x points of deformable attention
-    return dict(
-        num_classes=len(state["classify.weight"]) - 1,
-        width=width,
-        queries=queries,
-        layers=len({key.split(".")[1] for key in state if key.startswith("layers.")}),
-        heads=len(state["pixel_decoder.layers.0.attn.weights.weight"]) // weights_per_head,
-        ffn=len(state["layers.0.ffn.0.weight"]))
+def load_strictly(module, state, what):
+    qsd.check_state(what, state, module.state_dict())
+    module.load_state_dict(state)
 
 
 # --- The training step -----------------------------------------------------------------------------------------------
@@ -1001,46 +905,30 @@ def probabilities(votes):
     return votes / votes.sum(1, keepdim=True)
 
 
-EMBEDDINGS = ("query", "query_pos", "level_embed", "gamma")  # parameters that do not decay; gamma: LayerScale
-DECAYING = ("segmenter.encoder", "segmenter.decoder.pixel_decoder.level_embed")  # official: all below these names decay
+EMBEDDINGS = ("decoder.query_feat", "decoder.query_embed", "decoder.level_embed")  # of the mask decoder
 
 
 def parameter_groups(learner, cfg):
     """AdamW's groups: the encoder at lr_backbone, all else at lr.
 
-    Biases decay, as in the official code. What does not, cfg.no_decay says: norms and embeddings of the decoder, or
-    norms and LayerScale of the encoder as well.
+    As in the official code all of the encoder decays, and all else but norms and EMBEDDINGS; biases do decay.
     """
-    norms = set()
-    for module in learner.modules():
-        if isinstance(module, (nn.LayerNorm, nn.GroupNorm)):
-            norms.update(module.parameters())
+    spared = set()
+    for name, module in learner.named_modules():
+        if isinstance(module, (nn.LayerNorm, nn.GroupNorm)) or name.endswith(EMBEDDINGS):
+            spared.update(module.parameters())
 
     groups = {}
     for name, p in learner.named_parameters():
         if not p.requires_grad:
             continue
-        lr = cfg.lr_backbone if name.startswith("segmenter.encoder") else cfg.lr
-        decays = p not in norms and name.rpartition(".")[2] not in EMBEDDINGS
-        if cfg.no_decay == "decoder" and name.startswith(DECAYING):
-            decays = True
-        if (lr, decays) not in groups:
-            weight_decay = cfg.weight_decay if decays else 0.0
-            groups[lr, decays] = {"params": [], "lr": lr, "peak": lr, "weight_decay": weight_decay}
-        groups[lr, decays]["params"].append(p)
+        in_encoder = name.startswith("segmenter.encoder.")
+        lr = cfg.lr_backbone if in_encoder else cfg.lr
+        weight_decay = cfg.weight_decay if in_encoder or p not in spared else 0.0
+        if (lr, weight_decay) not in groups:
+            groups[lr, weight_decay] = {"params": [], "lr": lr, "peak": lr, "weight_decay": weight_decay}
+        groups[lr, weight_decay]["params"].append(p)
     return list(groups.values())
-
-
-def describe(segmenter, cfg, device):
-    """Print how large encoder and decoder are, and what the decoder costs on one image of the training crop."""
-    with torch.no_grad():
-        maps = segmenter.features(torch.zeros(1, 3, cfg.size, cfg.size, device=device))
-    multiply_adds = distill.count_flops(lambda: segmenter.decoder(maps)) / 2
-    decoder_size = sum(p.numel() for p in segmenter.decoder.parameters())
-    encoder_size = sum(p.numel() for p in segmenter.encoder.parameters())
-    state = "frozen" if cfg.freeze else "trained"
-    print(f"{cfg.decoder} decoder: {decoder_size / 1e6:.2f} M parameters, {multiply_adds / 1e9:.2f} G multiply-adds "
-          f"at {cfg.size} px; encoder {state}: {encoder_size / 1e6:.2f} M parameters")
 
 
 def main(argv=None):
