@@ -509,7 +509,7 @@ def divisors_of(labels):
         pixels += int((part != IGNORE).sum())
         for label in part:
             masks += len(label[label != IGNORE].unique())
-    device = "cuda" if torch.cuda.is_available() and distill.world_size() > 1 else "cpu"   # a lone process need not wait
+    device = "cuda" if torch.cuda.is_available() and distill.world_size() > 1 else "cpu"  # a lone process need not wait
     total = distill.summed(torch.tensor([masks, pixels], dtype=torch.float64, device=device))
     return (total / distill.world_size() / len(labels)).tolist()
 
@@ -931,73 +931,77 @@ def parameter_groups(learner, cfg):
     return list(groups.values())
 
 
+def check_flags(cfg):
+    """UserError where flags of the one-stage baselines contradict each other."""
+    distils = cfg.kd or cfg.kd_logits
+    if distils and cfg.freeze:
+        raise UserError("--kd and --kd_logits train the encoder: add --freeze no")
+    if distils and cfg.teacher == "none":
+        raise UserError("--kd and --kd_logits need a --teacher")
+    if not distils and cfg.teacher != "none":
+        raise UserError(f"--teacher {cfg.teacher} teaches nothing: add --kd 1 or --kd_logits 1")
+    if not cfg.kd and cfg.loss != Config.loss:
+        raise UserError(f"--loss {cfg.loss} distils nothing: add --kd 1")
+    if cfg.kd_logits and cfg.decoder == "boxes":
+        raise UserError("--kd_logits compares the classes of pixels; --decoder boxes has --kd")
+
+
 def main(argv=None):
     cfg = distill.configure(Config, preset, argv)
-    run = distill.Run(cfg, "segmenter.pt")  # joins the processes, opens --out
+    check_flags(cfg)
+    run = distill.Run(cfg, "segmenter.pt")                          # joins the processes, looks at --out
     if run.finished:
         return
-    if (cfg.kd or cfg.kd_logits) and cfg.freeze:
-        raise UserError("--kd and --kd_logits train the encoder: add --freeze no")
-    if (cfg.kd or cfg.kd_logits) and cfg.teacher == "none":
-        raise UserError("--kd and --kd_logits need a --teacher")
-    if cfg.teacher != "none" and not (cfg.kd or cfg.kd_logits):
-        raise UserError(f"--teacher {cfg.teacher} teaches nothing: add --kd 1 or --kd_logits 1")
-    if cfg.loss != Config.loss and not cfg.kd:
-        raise UserError(f"--loss {cfg.loss} distils nothing: add --kd 1")
 
-    # The labelled images, the encoder and its decoder.
+    # the labelled images, the encoder and its decoder
     torch.manual_seed(cfg.seed)
-    device = run.device
     transform = data.segment_transform(cfg.size, cat_max_ratio=cfg.cat_max_ratio)
     if cfg.decoder == "boxes":
         transform = partial(data.detect_transform, size=cfg.size)
     dataset = data.scenes(cfg.data, cfg.root, cfg.split, transform, cfg.labels, cfg.classes)
     if dataset.boxes != (cfg.decoder == "boxes"):
         raise UserError(f"--decoder {cfg.decoder}: --data {cfg.data} labels {'boxes' if dataset.boxes else 'pixels'}")
-    if dataset.boxes and cfg.kd_logits:
-        raise UserError("--kd_logits compares the classes of pixels; --decoder boxes has --kd")
     load_vit = partial(qsd.load_vit, img_size=cfg.size, patch_size=cfg.patch)
     encoder = load_vit(cfg.encoder, depth=cfg.depth, pretrained=cfg.pretrained)
     decoder = build_decoder(encoder.embed_dim, dataset.num_classes, cfg)
-    segmenter = Segmenter(encoder, decoder, cfg.freeze, cfg.blocks).to(device)
+    segmenter = Segmenter(encoder, decoder, cfg.freeze, cfg.blocks).to(run.device)
     ancestors, _ = qsd.ledger_and_heads(cfg.encoder)
+    N = (cfg.size // cfg.patch) ** 2
 
-    # One-stage distillation: from an encoder, whose tokens the student imitates, or from a whole segmenter, whose class
-    # scores it imitates.
+    # the teachers of the one-stage baselines: an encoder, whose tokens the student imitates, and a whole segmenter,
+    # whose class scores it imitates
     teacher = None
-    teacher_segmenter = None
     objective = None
+    teacher_segmenter = None
     if cfg.kd:
-        teacher = load_vit(cfg.teacher).to(device).eval().requires_grad_(False)
-        objective = qsd.build_objective(encoder, teacher, cfg).to(device)
+        teacher = load_vit(cfg.teacher).to(run.device).eval().requires_grad_(False)
+        objective = qsd.build_objective(encoder, teacher, cfg).to(run.device)
     if cfg.kd_logits:
-        teacher_segmenter, trained = load_segmenter(cfg.teacher, device)
+        teacher_segmenter, trained = load_segmenter(cfg.teacher, run.device)
         if trained["classes"] != list(dataset.classes):
             raise UserError(f"--teacher {cfg.teacher} was trained on other classes than those of --data {cfg.data}")
     learner = Learner(segmenter, objective, cfg)
-    N = (cfg.size // cfg.patch) ** 2  # patches of an image
 
     def losses_of(model, images, label, draws, divisors):
-        """The losses of one batch: images uint8 (B, 3, H, W), their label, draws (B,) naming all randomness."""
-        x = data.normalize(images.to(device, non_blocking=True), encoder.mean, encoder.std)
-        label = label.to(device, non_blocking=True)
-        seed = data.mix(cfg.seed, POINTS, draws[0].item())
-        generator = torch.Generator(device).manual_seed(seed)
+        """The losses on uint8 images (B, 3, H, W), their label and their draws (B), which decide all that is random."""
+        x = data.normalize(images.to(run.device, non_blocking=True), encoder.mean, encoder.std)
+        label = label.to(run.device, non_blocking=True)
+        generator = torch.Generator(run.device).manual_seed(data.mix(cfg.seed, POINTS, draws[0].item()))
         t = None
         noise = None
         teacher_scores = None
         with run.autocast:
             with torch.no_grad():
-                if teacher:
-                    noise = data.uniform_noise(draws, N, cfg.seed).to(device)  # (B, N), decides which patches to hide
+                if cfg.kd:
+                    noise = data.uniform_noise(draws, N, cfg.seed).to(run.device)   # (B, N), which patches to hide
                     t = teacher.run(data.renormalize(x, encoder, teacher), layers=objective.layers_t)
-                    t = qsd.normalize_targets(t, cfg.target_norm)  # cls (B, C_t), patches (B, N, C_t), outs
-                if teacher_segmenter:
+                    t = qsd.normalize_targets(t, cfg.target_norm)   # cls (B, C_t), patches (B, N, C_t), outs
+                if cfg.kd_logits:
                     outputs = teacher_segmenter(data.renormalize(x, encoder, teacher_segmenter.encoder))
-                    teacher_scores = teacher_segmenter.decoder.scores(outputs, x.shape[2:])  # (B, K, H, W)
+                    teacher_scores = teacher_segmenter.decoder.scores(outputs, x.shape[2:])     # (B, K, H, W)
             return model(x, label, generator, divisors, t, noise, teacher_scores)
 
-    # Two images through one step tell what it costs; the parameters it does not touch are not trained.
+    # two black images through one step: its cost per image, and which parameters it does not train
     images, draws = distill.two_images(cfg.size)
     label = torch.zeros(2, data.OBJECTS, 6) if dataset.boxes else torch.zeros(2, cfg.size, cfg.size, dtype=torch.int64)
     flops = distill.dry_run(learner, partial(losses_of, learner, images, label, draws, divisors=None))
@@ -1005,21 +1009,21 @@ def main(argv=None):
     warnings.filterwarnings("ignore", "Grad strides do not match")  # DDP copies the small gradients of 1x1 convolutions
     run.start(learner, optimizer, dataset, flops, tokens=N, pairs=bool(cfg.kd))
 
-    with run:  # signals now wait for the end of a step
-        for micro_batches in run.steps():  # until --budget is spent
+    with run:                                                       # signals now wait for the end of a step
+        for micro_batches in run.steps():                           # until --budget is spent
             for group in optimizer.param_groups:
                 group["lr"] = group["peak"] * (1 - run.fraction) ** cfg.power
             divisors = divisors_of([label for _, label, _ in micro_batches])
-            for images, label, draws in micro_batches:  # gradient accumulation
-                with run.sync():  # processes average gradients in the last one
+            for images, label, draws in micro_batches:              # gradient accumulation
+                with run.sync():                                    # processes average gradients in the last one
                     losses = losses_of(run.model, images, label, draws, divisors)
                     run.scaler.scale(losses["loss"] / len(micro_batches)).backward()
                 run.note(losses)
-            if run.finite():  # else the step is skipped and counted
+            if run.finite():                                        # else the step is skipped and counted
                 run.scaler.step(optimizer)
             run.scaler.update()
             optimizer.zero_grad()
-            run.after()  # ledger, log, checkpoint, signals
+            run.after()                                             # ledger, log, checkpoint, signals
 
         ledger = ancestors + [dict(script="segment", data=cfg.data, **run.ledger)]
         run.finish(dict(model=segmenter.state_dict(), encoder=encoder.config, config=asdict(cfg), ledger=ledger,
