@@ -2166,24 +2166,16 @@ def released():
 def save_as_mmengine(path, state):
     """Write a checkpoint as mmengine does, with objects of classes that are not there when it is read."""
     package = types.ModuleType("mmengine_not_installed")
-
-    class HistoryBuffer:
-        def __init__(self):
-            self._log_history = np.arange(3.0)
-            self._statistics_methods = {"mean": np.mean}
-
-    class ConfigDict(dict):
-        pass
-
-    for kind in (HistoryBuffer, ConfigDict):
-        kind.__module__ = package.__name__
-        kind.__qualname__ = kind.__name__
-        setattr(package, kind.__name__, kind)
-    config = ConfigDict(model=ConfigDict(type="EncoderDecoder"), hooks=[ConfigDict(type="LoggerHook")])
+    package.ConfigDict = type("ConfigDict", (dict,), dict(__module__=package.__name__))
+    package.HistoryBuffer = type("HistoryBuffer", (), dict(__module__=package.__name__))
+    config = package.ConfigDict(model=package.ConfigDict(type="EncoderDecoder"))
     config.__dict__["filename"] = "config.py"
-    optimizer = dict(state={0: dict(step=torch.tensor(3.0), exp_avg=torch.zeros(2, 2))}, param_groups=[dict(lr=1e-4)])
-    hub = dict(log_scalars=OrderedDict({"train/loss": HistoryBuffer()}), runtime_info={"iter": np.int64(3)})
+    history = package.HistoryBuffer()
+    history.values = np.arange(3.0)
+    history.methods = {"mean": np.mean}
+    optimizer = dict(state={0: dict(exp_avg=torch.zeros(2, 2))}, param_groups=[dict(lr=1e-4)])
     meta = dict(iter=40000, cfg=config, dataset_meta=dict(classes=("road",), palette=[[128, 64, 128]]))
+    hub = dict(log_scalars=OrderedDict({"train/loss": history}), runtime_info={"iter": np.int64(3)})
     sys.modules[package.__name__] = package
     try:
         torch.save(dict(meta=meta, state_dict=state, message_hub=hub, optimizer=optimizer), path)
@@ -2228,23 +2220,20 @@ def test_what_was_loaded_is_a_segmenter_of_this_project_also_of_a_run_that_knew_
     assert torch.equal(again(x)["logits"], model(x)["logits"])
 
 
-@pytest.mark.parametrize("count, name", [(19, "cityscapes"), (6, "potsdam-rgb")])
-def test_the_classes_are_those_of_the_set_that_it_was_trained_on(released, tmp_path, count, name):
-    head = {"decode_head.cls_embed.weight": torch.zeros(count + 1, 256),
-            "decode_head.cls_embed.bias": torch.zeros(count + 1)}
-    torch.save(dict(state_dict=released | head), tmp_path / "a.pth")
+def test_the_classes_are_those_of_the_set_that_it_was_trained_on(released, tmp_path):
+    head = {"decode_head.cls_embed.weight": torch.zeros(20, 256), "decode_head.cls_embed.bias": torch.zeros(20)}
+    torch.save(released | head, tmp_path / "a.pth")  # tensors alone, without the rest of the checkpoint
     _, saved = segment.load_segmenter(tmp_path / "a.pth")
-    assert saved["classes"] == list(data.DATASETS[name].classes)
-    assert saved["colors"] == [list(color) for color in data.DATASETS[name].colors]
+    assert saved["classes"] == list(data.DATASETS["cityscapes"].classes)
+    assert saved["colors"] == [list(color) for color in data.DATASETS["cityscapes"].colors]
+    assert segment.RELEASED_CLASSES[len(data.DATASETS["potsdam-rgb"].classes)] == "potsdam-rgb"
 
 
 WRONG_KEYS = {  # what a released state dict has more, None for less: how it is refused
     ("decode_head.transformer_decoder.layers.3.norms.1.bias", None): "layers.3.norm2.bias",
     ("decode_head.query_feat.weight", None): "query_feat.weight is missing",
-    ("backbone.blocks.11.mlp.fc2.bias", None): "blocks.11.mlp.fc2.bias",
     ("decode_head.conv_seg.weight", (5, 256)): "conv_seg.weight",
     ("auxiliary_head.conv.weight", (5,)): "auxiliary_head.conv.weight has no place in a segmenter",
-    ("decode_head.level_embed.weight", (4, 256)): "level_embed.weight",
     ("decode_head.cls_embed.weight", (151, 256)): "100 queries for 150 classes",
 }
 
@@ -2276,33 +2265,6 @@ def test_the_command_line_takes_a_released_file_where_it_takes_a_segmenter(relea
         segment.main(command.split())
     vit = qsd.load_vit(file)  # its encoder alone
     assert torch.equal(vit.blocks[11].mlp.fc2.weight, released["backbone.blocks.11.mlp.fc2.weight"])
-
-
-class Command:
-    """Pickled, it runs a command when it is read by pickle."""
-
-    def __init__(self, function, *arguments):
-        self.call = function, arguments
-
-    def __reduce__(self):
-        return self.call
-
-
-def test_a_file_made_to_run_code_runs_none(tmp_path):
-    mark = tmp_path / "mark"
-    calls = [Command(os.system, f"touch {mark}"), Command(eval, f"open({str(mark)!r}, 'w')"),
-             Command(exec, f"open({str(mark)!r}, 'w')"), Command(os.mkdir, str(mark)), Command(getattr, str, "upper")]
-    tensors = {"norm.weight": torch.arange(3.0), "norm.bias": torch.nn.Parameter(torch.ones(2))}
-    torch.save(dict(state_dict=tensors, calls=calls, key={Command(os.mkdir, str(mark)): 1}), tmp_path / "evil.pth")
-    found = qsd.open_checkpoint(tmp_path / "evil.pth")["state_dict"]
-    assert all(torch.equal(found[key], tensors[key]) for key in tensors)  # beside the calls it is only data
-    torch.save(Command(os.mkdir, str(mark)), tmp_path / "alone.pth")
-    for name in ("evil", "alone"):
-        with pytest.raises(qsd.UserError):
-            segment.load_segmenter(tmp_path / f"{name}.pth")
-    assert not mark.exists()
-    torch.load(tmp_path / "alone.pth", weights_only=False)  # the file was dangerous
-    assert mark.exists()
 
 
 # --- Runs: every setting reaches the weights --------------------------------------------------------------------------
@@ -3979,15 +3941,12 @@ def test_losses_and_boxes_of_the_box_decoder_are_those_of_torchvisions_faster_rc
     decoder = segment.BoxDecoder(32, 3, width=32, ffn=16)
     for p in decoder.judge.box_predictor.parameters():
         p.data.normal_()
-    feats = [x.float() for x in features((4, 8))]
-    maps = decoder(feats)
-    assert [tuple(x.shape[2:]) for x in maps] == [(16, 32), (8, 16), (4, 8), (2, 4), (1, 2)]
+    maps = decoder([x.float() for x in features((4, 8))])
     anchors = segment.AnchorGenerator(((32,), (64,), (128,), (256,), (512,)), ((0.5, 1.0, 2.0),) * 5)
     backbone = torch.nn.Module()
     backbone.out_channels = 32
     backbone.forward = lambda x: dict(zip(["0", "1", "2", "3", "pool"], maps))
-    head = segment.TwoMLPHead(32 * 49, 16)
-    official = segment.FasterRCNN(backbone, rpn_anchor_generator=anchors, box_head=head,
+    official = segment.FasterRCNN(backbone, rpn_anchor_generator=anchors, box_head=segment.TwoMLPHead(32 * 49, 16),
                                   box_predictor=segment.FastRCNNPredictor(16, 4))
     official.transform = Same()
     official.rpn.load_state_dict(decoder.propose.state_dict())
@@ -3999,18 +3958,15 @@ def test_losses_and_boxes_of_the_box_decoder_are_those_of_torchvisions_faster_rc
 
     torch.manual_seed(7)
     expected = official(images, targets)
-    found = decoder.loss(maps, label, torch.Generator().manual_seed(7))
-    assert found.keys() - expected.keys() == {"loss"} and len(expected) == 4
-    for name, loss in expected.items():
-        torch.testing.assert_close(found[name], loss)
-    torch.testing.assert_close(found["loss"], sum(expected.values()))
+    expected["loss"] = sum(expected.values())
+    torch.testing.assert_close(decoder.loss(maps, label, torch.Generator().manual_seed(7)), expected)
     official.eval()
     for one, other in zip(decoder.scores(maps, (64, 128)), official(images), strict=True):
         torch.testing.assert_close(one[:, :4], other["boxes"])
         torch.testing.assert_close(one[:, 4:], torch.stack([other["labels"] - 1.0, other["scores"]], 1))
         assert len(one) > 20 and len(one[:, 4].unique()) > 1
     small, = decoder.scores([x[:1] for x in maps], (50, 100))
-    assert small[:, [0, 2]].max() == 100 and small[:, [1, 3]].max() == 50     # what was padded holds no objects
+    assert small[:, [0, 2]].max() == 100 and small[:, [1, 3]].max() == 50  # what was padded holds no objects
 
 
 def test_the_box_decoder_trains_all_its_parameters_in_fp32_and_repeats_its_draws():
