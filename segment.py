@@ -224,7 +224,11 @@ class PixelDecoder(nn.Module):
 # --- Mask classification ---------------------------------------------------------------------------------------------
 
 class MaskLayer(nn.Module):
-    """Queries read the map under their masks, then each other; the norms come after each sum, as in Mask2Former."""
+    """Queries read the map under their masks, then each other; the norms come after each sum, as in Mask2Former.
+
+    x (B, Q, width), pos (Q, width): the queries. tokens (B, N, width), tokens_pos (N, width): the map. hidden (B, Q, N):
+    True where a query may not read.
+    """
     def __init__(self, width, heads, ffn):
         super().__init__()
         self.heads = heads
@@ -770,87 +774,67 @@ def build_decoder(dim, num_classes, cfg):
 
 
 def load_segmenter(path, device="cpu"):
-    """A trained segmenter, ready to predict, and what its file holds: a segmenter.pt, or a released checkpoint.
+    """A trained segmenter, ready to predict, and what its segmenter.pt holds; a released checkpoint is read as one.
 
-    A released one is mmsegmentation's, of the authors' own training; the content of a segmenter.pt is made of it.
-    UserError if the file is neither.
+    A constant that its run did not know has today's default. UserError if the file is no segmenter, or not a whole one.
     """
     saved = qsd.open_checkpoint(Path(path))
     try:
-        if "classes" in saved:
-            model = own_segmenter(path, saved)
-        else:
-            model, saved = released_segmenter(path, saved.get("state_dict", saved))
+        if "classes" not in saved:
+            saved = from_mmsegmentation(path, saved.get("state_dict", saved))
+        known = {name: value for name, value in saved["config"].items() if hasattr(Config, name)}
+        cfg = Config(**known)
+        encoder = qsd.ViT(**saved["encoder"])
+        decoder = build_decoder(encoder.embed_dim, len(saved["classes"]), cfg)
+        model = Segmenter(encoder, decoder, blocks=cfg.blocks)
+        load_strictly(model, saved["model"], f"{path} does not fit its segmenter")
     except KeyError as error:
         raise UserError(f"{path} is no whole segmenter: {error.args[0]} is missing") from None
     return model.to(device).eval().requires_grad_(False), saved
 
 
-def own_segmenter(path, saved):
-    """The Segmenter in a segmenter.pt; a constant that its run did not know has today's default."""
-    constants = {name: value for name, value in saved["config"].items() if hasattr(Config, name)}
-    cfg = Config(**constants)
-    encoder = qsd.ViT(**saved["encoder"])
-    decoder = build_decoder(encoder.embed_dim, len(saved["classes"]), cfg)
-    model = Segmenter(encoder, decoder, blocks=cfg.blocks)
-    load_strictly(model, saved["model"], f"{path} does not fit its segmenter")
-    return model
+# --- Released segmenters: mmsegmentation's checkpoints of the authors' own training ----------------------------------
 
-
-# What mmdet's Mask2Former calls a part of a parameter's name, and what it is called here.
-MMDET_NAMES = {
-    "transformer_decoder.": "",
-    "pixel_decoder.encoder.": "pixel_decoder.",
-    "lateral_convs.0.": "laterals.0.",
-    "input_convs.2.": "laterals.1.",
-    "input_convs.1.": "laterals.2.",
-    "input_convs.0.": "laterals.3.",
-    "output_convs.0.": "embed.",
-    "mask_feature.": "embed.3.",
-    ".conv.": ".0.",
-    ".gn.": ".1.",
-    "_attn.attn.": "_attn.",
-    ".norms.0.": ".norm1.",
-    ".norms.1.": ".norm2.",
-    ".norms.2.": ".norm3.",
-    ".ffn.layers.0.0.": ".ffn.0.",
-    ".ffn.layers.1.": ".ffn.2.",
+MMDET_NAMES = {  # what mmdet's Mask2Former calls a part of a parameter's name: what it is called here
+    "transformer_decoder.": "", "pixel_decoder.encoder.": "pixel_decoder.", "_attn.attn.": "_attn.",
+    "lateral_convs.0.": "laterals.0.",  # of the finest map; mmdet counts the others from the coarsest
+    "input_convs.2.": "laterals.1.", "input_convs.1.": "laterals.2.", "input_convs.0.": "laterals.3.",
+    "output_convs.0.": "embed.", "mask_feature.": "embed.3.", ".conv.": ".0.", ".gn.": ".1.",
+    ".norms.0.": ".norm1.", ".norms.1.": ".norm2.", ".norms.2.": ".norm3.",
+    ".ffn.layers.0.0.": ".ffn.0.", ".ffn.layers.1.": ".ffn.2.",
 }
 RELEASED_CLASSES = {19: "cityscapes", 6: "potsdam-rgb"}  # number of classes: the data set whose names they have
 
 
-def released_segmenter(path, state):
-    """The Segmenter in a checkpoint of mmsegmentation, and the content of a segmenter.pt with it.
+def from_mmsegmentation(path, state):
+    """What a segmenter.pt would hold, from mmsegmentation's state dict; UserError or KeyError where that is another.
 
-    Its sizes follow from the shapes of its tensors. These do not say what the classes mean: 19 are taken to be those of
+    The sizes follow from the shapes of the tensors. These do not say what the classes mean: 19 are taken to be those of
     Cityscapes, 6 those of Potsdam, others get numbers.
     """
-    head = {}
+    decoder = {}
     for key, tensor in state.items():
         part, _, name = key.partition(".")
         if part == "decode_head":
             for theirs, ours in MMDET_NAMES.items():
                 name = name.replace(theirs, ours)
-            head[name] = tensor
+            decoder[name] = tensor
         elif part != "backbone":
-            raise UserError(f"{path}: {key} has no place in a segmenter")
-    if not head:
-        raise UserError(f"{path} is neither a segmenter.pt of this project nor a checkpoint of mmsegmentation")
-
+            raise UserError(f"{path}: {key} has no place in a segmenter, of this project or of mmsegmentation")
     encoder = qsd.load_vit(path)  # reads what lies under backbone.
-    queries, width = head["query_feat.weight"].shape
-    num_classes = len(head["cls_embed.weight"]) - 1
-    samples = len(head["pixel_decoder.layers.0.self_attn.attention_weights.weight"])  # heads x 3 levels x 4 points
-    layers = {name.split(".")[1] for name in head if name.startswith("layers.")}
+
+    queries, width = decoder["query_feat.weight"].shape
+    num_classes = len(decoder["cls_embed.weight"]) - 1
+    places = len(decoder["pixel_decoder.layers.0.self_attn.attention_weights.weight"])  # heads x 3 levels x 4 points
+    layers = {name.split(".")[1] for name in decoder if name.startswith("layers.")}
     name = RELEASED_CLASSES.get(num_classes, "folder")
     entry = data.entries(name, num_classes if name == "folder" else 0)[name]
     cfg = Config(data=name, size=encoder.config["img_size"], patch=encoder.patch_size, width=width, queries=queries,
-                 heads=samples // 12, ffn=len(head["layers.0.ffn.0.weight"]), decoder_layers=len(layers))
-    model = Segmenter(encoder, build_decoder(encoder.embed_dim, num_classes, cfg))
-    load_strictly(model.decoder, head, f"{path} does not fit Mask2Former")
-    content = dict(model=model.state_dict(), encoder=encoder.config, config=asdict(cfg), released=True,
-                   classes=list(entry.classes), colors=[list(color) for color in entry.colors], ledger=[])
-    return model, content
+                 heads=places // 12, ffn=len(decoder["layers.0.ffn.0.weight"]), decoder_layers=len(layers))
+    model = {f"encoder.{key}": tensor for key, tensor in encoder.state_dict().items()}
+    model |= {f"decoder.{key}": tensor for key, tensor in decoder.items()}
+    return dict(model=model, encoder=encoder.config, config=asdict(cfg), released=True, ledger=[],
+                classes=list(entry.classes), colors=[list(color) for color in entry.colors])
 
 
 def load_strictly(module, state, what):
@@ -893,16 +877,15 @@ class Learner(nn.Module):
 
 
 def divergence(teacher_scores, student_scores):
-    """Hinton's logit distillation at temperature 1: the KL divergence of the classes (B, K, H, W), mean over pixels."""
-    p_t = probabilities(teacher_scores)
-    p_s = probabilities(student_scores)
+    """Hinton's logit distillation at temperature 1: the KL divergence of the classes (B, K, H, W), mean over pixels.
+
+    Scores need not sum to 1: they are taken as probabilities, none of them 0.
+    """
+    teacher_scores = teacher_scores.clamp(min=1e-6)
+    student_scores = student_scores.clamp(min=1e-6)
+    p_t = teacher_scores / teacher_scores.sum(1, keepdim=True)
+    p_s = student_scores / student_scores.sum(1, keepdim=True)
     return (p_t * (p_t / p_s).log()).sum(1).mean()
-
-
-def probabilities(votes):
-    """Class scores (B, K, H, W), which need not sum to 1, as probabilities, none of them 0."""
-    votes = votes.clamp(min=1e-6)
-    return votes / votes.sum(1, keepdim=True)
 
 
 EMBEDDINGS = ("decoder.query_feat", "decoder.query_embed", "decoder.level_embed")  # of the mask decoder
