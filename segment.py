@@ -226,8 +226,8 @@ class PixelDecoder(nn.Module):
 class MaskLayer(nn.Module):
     """Queries read the map under their masks, then each other; the norms come after each sum, as in Mask2Former.
 
-    x (B, Q, width), pos (Q, width): the queries. tokens (B, N, width), tokens_pos (N, width): the map. hidden (B, Q, N):
-    True where a query may not read.
+    x (B, Q, width), pos (Q, width): the queries. tokens (B, N, width), tokens_pos (N, width): the map they read.
+    hidden (B, Q, N): True where a query may not read.
     """
     def __init__(self, width, heads, ffn):
         super().__init__()
@@ -795,13 +795,24 @@ def load_segmenter(path, device="cpu"):
 
 # --- Released segmenters: mmsegmentation's checkpoints of the authors' own training ----------------------------------
 
-MMDET_NAMES = {  # what mmdet's Mask2Former calls a part of a parameter's name: what it is called here
-    "transformer_decoder.": "", "pixel_decoder.encoder.": "pixel_decoder.", "_attn.attn.": "_attn.",
-    "lateral_convs.0.": "laterals.0.",  # of the finest map; mmdet counts the others from the coarsest
-    "input_convs.2.": "laterals.1.", "input_convs.1.": "laterals.2.", "input_convs.0.": "laterals.3.",
-    "output_convs.0.": "embed.", "mask_feature.": "embed.3.", ".conv.": ".0.", ".gn.": ".1.",
-    ".norms.0.": ".norm1.", ".norms.1.": ".norm2.", ".norms.2.": ".norm3.",
-    ".ffn.layers.0.0.": ".ffn.0.", ".ffn.layers.1.": ".ffn.2.",
+# What mmdet's Mask2Former calls a part of a parameter's name, and what it is called here.
+MMDET_NAMES = {
+    "transformer_decoder.": "",
+    "pixel_decoder.encoder.": "pixel_decoder.",
+    "lateral_convs.0.": "laterals.0.",
+    "input_convs.2.": "laterals.1.",  # mmdet counts from the coarsest map
+    "input_convs.1.": "laterals.2.",
+    "input_convs.0.": "laterals.3.",
+    "output_convs.0.": "embed.",
+    "mask_feature.": "embed.3.",
+    ".conv.": ".0.",
+    ".gn.": ".1.",
+    "_attn.attn.": "_attn.",
+    ".norms.0.": ".norm1.",
+    ".norms.1.": ".norm2.",
+    ".norms.2.": ".norm3.",
+    ".ffn.layers.0.0.": ".ffn.0.",
+    ".ffn.layers.1.": ".ffn.2.",
 }
 RELEASED_CLASSES = {19: "cityscapes", 6: "potsdam-rgb"}  # number of classes: the data set whose names they have
 
@@ -932,7 +943,7 @@ def check_flags(cfg):
 def main(argv=None):
     cfg = distill.configure(Config, preset, argv)
     check_flags(cfg)
-    run = distill.Run(cfg, "segmenter.pt")                          # joins the processes, looks at --out
+    run = distill.Run(cfg, "segmenter.pt")  # joins the processes, looks at --out
     if run.finished:
         return
 
@@ -976,12 +987,12 @@ def main(argv=None):
         with run.autocast:
             with torch.no_grad():
                 if cfg.kd:
-                    noise = data.uniform_noise(draws, N, cfg.seed).to(run.device)   # (B, N), which patches to hide
+                    noise = data.uniform_noise(draws, N, cfg.seed).to(run.device)  # (B, N), which patches to hide
                     t = teacher.run(data.renormalize(x, encoder, teacher), layers=objective.layers_t)
-                    t = qsd.normalize_targets(t, cfg.target_norm)   # cls (B, C_t), patches (B, N, C_t), outs
+                    t = qsd.normalize_targets(t, cfg.target_norm)  # cls (B, C_t), patches (B, N, C_t), outs
                 if cfg.kd_logits:
                     outputs = teacher_segmenter(data.renormalize(x, encoder, teacher_segmenter.encoder))
-                    teacher_scores = teacher_segmenter.decoder.scores(outputs, x.shape[2:])     # (B, K, H, W)
+                    teacher_scores = teacher_segmenter.decoder.scores(outputs, x.shape[2:])  # (B, K, H, W)
             return model(x, label, generator, divisors, t, noise, teacher_scores)
 
     # two black images through one step: its cost per image, and which parameters it does not train
@@ -992,21 +1003,21 @@ def main(argv=None):
     warnings.filterwarnings("ignore", "Grad strides do not match")  # DDP copies the small gradients of 1x1 convolutions
     run.start(learner, optimizer, dataset, flops, tokens=N, pairs=bool(cfg.kd))
 
-    with run:                                                       # signals now wait for the end of a step
-        for micro_batches in run.steps():                           # until --budget is spent
+    with run:  # signals now wait for the end of a step
+        for micro_batches in run.steps():  # until --budget is spent
             for group in optimizer.param_groups:
                 group["lr"] = group["peak"] * (1 - run.fraction) ** cfg.power
             divisors = divisors_of([label for _, label, _ in micro_batches])
-            for images, label, draws in micro_batches:              # gradient accumulation
-                with run.sync():                                    # processes average gradients in the last one
+            for images, label, draws in micro_batches:  # gradient accumulation
+                with run.sync():  # processes average gradients in the last one
                     losses = losses_of(run.model, images, label, draws, divisors)
                     run.scaler.scale(losses["loss"] / len(micro_batches)).backward()
                 run.note(losses)
-            if run.finite():                                        # else the step is skipped and counted
+            if run.finite():  # else the step is skipped and counted
                 run.scaler.step(optimizer)
             run.scaler.update()
             optimizer.zero_grad()
-            run.after()                                             # ledger, log, checkpoint, signals
+            run.after()  # ledger, log, checkpoint, signals
 
         ledger = ancestors + [dict(script="segment", data=cfg.data, **run.ledger)]
         run.finish(dict(model=segmenter.state_dict(), encoder=encoder.config, config=asdict(cfg), ledger=ledger,

@@ -2095,30 +2095,29 @@ SLIDE_NORM = 821.2294028203435
 SLIDE = {(0, 0, 0): 0.8595307808175633, (1, 10, 20): 6.787133105731442, (2, 31, 63): 3.370055302344709,
          (3, 63, 5): 0.8882775287196047, (4, 40, 40): 0.8006591065745017}
 
-# What a released file holds: names and shapes, for each layer if there are several. A name that ends in + is a weight of
-# that shape and a bias of its first side.
-LAYOUT = [
-    ("backbone.", "cls_token 1x1x64 pos_embed 1x17x64 mask_token 1x64 patch_embed.proj+ 64x3x16x16 norm+ 64"),
-    ("backbone.blocks.{0..11}.", "norm1+ 64 attn.qkv+ 192x64 attn.proj+ 64x64"),
-    ("backbone.blocks.{0..11}.", "norm2+ 64 mlp.fc1+ 256x64 mlp.fc2+ 64x256"),
-    ("decode_head.pixel_decoder.input_convs.{0..2}.", "conv+ 256x64x1x1 gn+ 256"),
-    ("decode_head.pixel_decoder.lateral_convs.0.", "conv.weight 256x64x1x1 gn+ 256"),
-    ("decode_head.pixel_decoder.output_convs.0.", "conv.weight 256x256x3x3 gn+ 256"),
-    ("decode_head.pixel_decoder.", "level_encoding.weight 3x256 mask_feature+ 256x256x1x1"),
-    ("decode_head.pixel_decoder.encoder.layers.{0..5}.self_attn.", "sampling_offsets+ 192x256 attention_weights+ 96x256"),
-    ("decode_head.pixel_decoder.encoder.layers.{0..5}.self_attn.", "value_proj+ 256x256 output_proj+ 256x256"),
-    ("decode_head.pixel_decoder.encoder.layers.{0..5}.ffn.layers.", "0.0+ 1024x256 1+ 256x1024"),
-    ("decode_head.pixel_decoder.encoder.layers.{0..5}.norms.", "0+ 256 1+ 256"),
-    ("decode_head.transformer_decoder.layers.{0..8}.cross_attn.attn.", "in_proj_weight 768x256 in_proj_bias 768"),
-    ("decode_head.transformer_decoder.layers.{0..8}.cross_attn.attn.", "out_proj+ 256x256"),
-    ("decode_head.transformer_decoder.layers.{0..8}.self_attn.attn.", "in_proj_weight 768x256 in_proj_bias 768"),
-    ("decode_head.transformer_decoder.layers.{0..8}.self_attn.attn.", "out_proj+ 256x256"),
-    ("decode_head.transformer_decoder.layers.{0..8}.ffn.layers.", "0.0+ 2048x256 1+ 256x2048"),
-    ("decode_head.transformer_decoder.layers.{0..8}.norms.", "0+ 256 1+ 256 2+ 256"),
-    ("decode_head.", "transformer_decoder.post_norm+ 256 cls_embed+ 6x256"),
-    ("decode_head.", "query_embed.weight 100x256 query_feat.weight 100x256 level_embed.weight 3x256"),
-    ("decode_head.mask_embed.", "0+ 256x256 2+ 256x256 4+ 256x256"),
-]
+# What a released file holds: names and shapes, those of a layer once. A name that ends in + is a weight of that shape
+# and a bias of its first side.
+LAYOUT = {"backbone.": [
+    ("", "cls_token 1x1x64 pos_embed 1x17x64 mask_token 1x64 patch_embed.proj+ 64x3x16x16 norm+ 64"),
+    ("blocks.{0..11}.", "norm1+ 64 attn.qkv+ 192x64 attn.proj+ 64x64"),
+    ("blocks.{0..11}.", "norm2+ 64 mlp.fc1+ 256x64 mlp.fc2+ 64x256"),
+], "decode_head.": [
+    ("pixel_decoder.input_convs.{0..2}.", "conv+ 256x64x1x1 gn+ 256"),
+    ("pixel_decoder.lateral_convs.0.", "conv.weight 256x64x1x1 gn+ 256"),
+    ("pixel_decoder.output_convs.0.", "conv.weight 256x256x3x3 gn+ 256"),
+    ("pixel_decoder.", "level_encoding.weight 3x256 mask_feature+ 256x256x1x1"),
+    ("pixel_decoder.encoder.layers.{0..5}.self_attn.", "sampling_offsets+ 192x256 attention_weights+ 96x256"),
+    ("pixel_decoder.encoder.layers.{0..5}.self_attn.", "value_proj+ 256x256 output_proj+ 256x256"),
+    ("pixel_decoder.encoder.layers.{0..5}.ffn.layers.", "0.0+ 1024x256 1+ 256x1024"),
+    ("pixel_decoder.encoder.layers.{0..5}.norms.", "0+ 256 1+ 256"),
+    ("transformer_decoder.layers.{0..8}.cross_attn.attn.", "in_proj_weight 768x256 in_proj_bias 768 out_proj+ 256x256"),
+    ("transformer_decoder.layers.{0..8}.self_attn.attn.", "in_proj_weight 768x256 in_proj_bias 768 out_proj+ 256x256"),
+    ("transformer_decoder.layers.{0..8}.ffn.layers.", "0.0+ 2048x256 1+ 256x2048"),
+    ("transformer_decoder.layers.{0..8}.norms.", "0+ 256 1+ 256 2+ 256"),
+    ("", "transformer_decoder.post_norm+ 256 cls_embed+ 6x256 query_embed.weight 100x256"),
+    ("", "query_feat.weight 100x256 level_embed.weight 3x256"),
+    ("mask_embed.", "0+ 256x256 2+ 256x256 4+ 256x256"),
+]}
 
 
 def z(name, shape):
@@ -2149,17 +2148,17 @@ def recorded_value(key, shape):
 def released():
     """A released segmenter's state dict."""
     state = OrderedDict()
-    for prefix, parts in LAYOUT:
-        start, last, end = re.fullmatch(r"(.*?)(?:{0\.\.(\d+)}(.*))?", prefix).groups()
-        places = [start] if last is None else [f"{start}{i}{end}" for i in range(int(last) + 1)]
-        names, shapes = parts.split()[::2], parts.split()[1::2]
-        for place, (name, shape) in itertools.product(places, zip(names, shapes)):
-            shape = [int(side) for side in shape.split("x")]
-            key = place + name.replace("+", ".weight")
-            state[key] = recorded_value(key, shape)
-            if name.endswith("+"):
-                key = place + name.replace("+", ".bias")
-                state[key] = recorded_value(key, shape[:1])
+    for part, rows in LAYOUT.items():
+        for place, parameters in rows:
+            start, last, end = re.fullmatch(r"(.*?)(?:{0\.\.(\d+)}(.*))?", place).groups()
+            places = [start] if last is None else [f"{start}{i}{end}" for i in range(int(last) + 1)]
+            for place, (name, sides) in itertools.product(places, re.findall(r"(\S+) (\S+)", parameters)):
+                shape = [int(side) for side in sides.split("x")]
+                names = {name: shape}
+                if name.endswith("+"):
+                    names = {f"{name[:-1]}.weight": shape, f"{name[:-1]}.bias": shape[:1]}
+                for key, shape in names.items():
+                    state[part + place + key] = recorded_value(part + place + key, shape)
     return state
 
 
