@@ -823,6 +823,8 @@ def from_mmsegmentation(path, state):
     The sizes follow from the shapes of the tensors. These do not say what the classes mean: 19 are taken to be those of
     Cityscapes, 6 those of Potsdam, others get numbers.
     """
+    if not any(str(key).startswith("decode_head.") for key in state):
+        raise UserError(f"{path}: neither a segmenter.pt of this project nor a checkpoint of mmsegmentation")
     decoder = {}
     for key, tensor in state.items():
         part, _, name = key.partition(".")
@@ -831,7 +833,7 @@ def from_mmsegmentation(path, state):
                 name = name.replace(theirs, ours)
             decoder[name] = tensor
         elif part != "backbone":
-            raise UserError(f"{path}: {key} has no place in a segmenter, of this project or of mmsegmentation")
+            raise UserError(f"{path}: {key} has no place in a segmenter")
     encoder = qsd.load_vit(path)  # reads what lies under backbone.
 
     queries, width = decoder["query_feat.weight"].shape
