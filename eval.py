@@ -1388,7 +1388,7 @@ def figure_6(unseen, path, title):
     for name, labels in {"labels of the first source": "labels of 1", "labels of all": "all labels"}.items():
         rows = {1: "1 source", 2: f"2 sources, {labels}", 3: f"3 sources, {labels}"}
         lines[name] = [(n, np.mean(unseen[row])) for n, row in rows.items()]
-    return chart(lines, path, "sources in distillation", "mIoU, mean of the unseen domains", title)
+    return chart(lines, path, "sources in distillation", "mIoU, mean of the unseen domains")
 
 
 def demo_picture(block, path, cfg):
@@ -1408,7 +1408,7 @@ LINE_COLORS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#17becf",
                "#e377c2", "#000000")
 
 
-def chart(series, path, x_title, y_title, title="", log=False, x_texts=None, whiskers=None):
+def chart(series, path, x_title, y_title, log=False, x_texts=None, whiskers=None):
     """Draw lines {name: [(x, y)]} with axes and a legend, y on a logarithmic axis if log; returns the path.
 
     x_texts: what stands at which x, {x: text}, in place of round numbers. whiskers: half the length of a vertical bar
@@ -1451,7 +1451,6 @@ def chart(series, path, x_title, y_title, title="", log=False, x_texts=None, whi
     pen.rectangle((left, top, right, bottom), outline="#5a5a5a", width=2)
     pen.text(((left + right) / 2, 825), x_title, "black", font, anchor="ms")
     pen.text((10, 10), y_title, "black", font)
-    pen.text(((left + right) / 2, 10), title, "black", font, anchor="ma")
 
     for i, (name, points) in enumerate(series.items()):
         color = LINE_COLORS[i % len(LINE_COLORS)]
@@ -1673,7 +1672,7 @@ def compare(predicted, featured, cfg, path, device):
 
 
 def figure_3b(models, cfg, path, device):
-    """The losses of several runs against their steps, of one-stage runs the distillation alone; of one run all parts."""
+    """The losses of several runs against their steps (of one-stage runs what is distilled), of one run all parts."""
     series = defaultdict(list)
     for name, folder in models.items():
         log = Path(folder, "log.jsonl")
@@ -1782,7 +1781,8 @@ def attention(path, student, teacher, v_s, v_t):
     if "feat.phi.1.weight" not in heads:
         raise UserError(f"{path}: holds no head of L_feat; this figure wants a student.pt distilled with --loss qsd "
                         "and --alpha above 0")
-    config = qsd.LossConfig(**{name: value for name, value in saved["config"].items() if hasattr(qsd.LossConfig, name)})
+    known = {name: value for name, value in saved["config"].items() if hasattr(qsd.LossConfig, name)}
+    config = qsd.LossConfig(**known)
     objective = qsd.build_objective(student, teacher, config)
     try:
         objective.load_state_dict(heads)
