@@ -1496,8 +1496,8 @@ def with_legend(picture, names, colors, left=10, size=13):
     """The picture, and below it a legend: coloured boxes and their names, in columns from `left` on."""
     font = ImageFont.load_default(size)
     wide = 3 * size + max(map(font.getlength, names))
-    width = max(picture.width, round(left + wide), 24 * size)
-    columns = int((width - left) / wide)
+    width = max(picture.width, math.ceil(left + wide), 24 * size)
+    columns = max(1, int((width - left) / wide))
     lines = math.ceil(len(names) / columns)
     canvas = Image.new("RGB", (width, round(picture.height + size * (1.6 * lines + 0.4))), "white")
     canvas.paste(picture)
@@ -1650,12 +1650,12 @@ def feature_pictures(vits, images, device):
 def compare(predicted, featured, cfg, path, device):
     """Draw images of each domain of cfg.data: the predictions of some models {name: path}, the features of others."""
     loaded = segmenters(predicted, device)
-    title, (_, known) = next(iter(loaded.items()), ("", (None, None)))  # the segmenters know the same classes
+    _, known = next(iter(loaded.values()), (None, None))  # the segmenters agree on the classes
     images = []
     titles = []
     columns = defaultdict(list)
     for domain in data.entries(cfg.data):
-        dataset = val_split(domain, cfg, title, known)
+        dataset = val_split(domain, cfg, "--models", known)
         draw = partial(data.label_picture, classes=dataset.classes, colors=dataset.colors)
         for image, label, *_ in spread(dataset, cfg.examples):
             images.append(image)
