@@ -6,11 +6,11 @@
     torchrun --standalone --nproc_per_node=8 eval.py ...   # the same numbers, sooner
     python eval.py --checkpoint runs/gtav/segmenter.pt --images photos --out segmented    # or --export model.pt2
     python eval.py --figure 5 --models teacher=dinov2_vitb14,GKD=runs/source --patch 16 --data cityscapes --root /data
-    python eval.py --probe --models dinov2_vits14,deit_small --data gtav+cityscapes --root /data
 
 Results are printed as Markdown for people and as one line of JSON for programs.
 """
 import hashlib
+import io
 import json
 import math
 import os
@@ -21,7 +21,6 @@ import subprocess
 import sys
 import time
 from collections import Counter, defaultdict
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from itertools import chain
@@ -32,7 +31,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
-from torch.utils.data import ConcatDataset, DataLoader, Subset, default_collate
+from torch.utils.data import ConcatDataset, DataLoader, Subset
 from torchvision.ops import box_iou
 from torchvision.transforms.v2 import functional as TF
 from tqdm import tqdm
@@ -41,6 +40,7 @@ import data
 import distill
 import qsd
 import segment
+from data import SETTINGS
 from qsd import UserError
 
 
@@ -50,31 +50,24 @@ class Config:
     # what is measured
     checkpoint: str = ""            # segmenter.pt
     data: str = "paper"             # domains, joined with +; for --demo and --table: toy, camvid or paper (its scale)
-    setting: str = "none"           # a key of data.SETTINGS: its unseen domains instead of --data; a part of a --table
+    setting: Literal[("none", *SETTINGS)] = "none"  # its unseen domains instead of --data; a part of a --table
     root: str = "data"              # the folder that holds the data sets
     # protocol
-    mode: Literal["slide", "whole"] = "slide"  # official: sliding window
     window: int = 0                 # side of the sliding window, pixels; 0: the training crop (official 512)
     stride: float = 2 / 3           # of the window, rounded (official 341 of 512)
-    flip: bool = False              # average with the mirrored image (official: no)
-    scales: str = "1"               # multiples of the image's size to average over, as in 0.75,1,1.25 (official: 1)
-    batch: int = 1                  # images at once; more than 1 needs images of one size
+    batch: int = 1                  # images at once; more than 1 needs images and labels of one size
     workers: int = 2                # image-loading processes
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "fp32"  # official: fp32
-    # figures of several models, and a quick look at encoders
+    # figures of several models
     figure: Literal["none", "3b", "5", "7a", "7b", "8", "9"] = "none"  # a figure of the paper; 9 is printed as a table
-    probe: bool = False             # mIoU of a linear classifier on the tokens of each of --models
     models: str = ""                # name=path,name=path; a path is a run's folder, a checkpoint or an encoder's name
-    classes: int = 0                # how many your own folder has, for --probe; segmenters know theirs
-    official: bool = True           # a named encoder's file must have its SHA-256; no: whatever lies there is taken
-    patch: int = 0                  # patch side of the encoders in 5, 7a, 7b and --probe, pixels; 0: as trained
+    patch: int = 0                  # patch side of the encoders in figures 5, 7a and 7b, pixels; 0: as trained
     examples: int = 2               # images of each domain in figures 5 and 8
-    subset: int = 300               # images of each domain that figure 7a measures, and that --probe learns from
+    subset: int = 300               # images of each domain that figure 7a measures
     tokens: int = 10000             # distances in figure 7a (the paper's number)
     # a segmenter at work
     images: str = ""                # segment this image or folder of images with --checkpoint; the results go to --out
-    export: str = ""                # write --checkpoint as a torch.export program (.pt2) or for mmsegmentation (.pth)
-    dynamic: bool = False           # the program takes any number of images, not just one
+    export: str = ""                # write --checkpoint as a torch.export program, a file that ends in .pt2
     # the paper's tables
     table: str = "none"             # main, effects, steps, variants, clock, flops, 1 to 10, fig6: run what is missing
     demo: bool = False              # --table main --data toy with one seed, and a picture
@@ -86,19 +79,17 @@ class Config:
     out: str = "runs"               # folder of the tables' runs and of pictures; for --figure also a file
 
 
+PRESETS = {"toy": dict(batch=50, workers=0), "camvid": dict(batch=8, workers=1), "paper": dict(jobs=1)}
+
+
 def preset(given):
     """What --demo and --data change in the defaults; given: the flags as a dict."""
     values = {}
     if given.get("demo"):
         values = dict(data="toy", table="main", seeds=1)
-    name = (values | given).get("data", Config.data).split("+")[0]
-    if name.startswith("toy"):
-        values |= dict(batch=50, workers=0)
-    elif name == "camvid":
-        values |= dict(batch=8, workers=1)
-    elif name == "paper":
-        values |= dict(jobs=1)
-    return values
+    domain = (values | given).get("data", Config.data)
+    world = "toy" if domain.startswith("toy") else domain
+    return values | PRESETS.get(world, {})
 
 
 # --- Files ----------------------------------------------------------------------------------------------------------
@@ -126,21 +117,6 @@ def is_there(path):
     return True
 
 
-@contextmanager
-def whole(path, mark="part"):
-    """Where to write what becomes the file `path` once it is complete: no kill and no full disk leaves half of it."""
-    unfinished = path.with_name(f"{mark}.{path.name}")
-    try:
-        unfinished.parent.mkdir(parents=True, exist_ok=True)
-        yield unfinished
-        os.replace(unfinished, path)
-    except (OSError, RuntimeError) as error:    # RuntimeError: what torch makes of a full disk
-        raise UserError(f"{path} could not be written ({error}); what was there before is kept. "
-                        "Free some space and run the same command again") from None
-    finally:
-        unfinished.unlink(missing_ok=True)
-
-
 def read_book(path):
     """The dict in a JSON file that this project wrote; an empty one where it is absent or damaged."""
     try:
@@ -156,17 +132,6 @@ def dict_in(book, name):
     return part if isinstance(part, dict) else {}
 
 
-def read_lines(log):
-    """The lines of a run's log.jsonl that hold a dict, as (text, dict); a kill or a full disk cut off the others."""
-    for text in log.read_text(errors="replace").splitlines():
-        try:
-            record = json.loads(text)
-        except ValueError:
-            continue
-        if isinstance(record, dict):
-            yield text, record
-
-
 def contents_of(dataset):
     """A text that tells a set of images from another: their number, names of 4096, bytes of 64."""
     n = len(dataset)
@@ -178,11 +143,6 @@ def contents_of(dataset):
         if isinstance(dataset.samples[i].image, Path):
             digest.update(data.fingerprint(dataset.samples[i].image).encode())
     return digest.hexdigest()
-
-
-def known_fields(Config, stored):
-    """A stored Config {name: value} as Config takes it: what it lacks today is left out, EARLIER is filled in."""
-    return {name: value for name, value in stored.items() if hasattr(Config, name)}
 
 
 def catch_signals():
@@ -215,61 +175,30 @@ def iou(conf):
 
 
 @torch.no_grad()
-def predict(model, x, window, stride=2 / 3, whole=False, flip=False, scales=(1,)):
-    """Class scores (B, K, H, W) of normalised images x (B, 3, H, W) of any size.
+def slide(model, x, window, stride=2 / 3):
+    """Class scores (B, K, H, W) of normalised images x (B, 3, H, W): the mean over the windows that see a pixel.
 
-    window: pixels; stride: a share of it. whole: no window. flip: the sum with the scores of the mirrored images.
-    scales: the mean over the images at these multiples of their size, each resized back.
+    window: pixels; stride: a share of it. UserError where scores are not finite.
     """
-    if tuple(scales) != (1,):
-        total = 0
-        for scale in scales:
-            size = [max(1, round(scale * side)) for side in x.shape[2:]]
-            scores = predict(model, segment.resize(x, size), window, stride, whole, flip)
-            total = total + segment.resize(scores, x.shape[2:])
-        return total / len(scales)
-    if flip:
-        mirrored = predict(model, x.flip(3), window, stride, whole)
-        return predict(model, x, window, stride, whole) + mirrored.flip(3)
-    if not whole:
-        return slide(model, x, window, stride)
+    if stride > 1:
+        raise UserError(f"--stride {stride}: a share of the window was expected, as 0.667 for 341 of 512 pixels")
     H, W = x.shape[2:]
-    patch = model.encoder.patch_size
-    x = F.pad(x, (0, -W % patch, 0, -H % patch))  # to whole patches
-    return model.decoder.scores(model(x), x.shape[2:])[:, :, :H, :W]
-
-
-def slide(model, x, window, stride):
-    """Class scores (B, K, H, W) of x (B, 3, H, W), the mean over windows; window and stride as in predict."""
-    bands = list(score_bands(model, x, window, stride))
-    return torch.cat(bands, 2)[:, :, :x.shape[2]]
-
-
-def score_bands(model, x, window, stride):
-    """What slide returns, in bands (B, K, rows, W) from top to bottom, each as soon as no later window reaches it.
-
-    Only one row of windows is held at a time. A side shorter than the window is padded: the last band may be too long.
-    """
-    H, W = x.shape[2:]
-    x = F.pad(x, (0, max(window - W, 0), 0, max(window - H, 0)))
+    x = F.pad(x, (0, max(window - W, 0), 0, max(window - H, 0)))  # no side is shorter than the window
     step = max(1, round(stride * window))  # pixels
-    tops = starts(x.shape[2], window, step)
-    lefts = starts(x.shape[3], window, step)
-    total = None  # (B, K, window, W): the scores of this row of windows, added up
-    count = None  # (window, W): how many windows see a pixel
-    for top, next_top in zip(tops, [*tops[1:], x.shape[2]]):
-        for left in lefts:
-            outputs = model(x[:, :, top:top + window, left:left + window])
-            scores = model.decoder.scores(outputs, (window, window))
+    total = None  # (B, K, H, W): the scores of all windows that see a pixel, added up
+    count = None  # (H, W): how many these are
+    for top in starts(x.shape[2], window, step):
+        for left in starts(x.shape[3], window, step):
+            here = (..., slice(top, top + window), slice(left, left + window))
+            scores = model.decoder.scores(model(x[here]), (window, window))
             if total is None:
-                total = scores.new_zeros(*scores.shape[:3], x.shape[3])
-                count = scores.new_zeros(window, x.shape[3])
-            total[..., left:left + window] += scores
-            count[:, left:left + window] += 1
-        done = next_top - top
-        yield (total[:, :, :done] / count[:done])[..., :W]
-        total = F.pad(total[:, :, done:], (0, 0, 0, done))
-        count = F.pad(count[done:], (0, 0, 0, done))
+                total = scores.new_zeros(*scores.shape[:2], *x.shape[2:])
+                count = scores.new_zeros(x.shape[2:])
+            total[here] += scores
+            count[here] += 1
+    total /= count
+    check_finite(total)
+    return total[..., :H, :W]
 
 
 def starts(length, window, step):
@@ -278,42 +207,29 @@ def starts(length, window, step):
     return sorted({min(pixel, last) for pixel in range(0, last + step, step)})
 
 
-def evaluate(model, dataset, window, device, batch=1, workers=0, title="", **protocol):
-    """Confusion matrix (K, K) over labelled images, of which each process takes its share; protocol: of predict."""
+def check_finite(*scores):
+    for part in scores:
+        if not part.isfinite().all():
+            raise UserError("the segmenter's scores are not finite; use --precision fp32")
+
+
+def evaluate(model, dataset, window, cfg, device, title=""):
+    """Confusion matrix (K, K) over labelled images, of which each process counts its share."""
     K = dataset.num_classes
     conf = torch.zeros(K, K, dtype=torch.int64, device=device)
-    own = range(distill.rank(), len(dataset), distill.world_size())
-    for x, label in batches(model, Subset(dataset, own), device, batch, workers, title):
-        scores = predict(model, x, window, **protocol)
-        pred = classes_of(segment.resize(scores, label.shape[1:]))
+    share = Subset(dataset, range(distill.rank(), len(dataset), distill.world_size()))
+    for x, label in batches(model, share, cfg, device, title):
+        scores = slide(model, x, window, cfg.stride)
+        pred = segment.resize(scores, label.shape[1:]).argmax(1)  # (B, H, W)
         conf += confusion(pred, label.to(device), K)
     return distill.summed(conf).cpu()
 
 
-def batches(model, dataset, device, batch, workers, title):
+def batches(model, dataset, cfg, device, title):
     """The images of a labelled dataset, normalised for a model, and their labels; a bar shows the progress."""
-    loader = DataLoader(dataset, batch, num_workers=workers,
-                        collate_fn=same_size)
+    loader = DataLoader(dataset, cfg.batch, num_workers=cfg.workers)
     for images, label, _ in tqdm(loader, title, disable=distill.rank() > 0, leave=False):
         yield data.normalize(images.to(device), model.encoder.mean, model.encoder.std), label
-
-
-def same_size(items):
-    """A batch of images and labels of one size."""
-    if len({(image.shape, label.shape) for image, label, _ in items}) > 1:
-        raise UserError(f"--batch {len(items)}: images or labels of several sizes; use --batch 1")
-    return default_collate(items)
-
-
-def classes_of(scores):
-    """The class of the highest score (B, H, W), of scores (B, K, H, W); UserError where they say nothing."""
-    check_finite(scores)
-    return scores.argmax(1)
-
-
-def check_finite(*scores):
-    if not all(part.isfinite().all() for part in scores):
-        raise UserError("the segmenter's scores are not finite; use --precision fp32")
 
 
 # --- AP of boxes -----------------------------------------------------------------------------------------------------
@@ -354,21 +270,22 @@ def average_precision(scores, hits, count):
     return (reached * hits).sum() / count if count else math.nan  # each hit adds 1 / count to the recall
 
 
-def evaluate_boxes(model, dataset, side, device, batch=1, workers=0, title=""):
-    """AP (K,) of each class; of a corrupted set the mean over all corruptions and severities, shared by processes."""
-    versions = list(dict.fromkeys(sample.corruption for sample in dataset.samples))  # of each image, in this order
+def evaluate_boxes(model, dataset, side, cfg, device, title=""):
+    """AP (K,) of each class; of a corrupted set the mean over its corruptions and severities, shared by processes."""
+    versions = list(dict.fromkeys(sample.corruption for sample in dataset.samples))  # [None] of a set without any
     total = torch.zeros(dataset.num_classes, dtype=torch.float64)
     for number in range(distill.rank(), len(versions), distill.world_size()):
-        verdicts = []
-        labels = []
-        own = Subset(dataset, range(number, len(dataset), len(versions)))
-        for x, label in batches(model, own, device, batch, workers, f"{title} {versions[number] or ''}"):
+        verdicts = []  # of each image: (D, 3), see matched
+        labels = []    # the class of each object that counts
+        share = Subset(dataset, range(number, len(dataset), len(versions)))  # an image's versions follow each other
+        for x, label in batches(model, share, cfg, device, f"{title} {versions[number] or ''}"):
             for found, objects in zip(find_objects(model, x, side), map(data.objects_of, label)):
                 verdicts.append(matched(found.cpu(), objects))
-                labels += objects[objects[:, 5] == 0, 4].tolist()
-        kinds, scores, hits = torch.cat(verdicts).double().numpy().T
+                difficult = objects[:, 5] > 0
+                labels += objects[~difficult, 4].tolist()
+        classes, scores, hits = torch.cat(verdicts).double().numpy().T
         for k in range(dataset.num_classes):
-            total[k] += average_precision(scores[kinds == k], hits[kinds == k], labels.count(k))
+            total[k] += average_precision(scores[classes == k], hits[classes == k], labels.count(k))
     return distill.summed(total.to(device)).cpu() / len(versions)
 
 
@@ -386,55 +303,32 @@ def class_ious(title, model, saved, cfg, device):
     ious = {}
     for name in data.entries(cfg.data):
         dataset = val_split(name, cfg, title, saved)
-        if dataset.boxes and (cfg.mode != "slide" or cfg.flip or scale_list(cfg) != [1]):
-            raise UserError("--mode, --flip and --scales are for pixels; boxes are found once, in the whole image")
         with distill.autocast(cfg.precision, device):
             if dataset.boxes:
-                values = evaluate_boxes(model, dataset, window, device, cfg.batch, cfg.workers, name)
+                values = evaluate_boxes(model, dataset, window, cfg, device, name)
             else:
-                values = iou(evaluate(model, dataset, window, device, cfg.batch, cfg.workers, name, **protocol_of(cfg)))
+                values = iou(evaluate(model, dataset, window, cfg, device, name))
         if values.isnan().all():
-            missing = "object in its images counts" if dataset.boxes else "pixel of its images has a label, all are 255"
-            raise UserError(f"--data {name}: no {missing}")
+            raise UserError(f"--data {name}: no label in its images counts, so that there is nothing to measure")
         ious[name] = 100 * values
     return ious
 
 
 def val_split(name, cfg, title="", saved=None):
-    """The val split of a data set, which must have a segmenter's classes.
-
-    Your own folder has as many classes as the segmenter or --classes says, and without any no labels.
-    """
-    if name == "folder":
-        num_classes = len(saved["classes"]) if saved else cfg.classes
-        if num_classes:
-            return data.scenes(name, cfg.root, "val", classes=num_classes)
+    """The val split of a data set, which must have a segmenter's classes; of your own folder, without one, images."""
+    if name == "folder" and not saved:
         return data.images(name, cfg.root, split="val")
-    classes = data.DATASETS[name].classes
-    if saved:
-        others = list(classes) != saved["classes"]
-        if saved.get("released"):  # its file tells how many classes there are, not which
-            others = len(classes) != len(saved["classes"])
-        if others:
-            raise UserError(f"--data {name} has the {len(classes)} classes {', '.join(classes)}, but {title} was "
-                            f"trained on {len(saved['classes'])} others")
+    if name == "folder":
+        return data.scenes(name, cfg.root, "val", classes=len(saved["classes"]))
+    classes = list(data.DATASETS[name].classes)
+    known = saved["classes"] if saved else classes
+    alike = classes == known
+    if saved and saved.get("released"):  # its file tells how many classes there are, not which
+        alike = len(classes) == len(known)
+    if not alike:
+        raise UserError(f"--data {name} has the {len(classes)} classes {', '.join(classes)}, but {title} was "
+                        f"trained on {len(known)} others")
     return data.scenes(name, cfg.root, "val", data.eval_transform(name))
-
-
-def protocol_of(cfg):
-    """The flags of the protocol as arguments of predict."""
-    return dict(stride=cfg.stride, whole=cfg.mode == "whole", flip=cfg.flip, scales=scale_list(cfg))
-
-
-def scale_list(cfg):
-    """--scales as numbers."""
-    try:
-        scales = [float(part) for part in cfg.scales.split(",")]
-    except ValueError:
-        scales = []
-    if not scales or not all(0 < scale < 100 for scale in scales):
-        raise UserError(f"--scales {cfg.scales}: numbers from 0 to 100 were expected, as in 0.75,1,1.25")
-    return scales
 
 
 def show(rows, columns):
@@ -447,17 +341,6 @@ def show(rows, columns):
     for cells in lines:
         padded = [text.ljust(width) for text, width in zip(cells, widths)]
         print(f"| {' | '.join(padded)} |")
-
-
-def show_mious(mious):
-    """Print {name: {domain: mIoU}} as a table with the mean of each row; returns the rows with it."""
-    rows = {}
-    cells = {}
-    for name, values in mious.items():
-        rows[name] = values | {"mean": sum(values.values()) / len(values)}
-        cells[name] = [f"{value:.1f}" for value in rows[name].values()]
-    show(cells, rows[name])
-    return rows
 
 
 # --- Runs: each is a command that a user can type --------------------------------------------------------------------
@@ -1400,7 +1283,7 @@ def measured(row, block, cfg, device):
         return None
     ledger = qsd.checked_ledger(path, qsd.open_checkpoint(path).get("ledger"))
     # Another protocol is another measurement, and so is another training, which the ledger tells.
-    protocol = [cfg.mode, cfg.window, cfg.stride, cfg.flip, cfg.scales, cfg.precision, ledger]
+    protocol = [cfg.window, cfg.stride, cfg.precision, ledger]
     kept = path.with_name("eval.json")
     domains = block.source + block.unseen
     inputs = {name: val_contents(name, cfg.root) for name in domains} | {path.name: data.fingerprint(path)}
@@ -1505,7 +1388,7 @@ def figure_6(unseen, path, title):
     for name, labels in {"labels of the first source": "labels of 1", "labels of all": "all labels"}.items():
         rows = {1: "1 source", 2: f"2 sources, {labels}", 3: f"3 sources, {labels}"}
         lines[name] = [(n, np.mean(unseen[row])) for n, row in rows.items()]
-    return chart(lines, path, "sources in distillation", "mIoU, mean of the unseen domains", title)
+    return chart(lines, path, "sources in distillation", "mIoU, mean of the unseen domains")
 
 
 def demo_picture(block, path, cfg):
@@ -1521,161 +1404,135 @@ def demo_picture(block, path, cfg):
 
 # --- Drawing ---------------------------------------------------------------------------------------------------------
 
-LINE_COLORS = ((31, 119, 180), (214, 39, 40), (44, 160, 44), (148, 103, 189), (255, 127, 14), (23, 190, 207),
-               (140, 86, 75), (90, 90, 90), (188, 189, 34), (227, 119, 194), (0, 0, 0))
-GRID_COLOR = (225, 225, 225)
+LINE_COLORS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#17becf", "#8c564b", "#5a5a5a", "#bcbd22",
+               "#e377c2", "#000000")
 
 
-def pixel(value, ticks, first, last):
-    """Where a value lies on an axis whose first and last tick lie at these pixels."""
-    return first + (last - first) * (value - ticks[0]) / (ticks[-1] - ticks[0])
-
-
-def chart(series, path, x_title, y_title, title="", log=False, x_texts=None, whiskers=None):
-    """Draw lines {name: [(x, y)]} with axes and a legend, y on a logarithmic scale if log; returns the path.
+def chart(series, path, x_title, y_title, log=False, x_texts=None, whiskers=None):
+    """Draw lines {name: [(x, y)]} with axes and a legend, y on a logarithmic axis if log; returns the path.
 
     x_texts: what stands at which x, {x: text}, in place of round numbers. whiskers: half the length of a vertical bar
     at a point, {(name, x): half}.
     """
     whiskers = whiskers or {}
-    lines = {}
-    for name, points in series.items():
-        lines[name] = [(x, y) for x, y in points if math.isfinite(x) and math.isfinite(y)]
-    log = log and all(y > 0 for _, y in chain(*lines.values()))
-    if log:
-        for name, points in lines.items():
-            lines[name] = [(x, math.log10(y)) for x, y in points]
-    points = list(chain(*lines.values())) or [(0, 0)]
+    points = list(chain(*series.values()))
     reached = [y for _, y in points]
     for (name, x), half in whiskers.items():
-        y = dict(lines[name])[x]
+        y = dict(series[name])[x]
         reached += [y - half, y + half]
-    x_ticks = sorted(x_texts) if x_texts else ticks([x for x, _ in points])
-    x_texts = x_texts or {x: tick_text(x) for x in x_ticks}
-    y_ticks = ticks(reached)
-    # Powers of ten are no round numbers, but with three digits as good as on the line.
-    y_texts = [tick_text(float(f"{10 ** y:.3g}") if log else y) for y in y_ticks]
+    log = log and min(reached) > 0
+    height_of = np.log10 if log else np.float64
+    x_texts = x_texts or {x: tick_text(x) for x in ticks([x for x, _ in points])}
+    y_texts = {y: tick_text(y) for y in ticks(reached, log)}
+    x_ends = [min(x_texts), max(x_texts)]
+    y_ends = height_of([min(y_texts), max(y_texts)])
 
     # Drawn at twice the size and then halved, lines are smooth.
-    width = 1600
-    height = 840
-    canvas = Image.new("RGB", (width, height), "white")
+    canvas = Image.new("RGB", (1600, 840), "white")
     pen = ImageDraw.Draw(canvas)
     font = ImageFont.load_default(26)
     top = 60
-    bottom = height - 100
-    left = 40 + max(map(font.getlength, y_texts))
-    right = width - 90 - max(map(font.getlength, lines), default=0)
-    x_pixel = partial(pixel, ticks=x_ticks, first=left + 20, last=right - 20)
-    y_pixel = partial(pixel, ticks=y_ticks, first=bottom - 20, last=top + 20)
+    bottom = 740
+    left = 40 + max(map(font.getlength, y_texts.values()))
+    right = 1510 - max(map(font.getlength, series))
 
-    for value in x_ticks:
-        x = x_pixel(value)
-        pen.line((x, top, x, bottom), GRID_COLOR, 2)
-        pen.text((x, bottom + 10), x_texts[value], "black", font, anchor="ma")
-    for value, text in zip(y_ticks, y_texts):
-        y = y_pixel(value)
-        pen.line((left, y, right, y), GRID_COLOR, 2)
+    def place(x, y):
+        """The pixel of a point."""
+        return np.interp(x, x_ends, [left + 20, right - 20]), np.interp(height_of(y), y_ends, [bottom - 20, top + 20])
+
+    for value, text in x_texts.items():
+        x, _ = place(value, y_ends[0])
+        pen.line((x, top, x, bottom), "#e1e1e1", 2)
+        pen.text((x, bottom + 10), text, "black", font, anchor="ma")
+    for value, text in y_texts.items():
+        _, y = place(x_ends[0], value)
+        pen.line((left, y, right, y), "#e1e1e1", 2)
         pen.text((left - 10, y), text, "black", font, anchor="rm")
-    pen.rectangle((left, top, right, bottom), outline=(90, 90, 90), width=2)
-    pen.text(((left + right) / 2, height - 15), x_title, "black", font, anchor="ms")
+    pen.rectangle((left, top, right, bottom), outline="#5a5a5a", width=2)
+    pen.text(((left + right) / 2, 825), x_title, "black", font, anchor="ms")
     pen.text((10, 10), y_title, "black", font)
-    pen.text(((left + right) / 2, 10), title, "black", font, anchor="ma")
 
-    for i, (name, points) in enumerate(lines.items()):
+    for i, (name, points) in enumerate(series.items()):
         color = LINE_COLORS[i % len(LINE_COLORS)]
-        places = [(x_pixel(x), y_pixel(y)) for x, y in points]
-        pen.line(places, color, 4, joint="curve")
-        if len(places) < 10:
-            for x, y in places:
-                pen.ellipse((x - 7, y - 7, x + 7, y + 7), color)
+        pen.line([place(x, y) for x, y in points], color, 4, joint="curve")
         for x, y in points:
+            if len(points) < 10:
+                pen.circle(place(x, y), 7, color)
             if (name, x) in whiskers:
                 half = whiskers[name, x]
-                pen.line((x_pixel(x), y_pixel(y - half), x_pixel(x), y_pixel(y + half)), color, 2)
+                pen.line([place(x, y - half), place(x, y + half)], color, 2)
         y = top + 20 + 36 * i
         pen.line((right + 15, y, right + 55, y), color, 6)
         pen.text((right + 65, y), name, "black", font, anchor="lm")
-    return save_picture(canvas.resize((width // 2, height // 2), Image.Resampling.LANCZOS), path)
+    return save_picture(canvas.resize((800, 420), Image.Resampling.LANCZOS), path)
 
 
-def ticks(values):
-    """At least two round numbers at equal distances that cover all values."""
+def ticks(values, log=False):
+    """At least two round numbers that cover all values: at equal distances, or at about equal ratios if log."""
     low = min(values)
     high = max(values)
-    power = 10.0 ** math.floor(math.log10((high - low) or abs(high) or 1))
-    for step in (0.2 * power, 0.5 * power, power, 2 * power):
-        if (high - low) / step <= 7:
+    if log:
+        powers = 10.0 ** np.arange(math.floor(math.log10(low)), math.floor(math.log10(high)) + 2)
+        digits = ((1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 8), (1, 1.5, 2, 3, 5, 7), (1, 2, 5), (1,))
+        choices = [np.outer(powers, some).ravel() for some in digits]
+    else:
+        power = 10.0 ** math.floor(math.log10((high - low) or abs(high) or 1))
+        steps = (0.2 * power, 0.5 * power, power, 2 * power)
+        choices = [step * np.arange(math.floor(low / step), math.ceil(high / step) + 2) for step in steps]
+    for numbers in choices:  # from dense to sparse
+        first = np.searchsorted(numbers, low, "right") - 1
+        last = max(np.searchsorted(numbers, high), first + 1)
+        if last - first <= 7:
             break
-    first = math.floor(low / step)
-    last = max(math.ceil(high / step - 1e-9), first + 1)
-    return [step * i for i in range(first, last + 1)]
+    return numbers[first:last + 1].tolist()
 
 
 def tick_text(value):
-    if value and not 1e-3 <= abs(value) < 1e5:
-        digits, power = f"{value:.2e}".split("e")
-        return f"{float(digits):g}e{int(power)}"
-    return f"{value:.4g}"
+    """A number as short as on an axis: 0.05, 20000, 2.5e12."""
+    return re.sub(r"e\+0?", "e", f"{value:.5g}")
 
 
 def with_legend(picture, names, colors, left=10, size=13):
-    """The picture, and below it a legend of coloured boxes in as many lines as it takes."""
+    """The picture, and below it a legend: coloured boxes and their names, in columns from `left` on."""
     font = ImageFont.load_default(size)
-    widths = [3 * size + font.getlength(name) for name in names]
-    width = round(max(picture.width, 24 * size, left + max(widths, default=0)))
-    places = []
-    x = left
-    y = picture.height + size
-    for needed in widths:
-        if x > left and x + needed > width:
-            x = left
-            y += 1.6 * size
-        places.append((x, y))
-        x += needed
-    canvas = Image.new("RGB", (width, round(y + size)), "white")
+    wide = 3 * size + max(map(font.getlength, names))
+    width = max(picture.width, math.ceil(left + wide), 24 * size)
+    columns = max(1, int((width - left) / wide))
+    lines = math.ceil(len(names) / columns)
+    canvas = Image.new("RGB", (width, round(picture.height + size * (1.6 * lines + 0.4))), "white")
     canvas.paste(picture)
     pen = ImageDraw.Draw(canvas)
-    for (x, y), name, color in zip(places, names, colors):
+    for i, (name, color) in enumerate(zip(names, colors)):
+        x = left + wide * (i % columns)
+        y = picture.height + size * (1 + 1.6 * (i // columns))
         pen.rectangle((x, y - size / 2, x + size, y + size / 2), tuple(color), "gray")
         pen.text((x + 1.5 * size, y), name, "black", font, anchor="lm")
     return canvas
 
 
-def sheet(columns, titles, names, colors, path, width=136, gap=4, top=28):
+def sheet(columns, titles, path, names=(), colors=(), width=136):
     """Write {column title: [RGB arrays]} as one picture; returns the path.
 
     titles: of the rows. names, colors: of the legend below, if there is one. width: of a column, pixels.
     """
     font = ImageFont.load_default(13)
-    ruler = ImageDraw.Draw(Image.new("RGB", (1, 1)))
-    left = 16 + round(max(ruler.textbbox((0, 0), title, font)[2] for title in titles))
-    width = max(width, *(12 + round(font.getlength(name)) for name in columns))
-    scaled = {}
-    for name, cells in columns.items():
-        scaled[name] = [scaled_to(width, cell) for cell in cells]
-    heights = [max(cell.height for cell in row) for row in zip(*scaled.values())]
-
-    canvas = Image.new("RGB", (left + len(columns) * (width + gap), top + sum(heights) + gap * len(heights)), "white")
-    pen = ImageDraw.Draw(canvas)
-    tops = [top + sum(heights[:i]) + gap * i for i in range(len(heights))]
-    for y, height, title in zip(tops, heights, titles):
-        pen.text((left - 8, y + height / 2), title, "black", font, anchor="rm", align="right")
-    for j, (name, cells) in enumerate(scaled.items()):
-        x = left + j * (width + gap)
-        pen.text((x + width / 2, top - 8), name, "black", font, anchor="ms")
-        for y, cell in zip(tops, cells):
-            canvas.paste(cell, (x, y))
-    if names:
-        canvas = with_legend(canvas, names, colors, left)
-    return save_picture(canvas, path)
-
-
-def save_picture(picture, path):
-    """Write a picture, whole or not at all; returns the path."""
-    with whole(path) as unfinished:
-        picture.save(unfinished)
-    return path
+    left = 16 + round(max(map(font.getlength, "\n".join(titles).split("\n"))))
+    width = max(width, *[12 + round(font.getlength(name)) for name in columns])
+    whole = left + len(columns) * (width + 4)
+    head = Image.new("RGB", (whole, 28), "white")
+    for j, name in enumerate(columns):
+        ImageDraw.Draw(head).text((left + j * (width + 4) + width / 2, 20), name, "black", font, anchor="ms")
+    rows = [head]
+    for title, cells in zip(titles, zip(*columns.values())):
+        pictures = [scaled_to(width, cell) for cell in cells]
+        height = max(picture.height for picture in pictures)
+        row = Image.new("RGB", (whole, height + 4), "white")
+        ImageDraw.Draw(row).text((left - 8, height / 2), title, "black", font, anchor="rm", align="right")
+        for j, picture in enumerate(pictures):
+            row.paste(picture, (left + j * (width + 4), 0))
+        rows.append(row)
+    picture = Image.fromarray(np.concatenate([np.asarray(row) for row in rows]))
+    return save_picture(with_legend(picture, names, colors, left) if names else picture, path)
 
 
 def scaled_to(width, cell):
@@ -1685,6 +1542,18 @@ def scaled_to(width, cell):
     return Image.fromarray(cell).resize((width, height), method)
 
 
+def save_picture(picture, path):
+    """Write a picture, into a new folder if need be; returns the path."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    picture.save(path)
+    return path
+
+
+def as_array(image):
+    """(3, H, W) as (H, W, 3)."""
+    return image.permute(1, 2, 0).numpy()
+
+
 # --- Models and their tokens -----------------------------------------------------------------------------------------
 
 def named(text):
@@ -1692,18 +1561,15 @@ def named(text):
     models = {}
     for part in filter(None, text.split(",")):
         name, _, path = part.partition("=")
-        name = name.strip()
-        if name in models:
-            raise UserError(f"--models {text}: two are called {name}")
-        models[name] = path.strip() or name
+        models[name.strip()] = path.strip() or name.strip()
     if not models:
         raise UserError("--models: say which, as in teacher=dinov2_vitb14,GKD=runs/source/student.pt")
     return models
 
 
-def file_in(path, *names):
-    """The first of these files in a run's folder; any other path as it is."""
-    for name in names:
+def file_in(path):
+    """The checkpoint in a run's folder; any other path, or an encoder's name, as it is."""
+    for name in ("student.pt", "segmenter.pt"):
         if Path(path, name).is_file():
             return Path(path, name)
     return path
@@ -1713,7 +1579,7 @@ def segmenters(models, device):
     """{name: (segmenter, its checkpoint)} of models {name: path}; UserError where they know different classes."""
     loaded = {}
     for name, path in models.items():
-        loaded[name] = segment.load_segmenter(file_in(path, "segmenter.pt"), device)
+        loaded[name] = segment.load_segmenter(file_in(path), device)
     if len({tuple(saved["classes"]) for _, saved in loaded.values()}) > 1:
         raise UserError(f"--models: {', '.join(models)} were trained on different classes")
     return loaded
@@ -1723,8 +1589,7 @@ def encoders(models, cfg, device):
     """{name: frozen encoder} of models {name: path}; UserError where their tokens stand for patches of other sizes."""
     vits = {}
     for name, path in models.items():
-        file = file_in(path, "student.pt", "segmenter.pt")
-        vit = qsd.load_vit(file, patch_size=cfg.patch or None, official=cfg.official)
+        vit = qsd.load_vit(file_in(path), patch_size=cfg.patch or None)
         vits[name] = vit.to(device).eval().requires_grad_(False)
     if len({vit.patch_size for vit in vits.values()}) > 1:
         sides = ", ".join(f"{name} {vit.patch_size}" for name, vit in vits.items())
@@ -1747,19 +1612,6 @@ def patch_tokens(vit, image, device):
     return patches[0].float().cpu().unflatten(0, (h, w))
 
 
-def with_constant(x):
-    """Tokens (..., C) with a 1 behind each, (..., C + 1) float64: an affine map is linear in them."""
-    return F.pad(x.double(), (0, 1), value=1)
-
-
-def principal(tokens):
-    """The three leading principal components (M, 3) of tokens (M, C), each of variance 1."""
-    x = tokens - tokens.mean(0)
-    _, _, Vh = torch.linalg.svd(x, full_matrices=False)
-    x = x @ Vh[:3].T
-    return x / x.std(0)
-
-
 def principal_colors(tokens):
     """RGB in 0..1 (M, 3) for tokens {name: (M, C)}: their principal components, on the axes of the first model's.
 
@@ -1769,84 +1621,76 @@ def principal_colors(tokens):
     colors = {}
     first = None
     for name, x in tokens.items():
-        x = principal(x)
+        x = x - x.mean(0)
+        _, _, Vh = torch.linalg.svd(x, full_matrices=False)
+        x = x @ Vh[:3].T  # (M, 3)
+        x = x / x.std(0)
         first = x if first is None else first
         U, _, Vh = torch.linalg.svd(x.T @ first)
         colors[name] = (x @ U @ Vh / 5 + 0.5).clamp(0, 1)
     return colors
 
 
-def as_array(image):
-    """(3, H, W) as (H, W, 3)."""
-    return image.permute(1, 2, 0).numpy()
-
-
-def compare(predicted, featured, cfg, path, device):
-    """Draw images of each domain of cfg.data: the predictions of some models {name: path}, the features of others."""
-    loaded = segmenters(predicted, device)
-    first = next(iter(predicted), "")
-    saved = loaded[first][1] if loaded else None  # the images must have the classes of all segmenters, who agree
-    images = []
-    labels = []
-    titles = []
-    for name in data.entries(cfg.data):
-        dataset = val_split(name, cfg, first, saved)
-        for image, label, *_ in spread(dataset, cfg.examples):
-            images.append(image)
-            labels.append(label)
-            titles.append(name.removeprefix("toy-").removeprefix("camvid-"))
-
-    columns = {"image": [as_array(image) for image in images]}
-    names = ()
-    colors = ()
-    if loaded:
-        names = dataset.classes
-        colors = dataset.colors
-        columns["label"] = [data.label_picture(label, image, names, colors) for label, image in zip(labels, images)]
-        for name, (model, saved) in loaded.items():
-            columns[name] = []
-            for image in images:
-                found = classify(model, saved, image, cfg, device)
-                columns[name].append(data.label_picture(found, image, names, colors, scored=True))
-    for name, pictures in feature_pictures(encoders(featured, cfg, device), images, device).items():
-        columns[f"PCA: {name}"] = pictures
-    return sheet(columns, titles, names, colors, path)
-
-
 def feature_pictures(vits, images, device):
-    """{name: [RGB arrays]}: each image's tokens as colours, alike for all encoders {name: encoder}."""
+    """{name: [RGB arrays (h, w, 3)]}: each image's tokens as colours, alike for all encoders {name: encoder}."""
     tokens = {}
     for name, vit in vits.items():
-        tokens[name] = [patch_tokens(vit, image, device) for image in images]
-    flat = {name: torch.cat([x.flatten(0, 1) for x in own]) for name, own in tokens.items()}
+        grids = [patch_tokens(vit, image, device) for image in images]  # (h, w, C) each
+        shapes = [grid.shape[:2] for grid in grids]  # the same for all encoders, as are the sides of their patches
+        tokens[name] = torch.cat([grid.flatten(0, 1) for grid in grids])
     pictures = {}
-    for name, colors in principal_colors(flat).items():
-        grids = [x.shape[:2] for x in tokens[name]]
-        parts = colors.split([h * w for h, w in grids])
-        pictures[name] = [(255 * part).byte().view(h, w, 3).numpy() for part, (h, w) in zip(parts, grids)]
+    for name, colors in principal_colors(tokens).items():
+        parts = colors.mul(255).byte().split([h * w for h, w in shapes])
+        pictures[name] = [part.unflatten(0, shape).numpy() for part, shape in zip(parts, shapes)]
     return pictures
 
 
 # --- Figures of the paper --------------------------------------------------------------------------------------------
 
+def compare(predicted, featured, cfg, path, device):
+    """Draw images of each domain of cfg.data: the predictions of some models {name: path}, the features of others."""
+    loaded = segmenters(predicted, device)
+    _, known = next(iter(loaded.values()), (None, None))  # the segmenters agree on the classes
+    images = []
+    titles = []
+    columns = defaultdict(list)
+    for domain in data.entries(cfg.data):
+        dataset = val_split(domain, cfg, "--models", known)
+        draw = partial(data.label_picture, classes=dataset.classes, colors=dataset.colors)
+        for image, label, *_ in spread(dataset, cfg.examples):
+            images.append(image)
+            titles.append(domain.removeprefix("toy-").removeprefix("camvid-"))
+            columns["image"].append(as_array(image))
+            if loaded:
+                columns["label"].append(draw(label, image))
+            for name, (model, saved) in loaded.items():
+                columns[name].append(draw(classify(model, saved, image, cfg, device), image, scored=True))
+    for name, pictures in feature_pictures(encoders(featured, cfg, device), images, device).items():
+        columns[f"PCA: {name}"] = pictures
+    legend = (dataset.classes, dataset.colors) if loaded else ()
+    return sheet(columns, titles, path, *legend)
+
+
 def figure_3b(models, cfg, path, device):
-    """The losses of several runs against their steps; of a single run all parts of its loss."""
-    series = {}
-    for name, given in models.items():
-        folder = Path(given).parent if Path(given).is_file() else Path(given)
-        if not (folder / "log.jsonl").is_file():
+    """The losses of several runs against their steps (of one-stage runs what is distilled), of one run all parts."""
+    series = defaultdict(list)
+    for name, folder in models.items():
+        log = Path(folder, "log.jsonl")
+        if not log.is_file():
             raise UserError(f"{folder}: holds no log.jsonl; this figure wants the folders of runs")
-        lines = [line for _, line in read_lines(folder / "log.jsonl")]
-        lines = [line for line in lines if {"step", "loss", "lr"} <= line.keys()]
-        keys = list(lines[0]) if lines else ["step", "loss", "lr"]
-        parts = keys[1:keys.index("lr")]  # all losses stand between step and lr
-        shown = {part: part for part in parts}
-        if len(models) > 1:
-            shown = {name: "kd" if "kd" in parts else "loss"}  # of a one-stage run the distillation alone
-        for title, part in shown.items():
-            points = [(line["step"], line.get(part)) for line in lines]  # None: it was NaN, which JSON lacks
-            series[title] = [(x, y) for x, y in points if qsd.fits(float, x) and qsd.fits(float, y)]
-    chart(series, path, "step", "loss", log=True)
+        for line in log.read_text().splitlines():
+            record = json.loads(line)
+            keys = list(record)
+            parts = keys[1:keys.index("lr")] if "lr" in keys else []  # all losses stand between step and lr
+            shown = {part: part for part in parts}
+            if parts and len(models) > 1:
+                shown = {name: "kd" if "kd" in parts else "loss"}
+            for title, part in shown.items():
+                if record[part] is not None:  # it was NaN, which JSON lacks
+                    series[title].append((record["step"], record[part]))
+    if not series:
+        raise UserError("--models: their log.jsonl hold no loss yet")
+    return chart(series, path, "step", "loss", log=True)
 
 
 def figure_7a(models, cfg, path, device):
@@ -1855,17 +1699,22 @@ def figure_7a(models, cfg, path, device):
     A student's tokens are brought to the teacher's space by the affine map that fits best on every second image, and
     measured on the other images. This rule is the same for all methods, whose heads differ.
     """
-    vits = encoders(models, cfg, device)
     images = ConcatDataset([spread(val_split(name, cfg), cfg.subset) for name in data.entries(cfg.data)])
-    if len(images) < 2:
-        raise UserError(f"--data {cfg.data}: has one image, but this figure wants one to fit on and another to measure")
-    fit = {}
-    tokens = {}
-    for name, vit in vits.items():
-        fit[name] = random_tokens(vit, Subset(images, range(0, len(images), 2)), cfg, device, f"{name}, fit")
-        tokens[name] = random_tokens(vit, Subset(images, range(1, len(images), 2)), cfg, device, f"{name}, measured")
-    teacher, *students = vits
-    apart = {name: distances(tokens[name], tokens[teacher], fit[name], fit[teacher]) for name in students}
+    each = math.ceil(2 * cfg.tokens / len(images))
+    fit = {}       # of each encoder, (L, C)
+    measured = {}  # of each encoder, (M, C)
+    for name, vit in encoders(models, cfg, device).items():
+        tokens = []
+        for i, (image, *_) in enumerate(tqdm(images, name, leave=False)):
+            x = patch_tokens(vit, image, device).flatten(0, 1)
+            generator = torch.Generator().manual_seed(data.mix(cfg.seed, i // 2))  # alike for all encoders
+            tokens.append(x[torch.randperm(len(x), generator=generator)[:each]])
+        fit[name] = torch.cat(tokens[::2])[:cfg.tokens]
+        measured[name] = torch.cat(tokens[1::2])[:cfg.tokens]
+    teacher, *students = models
+    apart = {}
+    for name in students:
+        apart[name] = distances(measured[name], measured[teacher], fit[name], fit[teacher])
 
     farthest = torch.cat(list(apart.values())).quantile(0.99).item()
     edges = torch.linspace(0, farthest, 61, dtype=torch.float64)
@@ -1874,19 +1723,8 @@ def figure_7a(models, cfg, path, device):
     for name, d in apart.items():
         share = 100 * torch.histogram(d, edges).hist / len(d)
         series[f"{name}: median {d.median():.2f}"] = list(zip(middles.tolist(), share.tolist()))
-    x_title = f"Euclidean distance to {teacher} ({len(tokens[teacher])} tokens of {cfg.data})"
-    chart(series, path, x_title, "% of the tokens")
-
-
-def random_tokens(vit, images, cfg, device, title):
-    """At most cfg.tokens final patch tokens (M, C) of random places in the images, the same for every encoder."""
-    each = math.ceil(cfg.tokens / len(images))
-    tokens = []
-    for i, (image, *_) in enumerate(tqdm(images, title, leave=False)):
-        x = patch_tokens(vit, image, device).flatten(0, 1)
-        generator = torch.Generator().manual_seed(data.mix(cfg.seed, i))
-        tokens.append(x[torch.randperm(len(x), generator=generator)[:each]])
-    return torch.cat(tokens)[:cfg.tokens]
+    x_title = f"Euclidean distance to {teacher} ({len(measured[teacher])} tokens of {cfg.data})"
+    return chart(series, path, x_title, "% of the tokens")
 
 
 def distances(v_s, v_t, fit_s, fit_t):
@@ -1895,6 +1733,11 @@ def distances(v_s, v_t, fit_s, fit_t):
     # Tokens after a LayerNorm lie in a plane, so the constant depends on them: of all drivers, gelsd copes with that.
     phi = torch.linalg.lstsq(with_constant(fit_s), fit_t.double(), driver="gelsd").solution  # (C_s + 1, C_t)
     return (with_constant(v_s) @ phi - v_t.double()).norm(dim=1)
+
+
+def with_constant(x):
+    """Tokens (M, C) with a 1 behind each, (M, C + 1) float64: an affine map is linear in them."""
+    return F.pad(x.double(), (0, 1), value=1)
 
 
 def figure_7b(models, cfg, path, device):
@@ -1913,17 +1756,19 @@ def figure_7b(models, cfg, path, device):
     titles = []
     for name, student in students:
         v_s = patch_tokens(student, image, device)  # (h, w, C_s)
-        kept = file_in(models[name], "student.pt")
-        W = attention(kept, student, teacher, v_s.flatten(0, 1), v_t.flatten(0, 1))  # (N, N)
+        W = attention(file_in(models[name]), student, teacher, v_s.flatten(0, 1), v_t.flatten(0, 1))  # (N, N)
         columns["image"].append(framed(as_array(image), grid, places))
         columns["all N x N weights"].append(framed(heat(W), grid, {}))
         columns["the diagonal"].append(framed(heat(W.diagonal().view(grid)), grid, {}))
         for n, (row, column) in places.items():
             weights = W[row * w + column].view(grid)
             columns[f"patch {n}"].append(framed(heat(weights), grid, {n: (row, column)}))
-        titles.append(f"{name}\non the diagonal:\n{W.diagonal().mean():.1%}\n(uniform: {1 / len(W):.1%})")
+        diagonal = f"{W.diagonal().mean():.1%}"
+        uniform = f"{1 / len(W):.1%}"
+        titles.append(f"{name}\non the diagonal:\n{diagonal}\n(uniform: {uniform})")
+        print(f"{name}: a patch's own place has {diagonal} of its weight in the mean (uniform: {uniform})")
     names = ["0", "1/4", "1/2", "3/4", "1: the largest weight of the map"]
-    sheet(columns, titles, names, HEAT.tolist(), path, width=200)
+    return sheet(columns, titles, path, names, HEAT.tolist(), width=200)
 
 
 def attention(path, student, teacher, v_s, v_t):
@@ -1931,28 +1776,22 @@ def attention(path, student, teacher, v_s, v_t):
 
     They are those of the head of L_feat that student.pt keeps; UserError where it has none for these encoders.
     """
-    _, heads = qsd.ledger_and_heads(path)
-    parts = {}
-    for key, value in (heads or {}).items():
-        if key.startswith(("feat.phi", "feat.varphi")):
-            parts[key.removeprefix("feat.")] = value
-    if not parts:
+    saved = qsd.open_checkpoint(Path(path)) if Path(path).is_file() else {}
+    heads = saved.get("objective") or {}
+    if "feat.phi.1.weight" not in heads:
         raise UserError(f"{path}: holds no head of L_feat; this figure wants a student.pt distilled with --loss qsd "
                         "and --alpha above 0")
-    saved = qsd.open_checkpoint(path)
-    config = qsd.LossConfig(**known_fields(qsd.LossConfig, saved["config"]))
-    if config.pool_keys:
-        raise UserError(f"{path}: it was distilled with --pool_keys, so that its weights are not N x N")
-    head = qsd.build_head(student, teacher, config)
+    known = {name: value for name, value in saved["config"].items() if hasattr(qsd.LossConfig, name)}
+    config = qsd.LossConfig(**known)
+    objective = qsd.build_objective(student, teacher, config)
     try:
-        head.load_state_dict(parts)
+        objective.load_state_dict(heads)
     except RuntimeError:
-        width = len(parts["phi.1.weight"])
-        raise UserError(f"{path}: its heads are for a teacher of width {width}, not {teacher.embed_dim}") from None
-    v_t = v_t[None]
-    _, v_t, _ = qsd.normalize_targets((v_t[:, 0], v_t, ()), config.target_norm)  # the CLS token plays no part
+        raise UserError(f"{path}: its heads are for another teacher than the first of --models") from None
+    if config.target_norm == "layernorm":
+        v_t = F.layer_norm(v_t, v_t.shape[-1:])
     with torch.no_grad():
-        return head.weights(v_s[None], v_t)[0]
+        return objective.feat.weights(v_s[None], v_t[None])[0]
 
 
 HEAT = np.array([(255, 255, 255), (255, 225, 140), (245, 130, 50), (170, 20, 70), (40, 0, 60)])  # 0, 1/4, .. 1
@@ -1967,23 +1806,22 @@ def heat(x):
 
 def framed(cell, grid, places):
     """An RGB array, 400 pixels wide, with numbered frames around patches {number: (row, column)} of a grid (h, w)."""
-    height = round(400 * cell.shape[0] / cell.shape[1])
-    picture = Image.fromarray(cell).resize((400, height), Image.Resampling.NEAREST)
+    picture = scaled_to(400, cell)
     pen = ImageDraw.Draw(picture)
-    font = ImageFont.load_default(30)
     high = picture.height / grid[0]
     wide = picture.width / grid[1]
     pen.rectangle((0, 0, picture.width - 1, picture.height - 1), outline="gray", width=2)
     for n, (row, column) in places.items():
-        box = [column * wide, row * high, (column + 1) * wide, (row + 1) * high]
+        box = (column * wide, row * high, (column + 1) * wide, (row + 1) * high)
         pen.rectangle(box, outline="white", width=6)
-        pen.rectangle(box, outline=(0, 90, 255), width=4)
-        pen.text((box[2] + 6, box[1]), str(n), (0, 90, 255), font, stroke_width=2, stroke_fill="white")
+        pen.rectangle(box, outline="#005aff", width=4)
+        pen.text((box[2] + 6, box[1]), str(n), "#005aff", ImageFont.load_default(30), stroke_width=2,
+                 stroke_fill="white")
     return np.asarray(picture)
 
 
-def class_table(models, cfg, device):
-    """Figure 9 as text: IoU or AP of each class and their mean, a table for each domain, a column for each model."""
+def figure_9(models, cfg, path, device):
+    """Print IoU or AP of each class and their mean: a table for each domain, a column for each model."""
     loaded = segmenters(models, device)
     ious = {}  # of each model, {domain: [IoU or AP in percent of each class or None, their mean]}
     for name, (model, saved) in loaded.items():
@@ -2011,118 +1849,48 @@ FIGURES = {
     "7a": figure_7a,
     "7b": figure_7b,
     "8": lambda models, *rest: compare(models, {}, *rest),  # predictions beside image and label
+    "9": figure_9,
 }
 
-# What each figure shows of a small world where no --models are given: {name: run of --table main}.
-TEACHER = {"teacher": "teacher-frozen"}
-STUDENTS = {"no KD": "no-kd", "one-stage MSE": "one-stage-mse", "two-stage MSE": "mse", "GKD": "qsd"}
-DRAWN = {
-    "3b": {"one-stage MSE": "one-stage-mse", "two-stage MSE, proxy": "mse-proxy", "two-stage MSE, source": "mse-source",
-           "GKD, proxy": "qsd-proxy", "GKD, source": "qsd-source"},
-    "5": TEACHER | {"no KD": "no-kd", "GKD": "qsd"},
-    "7a": TEACHER | STUDENTS,
-    "7b": TEACHER | {"GKD, proxy": "qsd-proxy", "GKD, source": "qsd-source"},
-    "8": STUDENTS | TEACHER,
-    "9": STUDENTS | TEACHER,
-}
+# What a figure shows of a small world where no --models are given: {name: run of --table main}.
+MAIN = {"teacher": "teacher-frozen", "no KD": "no-kd", "one-stage MSE": "one-stage-mse", "two-stage MSE": "mse",
+        "GKD": "qsd"}
+STAGES = {"GKD, proxy": "qsd-proxy", "GKD, source": "qsd-source"}
+RIVAL = {"one-stage MSE": "one-stage-mse", "two-stage MSE, proxy": "mse-proxy", "two-stage MSE, source": "mse-source"}
+DRAWN = {"3b": RIVAL | STAGES, "7b": {"teacher": "teacher-frozen"} | STAGES}
 
 
 def figure(cfg, device):
     """Draw --figure of --models; where none are given, of the runs of a small world's --table main."""
-    if cfg.data == "paper" and cfg.figure != "3b":
-        raise UserError("say on which images with --data or --setting")
     out = Path(cfg.out)
-    check_place("--out", out)
     is_file = out.suffix.lower() in data.SUFFIXES
     folder = Path(Config.out) if is_file else out
     if cfg.models or cfg.data not in SMALL:
         models = named(cfg.models)
     else:
         folder = folder / cfg.data
-        models = {name: folder / str(cfg.seed) / run for name, run in DRAWN[cfg.figure].items()}
-        _, unseen = data.SETTINGS[cfg.data]
+        models = {name: folder / str(cfg.seed) / run for name, run in DRAWN.get(cfg.figure, MAIN).items()}
+        _, unseen = SETTINGS[cfg.data]
         cfg = replace(cfg, data="+".join(unseen))
     if cfg.figure in ("7a", "7b") and len(models) < 2:
         raise UserError("--models: this figure wants the teacher, then its students")
-    if cfg.figure == "9":
-        class_table(models, cfg, device)
-        return
     path = out if is_file else folder / f"figure-{cfg.figure}.png"
-    FIGURES[cfg.figure](models, cfg, path, device)
-    print(f"picture: {path}")
-
-
-# --- Encoders without a decoder --------------------------------------------------------------------------------------
-
-def probes(cfg, device):
-    """Print the mIoU of a linear probe on each encoder of --models, trained on the first domain of cfg.data."""
-    if cfg.setting != "none":
-        raise UserError("--probe trains on the first of --data: name source and domains there, not with --setting")
-    if cfg.data == "paper":
-        raise UserError("say on which images with --data")
-    if any(entry.boxes for entry in data.entries(cfg.data).values()):
-        raise UserError(f"--probe learns the classes of pixels, but --data {cfg.data} labels boxes")
-    mious = {}
-    for name, path in named(cfg.models).items():
-        vit = encoders({name: path}, cfg, device)[name]
-        mious[name] = probe(vit, cfg, device)
-    mious = show_mious(mious)
-    print(json.dumps({"probe": cfg.models, "miou": mious}))
-
-
-def probe(vit, cfg, device, ridge=1e-3):
-    """{domain: mIoU in percent} of ridge regression from patch tokens to the share of each class in a patch.
-
-    Solved in closed form on cfg.subset images of the first domain; measured on those that have a val split.
-    """
-    source, *_ = data.entries(cfg.data)
-    domains = [name for name, entry in data.entries(cfg.data).items() if "val" in entry.splits]
-    if not domains:
-        raise UserError(f"--data {cfg.data}: none of these has a val split to measure the probe on; add one, as in "
-                        "gtav+cityscapes")
-    train = data.scenes(source, cfg.root, "train", data.eval_transform(source), classes=cfg.classes)
-    K = train.num_classes
-    gram = 0
-    moment = 0
-    for image, label, _ in tqdm(spread(train, cfg.subset), f"probe {source}", leave=False):
-        x = with_constant(patch_tokens(vit, image, device))  # (h, w, C + 1)
-        occurs = (label == torch.arange(K)[:, None, None]).double()  # (K, H, W)
-        share = F.interpolate(occurs[None], x.shape[:2], mode="area")[0].flatten(1).T  # (N, K), of a patch's pixels
-        x = x.flatten(0, 1)  # (N, C + 1)
-        labelled = share.sum(1, keepdim=True)  # a patch counts as much as it is labelled
-        gram = gram + x.T @ (labelled * x)
-        moment = moment + x.T @ share
-    strength = ridge * gram.diagonal().mean()
-    weights = torch.linalg.solve(gram + strength * torch.eye(len(gram)), moment)  # (C + 1, K)
-
-    mious = {}
-    for name in domains:
-        conf = 0
-        for image, label, _ in tqdm(val_split(name, cfg), f"probe {name}", leave=False):
-            scores = with_constant(patch_tokens(vit, image, device)) @ weights  # (h, w, K)
-            pred = segment.resize(scores.movedim(-1, 0)[None], label.shape).argmax(1)[0]
-            conf = conf + confusion(pred, label, K)
-        mious[name] = 100 * iou(conf).nanmean().item()
-    return mious
+    if FIGURES[cfg.figure](models, cfg, path, device):
+        print(f"picture: {path}")
 
 
 # --- A segmenter at work ---------------------------------------------------------------------------------------------
 
+@torch.no_grad()
 def classify(model, saved, image, cfg, device, least=0.5):
     """The classes (H, W) uint8 of an image (3, H, W) by cfg's protocol, or its objects (D, 6) that score `least`."""
     window = cfg.window or saved["config"]["size"]
     x = data.normalize(image[None].to(device), model.encoder.mean, model.encoder.std)
-    with torch.no_grad(), distill.autocast(cfg.precision, device):
+    with distill.autocast(cfg.precision, device):
         if saved["config"]["decoder"] == "boxes":
             found = find_objects(model, x, window)[0].cpu()
             return found[found[:, 5] >= least]
-        if cfg.mode == "slide" and not cfg.flip and scale_list(cfg) == [1]:
-            # Band by band, as the scores of all classes of a large photograph would fill the memory.
-            bands = score_bands(model, x, window, cfg.stride)
-        else:
-            bands = [predict(model, x, window, **protocol_of(cfg))]
-        classes = torch.cat([classes_of(scores) for scores in bands], 1)[:, :image.shape[1]]
-    return classes[0].byte().cpu()
+        return slide(model, x, window, cfg.stride)[0].argmax(0).byte().cpu()
 
 
 def segment_images(cfg, device):
@@ -2131,56 +1899,34 @@ def segment_images(cfg, device):
     Of a detector NAME_boxes.json holds lists of left, top, right, bottom, class number and score, NAME_boxes.png shows
     them. Other files there are left alone.
     """
-    files = image_files(Path(cfg.images))
+    given = Path(cfg.images)
     out = Path(cfg.out)
-    check_place("--out", out)
-    if out.is_file():
-        raise UserError(f"--out {out}: is a file; choose another folder for the results")
-    if out.resolve() == files[0].parent.resolve():
-        raise UserError(f"--out {out}: is where the images lie; choose another folder for the results")
-    model, saved = segment.load_segmenter(cfg.checkpoint, device)
-    palette = data.palette(saved["colors"]).tobytes()
-    out.mkdir(parents=True, exist_ok=True)
-    began = time.time()
-    with tqdm(files[distill.rank()::distill.world_size()], "images", disable=distill.rank() > 0, leave=False) as bar:
-        for file in bar:
-            image = data.read_image(file, mapped=False, upright=True)  # (3, H, W)
-            found = classify(model, saved, image, cfg, device)
-            if saved["config"]["decoder"] == "boxes":
-                distill.write(out / f"{file.stem}_boxes.json", json.dumps(found.tolist()))
-                picture = data.label_picture(found, image, saved["classes"], saved["colors"], width=800, scored=True)
-                save_picture(Image.fromarray(picture), out / f"{file.stem}_boxes.png")
-                continue
-            picture = Image.fromarray(found.numpy())
-            picture.putpalette(palette)
-            save_picture(picture, out / f"{file.stem}_classes.png")
-            blend = Image.blend(Image.fromarray(as_array(image)), picture.convert("RGB"), 0.5)
-            overlay = with_legend(blend, saved["classes"], saved["colors"], size=max(13, blend.width // 80))
-            save_picture(overlay, out / f"{file.stem}_overlay.png")
-    if distill.rank() == 0:
-        print(f"{out}: {len(files)} images, {len(files) / (time.time() - began):.1f} images/s")
-
-
-def image_files(given):
-    """The images at a path, one or a folder of them; UserError where two would have results of one name."""
-    if not is_there(given):
-        raise UserError(f"--images {given}: no such file or folder")
-    at_hand = [given / name for name in data.files_below(given)] if given.is_dir() else [given]
-    files = {}
-    others = []
-    for file in at_hand:
-        if file.suffix.lower() not in data.SUFFIXES or file.parent not in (given, given.parent):
-            others.append(file.relative_to(given))
-            continue
-        if file.stem in files:
-            raise UserError(f"--images: {files[file.stem]} and {file.name} would both become {file.stem}_classes.png; "
-                            "rename one of them")
-        files[file.stem] = file
+    files = sorted(given.iterdir()) if given.is_dir() else [given]
+    files = [file for file in files if file.suffix.lower() in data.SUFFIXES]
     if not files:
-        raise UserError(f"--images {given}: no images directly in it (files that end in "
-                        f"{' '.join(sorted(data.SUFFIXES))})")
-    qsd.say(f"{len(files)} images in {given}{data.and_without(given, others)}")
-    return list(files.values())
+        raise UserError(f"--images {given}: no images directly in it ({' '.join(sorted(data.SUFFIXES))})")
+    if len({file.stem for file in files}) < len(files):
+        raise UserError(f"--images {given}: two images differ in their ending alone, as a.jpg and a.png; rename one")
+    if out.is_file() or out.resolve() == files[0].parent.resolve():
+        raise UserError(f"--out {out}: is a file, or where the images lie; choose another folder for the results")
+    model, saved = segment.load_segmenter(cfg.checkpoint, device)
+    classes = saved["classes"]
+    colors = saved["colors"]
+    for file in tqdm(files[distill.rank()::distill.world_size()], "images", disable=distill.rank() > 0, leave=False):
+        image = data.read_image(file, mapped=False, upright=True)  # (3, H, W)
+        found = classify(model, saved, image, cfg, device)
+        if saved["config"]["decoder"] == "boxes":
+            picture = data.label_picture(found, image, classes, colors, width=800, scored=True)
+            save_picture(Image.fromarray(picture), out / f"{file.stem}_boxes.png")
+            (out / f"{file.stem}_boxes.json").write_text(json.dumps(found.tolist()))
+            continue
+        picture = Image.fromarray(found.numpy())
+        picture.putpalette(data.palette(colors).tobytes())
+        save_picture(picture, out / f"{file.stem}_classes.png")
+        blend = Image.blend(Image.fromarray(as_array(image)), picture.convert("RGB"), 0.5)
+        overlay = with_legend(blend, classes, colors, size=max(13, blend.width // 80))
+        save_picture(overlay, out / f"{file.stem}_overlay.png")
+    qsd.say(f"{out}: {len(files)} images")
 
 
 class Scores(torch.nn.Module):
@@ -2194,92 +1940,68 @@ class Scores(torch.nn.Module):
         return self.segmenter.decoder.scores(self.segmenter(x), x.shape[2:])
 
 
-def export(checkpoint, path, dynamic):
-    """Write a segmenter as a torch.export program for images of its training crop, the window of the protocol.
+def export(checkpoint, path):
+    """Write a segmenter as a torch.export program for any number of images of its training crop, the protocol's window.
 
-    It takes one image, or any number if dynamic. Classes, colours, mean and std lie in the file's
-    extra_files["about.json"]. UserError where its scores differ from eager mode. A path that ends in .pth gets the
-    weights instead, under the names that they have in mmsegmentation.
+    Classes, colours, mean and std lie in the file's extra_files["about.json"]. UserError where its scores differ from
+    eager mode.
     """
-    if path.suffix not in (".pt2", ".pth"):
-        raise UserError(f"--export {path}: torch.export names its files .pt2, mmsegmentation .pth")
-    check_place("--export", path)
+    if path.suffix != ".pt2":
+        raise UserError(f"--export {path}: torch.export names its files .pt2")
     model, saved = segment.load_segmenter(checkpoint)
     if saved["config"]["decoder"] == "boxes":
         raise UserError(f"--export {path}: writes the scores of pixels, but {checkpoint} finds boxes")
-    if path.suffix == ".pth":
-        export_weights(model, saved, path)
-        return
     model.frozen = False  # nothing is trained here, so the encoder needs no gradient mode of its own in the program
     eager = Scores(model)
     size = saved["config"]["size"]
     about = dict(classes=saved["classes"], colors=saved["colors"], mean=model.encoder.mean, std=model.encoder.std,
                  size=size)
-    shapes = ({0: torch.export.Dim("batch")},) if dynamic else None
-    example = torch.zeros(2 if dynamic else 1, 3, size, size)
-    program = torch.export.export(eager, (example,), dynamic_shapes=shapes)
-    with whole(path) as unfinished:
-        torch.export.save(program, unfinished, extra_files={"about.json": json.dumps(about)})
-        written = torch.export.load(unfinished).module()
-        differences = []
-        for count in (1, 3) if dynamic else (1,):
-            x = torch.randn(count, 3, size, size)
-            differences.append((written(x) - eager(x)).abs().max())
-        difference = torch.stack(differences).max().item()  # NaN if one is
-        if not difference < 1e-4:
-            raise UserError(f"{path}: its scores differ from those of {checkpoint} by up to {difference:.1e}")
-    images = "any number of images" if dynamic else "one image"
-    print(f"{path}: {images} (3, {size}, {size}) to {len(saved['classes'])} scores a pixel; largest difference from "
+    any_number = {0: torch.export.Dim("batch")}
+    program = torch.export.export(eager, (torch.zeros(2, 3, size, size),), dynamic_shapes=(any_number,))
+    file = io.BytesIO()
+    torch.export.save(program, file, extra_files={"about.json": json.dumps(about)})
+    file.seek(0)
+    x = torch.randn(3, 3, size, size)
+    difference = (torch.export.load(file).module()(x) - eager(x)).abs().max().item()
+    if not difference < 1e-4:  # nor if it is NaN
+        raise UserError(f"{path}: its scores differ from those of {checkpoint} by up to {difference:.1e}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(file.getvalue())
+    print(f"{path}: images (B, 3, {size}, {size}) to {len(saved['classes'])} scores a pixel; largest difference from "
           f"eager mode {difference:.1e}")
 
 
-def export_weights(model, saved, path):
-    """Write a segmenter's weights as a checkpoint of mmsegmentation; read again, they are the same."""
-    meta = dict(dataset_meta=dict(classes=saved["classes"], palette=saved["colors"]))
-    distill.save(path, dict(state_dict=segment.official_state_dict(model), meta=meta))
-    again, _ = segment.load_segmenter(path)
-    for name, tensor in again.state_dict().items():
-        assert torch.equal(tensor, model.state_dict()[name]), name
-    print(f"{path}: {len(model.state_dict())} tensors under mmsegmentation's names, for an EncoderDecoder with "
-          f"Mask2FormerHead; images in 0..1, normalised by mean {model.encoder.mean} and std {model.encoder.std}")
-
-
 def report(cfg, device):
-    """Print the mIoU of --checkpoint on the domains of cfg.data."""
-    if cfg.data == "paper":
-        raise UserError("say on which images with --data or --setting")
+    """Print the mIoU of --checkpoint on the domains of cfg.data, and their mean."""
     model, saved = segment.load_segmenter(cfg.checkpoint, device)
     mious = measure(cfg.checkpoint, model, saved, cfg, device)
+    mious["mean"] = sum(mious.values()) / len(mious)
     if distill.rank() == 0:
-        rows = show_mious({cfg.checkpoint: mious})
-        print(json.dumps({"checkpoint": cfg.checkpoint, "miou": rows[cfg.checkpoint]}))
+        show({cfg.checkpoint: [f"{value:.1f}" for value in mious.values()]}, mious)
+        print(json.dumps({"checkpoint": cfg.checkpoint, "miou": mious}))
 
 
 def main(argv=None):
     cfg = distill.configure(Config, preset, argv)
     device = distill.launch()
-    scale_list(cfg)  # a mistake is told before anything runs
-    if cfg.setting not in ("none", *data.SETTINGS):
-        raise UserError(f"--setting {cfg.setting}: not one of {' '.join(data.SETTINGS)}")
+    if distill.world_size() > 1 and (cfg.export or not cfg.checkpoint):
+        raise UserError("torchrun is for many images of one --checkpoint; start all else with python")
     if cfg.table != "none":
         tables(cfg, device)
         return
     if cfg.setting != "none":
-        _, unseen = data.SETTINGS[cfg.setting]
+        _, unseen = SETTINGS[cfg.setting]
         cfg = replace(cfg, data="+".join(unseen))
-    if (cfg.figure != "none" or cfg.probe) and distill.world_size() > 1:
-        raise UserError("--figure and --probe run in one process: start them with python")
-    if cfg.figure != "none":
-        figure(cfg, device)
-    elif cfg.probe:
-        probes(cfg, device)
-    elif not cfg.checkpoint:
+    if not cfg.checkpoint and cfg.figure == "none":
         raise UserError("give --checkpoint segmenter.pt and --data or --setting, or --demo, --table or --figure")
-    elif cfg.images:
+    if cfg.images:
         segment_images(cfg, device)
     elif cfg.export:
-        if distill.rank() == 0:
-            export(cfg.checkpoint, Path(cfg.export), cfg.dynamic)
+        export(cfg.checkpoint, Path(cfg.export))
+    elif cfg.data == "paper" and cfg.figure != "3b":
+        raise UserError("say on which images with --data or --setting")
+    elif cfg.figure != "none":
+        figure(cfg, device)
     else:
         report(cfg, device)
 
