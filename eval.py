@@ -22,7 +22,7 @@ import time
 from collections import defaultdict
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import lru_cache, partial
+from functools import cached_property, lru_cache, partial
 from itertools import chain
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -427,7 +427,6 @@ SCRIPTS = {"distill.py": (distill, "student.pt"), "segment.py": (segment, "segme
 class Run:
     """A command of a training script. Two with the same text are equal: rows that begin alike share their runs."""
     text: str                                   # without the `python` before it
-    cfg: object = field(compare=False)          # the script's Config
     result: Path = field(compare=False)         # student.pt or segmenter.pt in the folder --out
     needs: tuple = field(compare=False)         # the runs whose results it begins with
     processes: int = field(compare=False)
@@ -437,16 +436,22 @@ class Run:
         several = f"torchrun --standalone --nproc_per_node={self.processes}"
         return f"{several if self.processes > 1 else 'python'} {self.text}"
 
+    @cached_property
+    def cfg(self):
+        """Its script's Config."""
+        script, *flags = shlex.split(self.text)
+        module, _ = SCRIPTS[script]
+        return distill.configure(module.Config, module.preset, flags)
+
     def chain(self):
         """The runs that lead to this one, and then it."""
         return [*chain(*[run.chain() for run in self.needs]), self]
 
     def finished(self):
         """Whether its result is there; UserError if its folder holds a run with other constants."""
-        if not self.result.exists():
-            return False
-        distill.check_folder(self.cfg)
-        return True
+        if self.result.exists():
+            distill.check_folder(self.cfg)
+        return self.result.exists()
 
 
 def run_of(script, processes=1, **flags):
@@ -459,10 +464,8 @@ def run_of(script, processes=1, **flags):
             value = "yes" if value else "no"
         if value is not None:
             words += [f"--{name}", str(value)]
-    module, result = SCRIPTS[script]
-    cfg = distill.configure(module.Config, module.preset, words[1:])
     needs = tuple(value for value in flags.values() if isinstance(value, Run))
-    return Run(shlex.join(words), cfg, Path(cfg.out, result), needs, processes)
+    return Run(shlex.join(words), Path(flags["out"], SCRIPTS[script][1]), needs, processes)
 
 
 class Pair(NamedTuple):
@@ -483,7 +486,7 @@ class Pair(NamedTuple):
     processes: int = 1                   # of each run of distill.py
 
 
-TOY_STUDENT = "toy_small"
+TOY_STUDENT = "toy_student"
 EVA_PROXY = "imagenet"  # as the official scripts; the paper's text: "", source images only for all of F2F
 NORMED = dict(target_norm="layernorm")
 LIGHT = dict(patch=16, batch=16, lr=5e-4, lr_rule="constant", repeats=1, workers=1) | NORMED
@@ -496,7 +499,7 @@ PAIRS = {
     "EVA02-B -> EVA02-S": Pair("eva02_base", "eva02_small", proxy=EVA_PROXY),
     "DINOv2-L -> DINO-B": Pair("dinov2_vitl14", "dino_vitb16"),
     "DINOv2-B -> DINO-S": Pair("dinov2_vitb14", "dino_vits16"),
-    # The teacher was trained on a wide world of looks and is shipped.
+    # Both are shipped: the teacher was trained on a wide world of looks, the student on what whole images show.
     "toy": Pair("toy_teacher", TOY_STUDENT, proxy="toy-proxy", tuned_flags=dict(lr_backbone=2e-4)),
     # Real images: the teacher is an ImageNet ViT-Ti, the student the first 6 of another one's 12 blocks.
     "camvid": Pair("vit_tiny_augreg", "deit_tiny", student_depth=6, proxy_flags=dict(size=128, budget=1000) | LIGHT,
@@ -960,7 +963,7 @@ def begin(run, jobs):
 
 def log_of(run):
     """Where a run's output goes: <out>.txt, as the bars of several runs would overwrite each other on one terminal."""
-    return Path(f"{run.cfg.out}.txt")
+    return Path(f"{run.result.parent}.txt")
 
 
 def failure(run, status):
