@@ -780,18 +780,12 @@ def paper_numbers(table):
     return numbers
 
 
-def likened(table):
-    """The paper's numbers that stand beside those of small worlds, {row: [numbers]}: of LIKENED's first setting."""
-    settings = paper_numbers(table).get(LIKENED, {})
-    return next(iter(settings.values()), {})
-
-
 def paper_gain(table, before, after):
-    """What the paper gains from one row to another, in this table or else another one; None if in none."""
+    """What the paper gains between two rows, of this table or else of another one; None if none has both."""
     for name in (table, *TABLES):
-        numbers = likened(name)
-        if before in numbers and after in numbers:
-            return round(numbers[after][-1] - numbers[before][-1], 1)
+        for numbers in paper_numbers(name).get(LIKENED, {}).values():
+            if before in numbers and after in numbers:
+                return round(numbers[after][-1] - numbers[before][-1], 1)
 
 
 class Block(NamedTuple):
@@ -837,11 +831,15 @@ def blocks(cfg):
 
 def small_rows(cfg):
     """The rows of a table in a small world, its own or those of the paper, and the paper's numbers beside them."""
+    def first(found):
+        return next(iter(found.values()), {})
+
     table = TABLES[cfg.table]
-    settings = next(iter(paper_numbers(cfg.table).values()), {})
-    rows = table.rows or next(iter(settings.values()), ())
+    numbers = paper_numbers(cfg.table)      # of pairs, of their settings
+    rows = table.rows or first(first(numbers))
+    beside = first(numbers.get(LIKENED, {}))
     left_out = {FOUNDATION, *(table.only_camvid if cfg.data == "toy" else ())}
-    return {row: likened(cfg.table).get(row, []) for row in rows if row not in left_out}
+    return {row: beside.get(row, []) for row in rows if row not in left_out}
 
 
 # --- Tables: what is missing is run, what is there is printed --------------------------------------------------------
@@ -979,7 +977,7 @@ class Result(NamedTuple):
     miou: list      # of each domain, percent, then the mean of the unseen ones
     seconds: float  # of all stages that led to its encoder and decoder; a distilled one's teacher is not among them
     flops: float    # likewise
-    diagonal: float | None = None   # a patch's mean weight on itself in QSD at the end of distillation; None without QSD
+    diagonal: float | None = None   # a patch's mean weight on itself when distillation by QSD has ended
 
 
 def measured(run, block, cfg, device):
@@ -1024,8 +1022,9 @@ def known_mious(path, domains, cfg, device):
 def diagonal_of(run):
     """What the log of a row's source stage ends with as "diagonal"; None without one."""
     for stage in run.needs:
-        last = stage.result.with_name("log.jsonl").read_text().splitlines()[-1]
-        return json.loads(last).get("diagonal")
+        log = stage.result.with_name("log.jsonl")
+        if log.exists():
+            return json.loads(log.read_text().splitlines()[-1]).get("diagonal")
 
 
 def show_block(block, results, cfg):
@@ -1079,13 +1078,6 @@ def show_block(block, results, cfg):
 STUDENT_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # 97.5 % points, 1 to 9 degrees of freedom
 
 
-def interval(differences):
-    """Mean of paired differences and half the width of its 95 % confidence interval."""
-    n = len(differences)
-    t = STUDENT_T[min(n - 1, len(STUDENT_T)) - 1]
-    return np.mean(differences), t * np.std(differences, ddof=1) / math.sqrt(n)
-
-
 def show_gains(table, unseen, cfg):
     """Print what a table compares, beside the paper's gains, from {finished row: [unseen mean of each seed]}."""
     others = [row for row in unseen if row != table.reference]
@@ -1094,7 +1086,10 @@ def show_gains(table, unseen, cfg):
     record = {}
     for name, before, after in compared:
         if before in unseen and after in unseen:
-            mean, half = interval(np.subtract(unseen[after], unseen[before]))
+            differences = np.subtract(unseen[after], unseen[before])    # (seeds,)
+            n = len(differences)
+            mean = np.mean(differences)
+            half = STUDENT_T[min(n - 1, len(STUDENT_T)) - 1] * np.std(differences, ddof=1) / math.sqrt(n)
             paper = paper_gain(cfg.table, before, after)
             cells[name] = [f"{mean:+.1f} ± {half:.1f}", "-" if paper is None else f"{paper:+.1f}"]
             record[name] = dict(mean=round(mean, 2), half=round(half, 2), paper=paper)
