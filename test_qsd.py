@@ -3283,6 +3283,7 @@ def test_table_5_and_the_effects_add_one_component_a_row_and_have_the_papers_gai
     assert [[runs[before], runs[after]] for _, before, after in gains] == [
         [alone, steps[0]], steps[:2], steps[1:3], [identity, steps[3]], steps[2:4], steps[3:5], [no_cls, steps[4]],
         steps[4:], [(0, 2, mse, True), steps[5]], [alone, steps[5]]]
+    assert recipe(blocks_of("main", "toy")[0].seeds[0]["no KD, frozen"]) == (0, 0, True)
     papers = [evaluation.paper_gain("effects", *rows) for _, *rows in gains]
     assert papers == [9.2, 4.5, 2.2, None, 0.3, 0.6, None, 0.1, 1.0, 16.9]
     assert evaluation.paper_gain("10", "no KD", "GKD") == 23.9      # its own, and not table 1's
@@ -3408,7 +3409,8 @@ def test_a_row_shows_mean_and_deviation_of_its_seeds_and_the_papers_number(few, 
 
 
 def test_a_measurement_is_kept_by_protocol_and_domain_until_its_segmenter_is_trained_again(few, tmp_path, monkeypatch):
-    run = quick(tmp_path / "a")
+    source = evaluation.run_of("distill.py", data="toy", out=tmp_path / "source")
+    run = evaluation.run_of("segment.py", data="toy", encoder=source, out=tmp_path / "a")
     looked = []
     measure = evaluation.measure
     monkeypatch.setattr(evaluation, "measure", lambda *args: looked.append(args[-2].data) or measure(*args))
@@ -3434,18 +3436,10 @@ def test_a_measurement_is_kept_by_protocol_and_domain_until_its_segmenter_is_tra
     pretend(run, only=0)
     later = kept.stat().st_mtime_ns + 1
     os.utime(run.result, ns=(later, later))
-    assert measured().miou[0] == pytest.approx(constant_miou("toy", 0))
-
-
-def test_the_attentions_diagonal_is_that_at_the_end_of_the_source_stage(few, tmp_path):
-    source = evaluation.run_of("distill.py", data="toy", out=tmp_path / "source")
-    run = evaluation.run_of("segment.py", data="toy", encoder=source, out=tmp_path / "a")
-    pretend(run)
-    measured = partial(evaluation.measured, run, block_of(run), evaluation.Config(data="toy", workers=0), CPU)
-    assert measured().diagonal is None                              # as in older logs
+    assert measured().miou[0] == pytest.approx(constant_miou("toy", 0)) and measured().diagonal is None    # an old log
     with open(tmp_path / "source/log.jsonl", "a") as log:
         log.write('{"step": 20, "diagonal": 0.5}\n{"step": 40, "diagonal": 0.25}\n')
-    assert measured().diagonal == 0.25
+    assert measured().diagonal == 0.25                              # of the attention, when its stage has ended
 
 
 @pytest.mark.parametrize("table, reference, budgets", [
