@@ -880,8 +880,6 @@ def check_table(cfg):
         raise UserError(f"--table {cfg.table} --data {cfg.data}: this table is made with --data {' or '.join(worlds)}")
     if Path(cfg.out).is_file():
         raise UserError(f"--out {cfg.out} is a file, not a folder; choose another --out")
-    if distill.world_size() > 1:
-        raise UserError("--demo and --table start their own processes: start them with python")
 
 
 def run_missing(group, cfg):
@@ -896,9 +894,12 @@ def run_missing(group, cfg):
     if cfg.data == "paper" or not cfg.run:
         for run, needs in lacks.items():
             print(f"{run}  # needs {' and '.join(needs)}" if needs else run)
+    possible = {}   # as a set that keeps their order
+    for runs in chains:
+        if not any(lacks.get(run) for run in runs):
+            possible |= dict.fromkeys(runs)
     if cfg.run:
-        possible = [runs for runs in chains if not any(lacks.get(run) for run in runs)]
-        work_through([run for run in dict.fromkeys(chain(*possible)) if run in lacks], cfg)
+        work_through([run for run in possible if run in lacks], cfg)
 
 
 def absent(names, root):
