@@ -27,7 +27,7 @@ import time
 import typing
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Literal
 
@@ -467,8 +467,7 @@ def configure(Config, preset=None, argv=None):
 
     A field's type says what its flag takes, its comment is the flag's help. Numbers are finite and not negative.
     """
-    source = "".join(inspect.getsource(cls) for cls in reversed(Config.__mro__[:-1]))
-    comments = dict(re.findall(r"^    (\w+): .*?# (.*)$", source, re.M))
+    comments = comments_of(Config)
     parser = Parser(allow_abbrev=False, argument_default=argparse.SUPPRESS)
     for field in dataclasses.fields(Config):
         parts = typing.get_args(field.type)                         # the words of a Literal; of int | None both types
@@ -484,6 +483,13 @@ def configure(Config, preset=None, argv=None):
     given = vars(parser.parse_args(argv))
     values = preset(given) if preset else {}
     return Config(**(values | given))
+
+
+@cache  # a table looks at hundreds of commands
+def comments_of(Config):
+    """{field: the comment beside it} of a Config and what it inherits from."""
+    source = "".join(inspect.getsource(cls) for cls in reversed(Config.__mro__[:-1]))
+    return dict(re.findall(r"^    (\w+): .*?# (.*)$", source, re.M))
 
 
 class Parser(argparse.ArgumentParser):

@@ -9,7 +9,6 @@
 
 Results are printed as Markdown for people and as one line of JSON for programs.
 """
-import hashlib
 import io
 import json
 import math
@@ -20,9 +19,9 @@ import signal
 import subprocess
 import sys
 import time
-from collections import Counter, defaultdict
-from dataclasses import dataclass, replace
-from functools import lru_cache, partial
+from collections import defaultdict
+from dataclasses import dataclass, field, replace
+from functools import cached_property, lru_cache, partial
 from itertools import chain
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -90,72 +89,6 @@ def preset(given):
     domain = (values | given).get("data", Config.data)
     world = "toy" if domain.startswith("toy") else domain
     return values | PRESETS.get(world, {})
-
-
-# --- Files ----------------------------------------------------------------------------------------------------------
-
-def check_place(flag, path):
-    """UserError if nothing could be written to a path, found before the work and without writing."""
-    place = Path(path)
-    try:
-        while not is_there(place):
-            place = place.parent
-        mode = os.W_OK | os.X_OK if place.is_dir() else os.W_OK
-        good = os.access(place, mode) and (place.is_dir() or place.is_file() and place == Path(path))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{flag} {str(path)[:80]}: is no path ({error})") from None
-    if not good:
-        raise UserError(f"{flag} {path}: {place} is not a folder that can be written to")
-
-
-def is_there(path):
-    """Whether there is a file, a folder or a link, be it to nothing; OSError where there could be none."""
-    try:
-        os.lstat(path)
-    except FileNotFoundError:
-        return False
-    return True
-
-
-def read_book(path):
-    """The dict in a JSON file that this project wrote; an empty one where it is absent or damaged."""
-    try:
-        book = json.loads(path.read_text())
-    except (OSError, ValueError):
-        book = {}
-    return book if isinstance(book, dict) else {}
-
-
-def dict_in(book, name):
-    """The dict that a book holds under a name; an empty one where there is none."""
-    part = book.get(name)
-    return part if isinstance(part, dict) else {}
-
-
-def contents_of(dataset):
-    """A text that tells a set of images from another: their number, names of 4096, bytes of 64."""
-    n = len(dataset)
-    digest = hashlib.sha256(str(n).encode())
-    for i in range(0, n, math.ceil(n / 4096)):
-        for file in (dataset.samples[i].image, dataset.samples[i].label):
-            digest.update((file.name if isinstance(file, Path) else str(file)).encode())
-    for i in range(0, n, math.ceil(n / 64)):
-        if isinstance(dataset.samples[i].image, Path):
-            digest.update(data.fingerprint(dataset.samples[i].image).encode())
-    return digest.hexdigest()
-
-
-def catch_signals():
-    """A list that becomes non-empty at the first signal to end, so that a step can finish and be saved before."""
-    caught = []
-    for number in ENDING:
-        if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
-            signal.signal(number, lambda received, frame: caught.append(received))
-    return caught
-
-
-ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # signals that ask a process to end
-STARTED_BY = "GKD_TABLE"
 
 
 # --- mIoU ------------------------------------------------------------------------------------------------------------
@@ -345,136 +278,132 @@ def show(rows, columns):
 
 # --- Runs: each is a command that a user can type --------------------------------------------------------------------
 
-def command(script, **flags):
-    """A run as text, without the `python` before it; a flag that is None is left out."""
+SCRIPTS = {"distill.py": (distill, "student.pt"), "segment.py": (segment, "segmenter.pt")}
+
+
+@dataclass(frozen=True)
+class Run:
+    """A command of a training script. Two with the same text are equal: rows that begin alike share their runs."""
+    text: str                                   # without the `python` before it
+    result: Path = field(compare=False)         # student.pt or segmenter.pt in the folder --out
+    needs: tuple = field(compare=False)         # the runs whose results it begins with
+    processes: int = field(compare=False)
+
+    def __str__(self):
+        """What a user types."""
+        several = f"torchrun --standalone --nproc_per_node={self.processes}"
+        return f"{several if self.processes > 1 else 'python'} {self.text}"
+
+    @cached_property
+    def cfg(self):
+        """Its script's Config."""
+        script, *flags = shlex.split(self.text)
+        module, _ = SCRIPTS[script]
+        return distill.configure(module.Config, module.preset, flags)
+
+    def chain(self):
+        """The runs that lead to this one, and then it."""
+        return [*chain(*[run.chain() for run in self.needs]), self]
+
+    def finished(self):
+        """Whether its result is there; UserError if its folder holds a run with other constants."""
+        if self.result.exists():
+            distill.check_folder(self.cfg)
+        return self.result.exists()
+
+
+def run_of(script, processes=1, **flags):
+    """A script's Run with these flags; one that is a Run stands for its result, one that is None is left out."""
     words = [script]
     for name, value in flags.items():
+        if isinstance(value, Run):
+            value = value.result
         if isinstance(value, bool):
             value = "yes" if value else "no"
         if value is not None:
             words += [f"--{name}", str(value)]
-    return shlex.join(words)
-
-
-SCRIPTS = {"distill.py": (distill, "student.pt"), "segment.py": (segment, "segmenter.pt")}
-
-
-def parsed(text):
-    """A run's script as a module, its Config and its result's path; UserError where the command is wrong."""
-    script, *argv = shlex.split(text)
-    module, result = SCRIPTS[script]
-    cfg = distill.configure(module.Config, module.preset, argv)
-    return module, cfg, Path(cfg.out, result)
-
-
-def finished(text):
-    """Whether a run's result is there; UserError if its folder holds a run with other constants."""
-    module, cfg, result = parsed(text)
-    if not result.exists():
-        return False
-    distill.check_folder(cfg)
-    return True
+    needs = tuple(value for value in flags.values() if isinstance(value, Run))
+    return Run(shlex.join(words), Path(flags["out"], SCRIPTS[script][1]), needs, processes)
 
 
 class Pair(NamedTuple):
-    """Who is distilled into whom on which images, and what all commands of these rows have in common."""
+    """Who is distilled into whom; and, as `placed` fills it in, on which images and in which folders."""
     teacher: str
     student: str
     student_depth: int | None = None     # only its first blocks
-    smaller: str = ""                    # a foundation model of the student's size, for comparison
     proxy: str = "imagenet"              # --data of the proxy stage; "": none, the student is a foundation model (F2F)
-    source: str = "gtav"                 # labelled
-    labelled: str = ""                   # --data of the task stage; "": the source
     proxy_flags: dict = {}               # of distill.py in the proxy stage
     source_flags: dict = {}              # of distill.py on source images
     one_stage_flags: dict = {}           # of segment.py in the one-stage rows
-    tuned: dict = dict(freeze=False)     # the task stage with the encoder trained at a tenth of the decoder's rate
+    tuned_flags: dict = {}               # of segment.py where the labels train the encoder after distillation
+    source: str = ""                     # --data of the source stage
+    labelled: str = ""                   # --data of the task stage: the source, or the same images with boxes
     common: dict = {}                    # flags of every command
     shared: str = ""                     # folder of the runs that do not depend on the source
     here: str = ""                       # folder of those that do
+    processes: int = 1                   # of each run of distill.py
 
 
+TOY_STUDENT = "toy_student"
 EVA_PROXY = "imagenet"  # as the official scripts; the paper's text: "", source images only for all of F2F
-F2L_B = Pair("dinov2_vitl14", "deit_base_distilled", smaller="dinov2_vitb14")
-F2L_S = Pair("dinov2_vitb14", "deit_small_distilled", smaller="dinov2_vits14")
+NORMED = dict(target_norm="layernorm")
+LIGHT = dict(patch=16, batch=16, lr=5e-4, lr_rule="constant", repeats=1, workers=1) | NORMED
 PAIRS = {
-    "DINOv2-L -> DeiT-B": F2L_B,
-    "DINOv2-B -> DeiT-S": F2L_S,
+    "DINOv2-L -> DeiT-B": Pair("dinov2_vitl14", "deit_base_distilled"),
+    "DINOv2-B -> DeiT-S": Pair("dinov2_vitb14", "deit_small_distilled"),
     "DINOv2-L -> DINOv2-B": Pair("dinov2_vitl14", "dinov2_vitb14", proxy=""),
     "DINOv2-B -> DINOv2-S": Pair("dinov2_vitb14", "dinov2_vits14", proxy=""),
     "EVA02-L -> EVA02-B": Pair("eva02_large", "eva02_base", proxy=EVA_PROXY),
     "EVA02-B -> EVA02-S": Pair("eva02_base", "eva02_small", proxy=EVA_PROXY),
-    "DINOv2-L -> DINO-B": F2L_B._replace(student="dino_vitb16"),
-    "DINOv2-B -> DINO-S": F2L_S._replace(student="dino_vits16"),
+    "DINOv2-L -> DINO-B": Pair("dinov2_vitl14", "dino_vitb16"),
+    "DINOv2-B -> DINO-S": Pair("dinov2_vitb14", "dino_vits16"),
+    # Both are shipped: the teacher was trained on a wide world of looks, the student on what whole images show.
+    "toy": Pair("toy_teacher", TOY_STUDENT, proxy="toy-proxy", tuned_flags=dict(lr_backbone=2e-4)),
+    # Real images: the teacher is an ImageNet ViT-Ti, the student the first 6 of another one's 12 blocks.
+    "camvid": Pair("vit_tiny_augreg", "deit_tiny", student_depth=6, proxy_flags=dict(size=128, budget=1000) | LIGHT,
+                   source_flags=dict(size=160, budget=500) | LIGHT, one_stage_flags=NORMED),
 }
 SMALL = ("toy", "camvid")  # worlds for two CPU cores
+LIKENED = "DINOv2-B -> DeiT-S"  # whose numbers in the paper stand beside those of the small worlds
+SMALLER = {"dinov2_vitl14": "dinov2_vitb14", "dinov2_vitb14": "dinov2_vits14"}  # teacher: one of its student's size
 
 
-def paper_pair(title, source, out, root):
-    """A pair of the paper, on one of its labelled sources."""
-    folder = f"{out}/paper/{title.replace(' -> ', '-to-').lower()}"
-    return PAIRS[title]._replace(source=source, common=dict(root=root), shared=folder, here=f"{folder}/{source}")
+def placed(name, setting, seed, cfg):
+    """One of PAIRS on the images of a setting, with the folders of its runs below --out."""
+    labelled, _ = data.SETTINGS[setting]
+    if name in SMALL:
+        folder = f"{cfg.out}/{name}/{seed}"
+        return PAIRS[name]._replace(source=name, labelled=labelled, common=dict(root=cfg.root, seed=seed),
+                                    shared=folder, here=folder, processes=cfg.processes or 1)
+    folder = f"{cfg.out}/paper/{name.replace(' -> ', '-to-').lower()}"
+    gpus = torch.cuda.device_count() or 8
+    return PAIRS[name]._replace(source=labelled, labelled=labelled, common=dict(root=cfg.root),
+                                shared=folder, here=f"{folder}/{labelled}",
+                                processes=cfg.processes or 2 ** int(math.log2(gpus)))  # as the batch, a power of two
 
 
-def small_pair(world, out, seed, root):
-    """The pair of a small world, one seed of it."""
-    folder = f"{out}/{world}/{seed}"
-    common = dict(root=root, seed=seed)
-    if world == "toy":
-        # The teacher was trained on a wide world of looks and is shipped; the student starts from random weights.
-        return Pair("toy_teacher", "toy_small", proxy="toy-proxy", source="toy",
-                    tuned=dict(freeze=False, lr_backbone=2e-4), common=common, shared=folder, here=folder)
-    # Real images: the teacher is an ImageNet ViT-Ti, the student the first 6 of another one's 12 blocks.
-    normed = dict(target_norm="layernorm")
-    light = dict(patch=16, batch=16, lr=5e-4, lr_rule="constant", repeats=1, workers=1) | normed
-    return Pair("vit_tiny_augreg", "deit_tiny", student_depth=6, proxy="imagenet", source="camvid",
-                proxy_flags=dict(size=128, budget=1000) | light, source_flags=dict(size=160, budget=500) | light,
-                one_stage_flags=normed, common=common, shared=folder, here=folder)
-
-
-def distilled(p, name, source=None, source_name=None, proxy=True, **flags):
-    """Stage 1, on the proxy set and then on source images: its runs, and the student that they make.
+def distilled(p, name, proxy=True, source=None, source_name=None, **flags):
+    """Stage 1, on the proxy set and then on source images: its last run.
 
     name: of the runs' folders. flags: of distill.py in both stages.
     """
-    runs = []
     student = dict(student=p.student, student_depth=p.student_depth)
     if proxy and p.proxy:
-        out = f"{p.shared}/{name}-proxy"
-        runs.append(command("distill.py", data=p.proxy, **(p.proxy_flags | flags), teacher=p.teacher, **student,
-                            **p.common, out=out))
-        student = dict(student=f"{out}/student.pt")
-    out = f"{p.here}/{source_name or name}-source"
-    runs.append(command("distill.py", data=source or p.source, **(p.source_flags | flags), teacher=p.teacher,
-                        **student, **p.common, out=out))
-    return runs, f"{out}/student.pt"
+        first = run_of("distill.py", p.processes, data=p.proxy, **(p.proxy_flags | flags), teacher=p.teacher, **student,
+                       **p.common, out=f"{p.shared}/{name}-proxy")
+        student = dict(student=first)
+    return run_of("distill.py", p.processes, data=source or p.source, **(p.source_flags | flags), teacher=p.teacher,
+                  **student, **p.common, out=f"{p.here}/{source_name or name}-source")
 
 
 def task(p, name, encoder, source=None, **flags):
-    """Stage 2, or a one-stage baseline: its command. flags: of segment.py."""
-    if p.labelled not in ("", p.source):
-        source = p.labelled
+    """Stage 2, or a one-stage baseline: its run. flags: of segment.py."""
+    if p.labelled != p.source:
         name = f"{name}-{p.labelled}"
-    return command("segment.py", data=source or p.source, encoder=encoder, **flags, **p.common, out=f"{p.here}/{name}")
+    return run_of("segment.py", data=source or p.labelled, encoder=encoder, **flags, **p.common, out=f"{p.here}/{name}")
 
 
-def two_stage(p, loss="qsd", name=None, proxy=True, suffix="", then=None, **flags):
-    """The runs of distillation and then task learning.
-
-    flags: of distill.py. then: flags of segment.py; suffix: what they add to the name of its folder.
-    """
-    name = name or loss
-    runs, student = distilled(p, name, proxy=proxy, loss=loss, **flags)
-    return [*runs, task(p, name + suffix, student, **(then or {}))]
-
-
-def one_stage(p, loss, suffix="", **flags):
-    """The run of task learning and distillation at once, equation 3."""
-    return [task(p, f"one-stage-{loss}{suffix}", p.student, depth=p.student_depth, freeze=False, kd=1, loss=loss,
-                 **p.one_stage_flags, teacher=p.teacher, **flags)]
-
-
-def as_released(p, role, encoder, suffix="", **flags):
+def as_released(p, role, encoder, ending="", **flags):
     """The run of a decoder on a foundation model as it is: frozen, but for those that the official configs train.
 
     They train EVA02-B without the smaller rate for encoders, and with drop path 0.15, which is left out here. The paper
@@ -487,678 +416,348 @@ def as_released(p, role, encoder, suffix="", **flags):
     elif encoder == "eva02_small" or (encoder in ("dinov2_vits14", "dinov2_vitb14") and p.source == "cityscapes"):
         trained = dict(freeze=False)
     state = "tuned" if trained else "frozen"
-    return [task(p, f"{role}-{state}{suffix}", encoder, **trained, **flags)]
+    return task(p, f"{role}-{state}{ending}", encoder, **trained, **flags)
 
 
-def no_kd(p, suffix="", **flags):
-    """The run of the student alone."""
-    if p.student.startswith(("dinov2", "eva02")):
-        return as_released(p, "student", p.student, suffix, **flags)
-    return [task(p, f"no-kd{suffix}", p.student, depth=p.student_depth, freeze=False, **flags)]
+# --- Rows: each is named after a method, here and in assets/paper.txt ------------------------------------------------
+
+ONE_STAGE = {  # row: its --loss beside that of the task
+    "one-stage MSE": "mse", "one-stage QSD": "qsd", "one-stage CWD": "cwd", "one-stage Af-DCD": "afdcd",
+    "one-stage G2SD": "g2sd", "one-stage ViTKD": "vitkd", "one-stage Proteus": "proteus",
+}
+TWO_STAGE = {  # row: the name of its runs, and flags of distill.py
+    "two-stage MSE": ("mse", dict(loss="mse")),
+    "MSE on source images": ("mse-only", dict(loss="mse", proxy=False)),
+    "two-stage CWD": ("cwd", dict(loss="cwd")),
+    "two-stage ViTKD": ("vitkd", dict(loss="vitkd")),
+    "GKD": ("qsd", dict(loss="qsd")),
+    "identity attention": ("identity", dict(loss="qsd", attention="identity")),
+}
+DISTILL_CHANGES = {  # after a comma in a row's name: what the runs' names get, and flags of distill.py
+    "no masks": ("-unmasked", dict(beta=0)),
+    "no CLS token": ("-patches", dict(gamma=0)),
+    "scaled logits": ("-scale-sqrt", dict(scale="sqrt")),
+    "teacher's attention": ("-attention-teacher", dict(attention="teacher")),
+    "four layers": ("-layers-four", dict(layers="four")),
+    "LayerNorm targets": ("-target_norm-layernorm", dict(target_norm="layernorm")),
+}
+TASK_CHANGES = {  # likewise, for the last run alone: flags of segment.py
+    "frozen": ("-frozen", dict(freeze=None)),
+    "tuned": ("-tuned", dict(freeze=False)),    # the labels train the encoder, too
+    "1/16 labels": ("-1of16", dict(labels="1/16")),
+    "1/8 labels": ("-1of8", dict(labels="1/8")),
+    "1/4 labels": ("-1of4", dict(labels="1/4")),
+    "all labels": ("", {}),
+    "linear": ("-linear", dict(decoder="linear")),
+    "SemFPN": ("-fpn", dict(decoder="fpn")),
+    "mask decoder": ("", {}),
+}
+FOUNDATION = "foundation model of that size"
 
 
-def teacher_alone(p, suffix="", **flags):
-    """The run of a decoder on the teacher."""
-    return as_released(p, "teacher", p.teacher, suffix, **flags)
+def last_run(p, row, name_ending="", distill_flags={}, **task_flags):
+    """The run that makes a row's segmenter; those before it are its needs.
+
+    distill_flags, task_flags: more flags of distill.py, and of segment.py; name_ending: what all its runs' names get.
+    """
+    method, *changes = row.split(", ")
+    task_ending = ""
+    for change in changes:
+        if change in DISTILL_CHANGES:
+            ending, flags = DISTILL_CHANGES[change]
+            name_ending = ending + name_ending
+            distill_flags = flags | distill_flags
+        else:
+            ending, flags = TASK_CHANGES[change]
+            task_ending += ending
+            task_flags = flags | task_flags
+    if "tuned" in changes:
+        task_flags |= p.tuned_flags
+
+    if method in TWO_STAGE:
+        name, flags = TWO_STAGE[method]
+        encoder = distilled(p, name + name_ending, **flags, **distill_flags)
+        return task(p, name + name_ending + task_ending, encoder, **task_flags)
+    ending = name_ending + task_ending
+    student = dict(encoder=p.student, depth=p.student_depth)
+    if method in ONE_STAGE:
+        loss = ONE_STAGE[method]
+        return task(p, f"one-stage-{loss}{ending}", **student, freeze=False, kd=1, loss=loss, **p.one_stage_flags,
+                    teacher=p.teacher, **task_flags)
+    if method == "logit KD":
+        return task(p, f"logits{ending}", **student, freeze=False, kd_logits=1, teacher=last_run(p, "teacher"),
+                    **task_flags)
+    if method == "no KD" and not p.student.startswith(("dinov2", "eva02")):
+        return task(p, f"no-kd{ending}", **student, **(dict(freeze=False) | task_flags))
+    role, encoder = {
+        "teacher": ("teacher", p.teacher),
+        "no KD": ("student", p.student),
+        FOUNDATION: ("smaller", SMALLER.get(p.teacher)),
+    }[method]
+    return as_released(p, role, encoder, ending, **task_flags)
 
 
-# --- Rows: the runs that lead to one segmenter, the last of them -----------------------------------------------------
-# Rows that begin alike share those runs, within a table and between tables.
-
-class Row(NamedTuple):
-    """A row of a table: its name and its runs."""
-    name: str
-    runs: list
+def last_runs(p, rows, *more, **flags):
+    """{row: last run} of several rows."""
+    return {row: last_run(p, row, *more, **flags) for row in rows}
 
 
-def main_rows(p):
-    frozen = []
-    cwd = []
-    if p.source != "toy":
-        # This student starts from trained weights, so that freezing alone is a method.
-        frozen = [Row("no KD, frozen", [task(p, "no-kd-frozen", p.student, depth=p.student_depth)])]
-        # What did best in the toy world, whose own table 4 has it: the demo, which is this table, should stay short.
-        cwd = [Row("two-stage CWD", two_stage(p, "cwd"))]
-    return [
-        Row("no KD", no_kd(p)),
-        *frozen,
-        Row("one-stage MSE", one_stage(p, "mse")),
-        Row("two-stage MSE", two_stage(p, "mse")),
-        *cwd,
-        Row("GKD (QSD)", two_stage(p)),
-        Row("teacher", teacher_alone(p)),
-    ]
+# --- Tables: their rows, and which of them are compared ---------------------------------------------------------------
+
+ONCE = (None,)
 
 
-RIVALS = {"mse": "Vanilla KD", "cwd": "CWD", "afdcd": "Af-DCD", "g2sd": "G2SD", "vitkd": "ViTKD", "proteus": "Proteus"}
+class Table(NamedTuple):
+    """A table of the paper, or one of this project."""
+    title: str
+    rows: tuple = ()            # in small worlds, where they are not those of assets/paper.txt
+    only_camvid: tuple = ()     # those of them that the toy world leaves out
+    rows_at: object = None      # instead: the rows {name: last run} as a function of a Pair and a budget
+    worlds: dict = dict(toy=ONCE, camvid=ONCE, paper=ONCE)  # where it can be made, and for which budgets once each
+    unit: str = ""              # of a budget
+    axis: str = ""              # what a budget is: the table is drawn against it
+    reference: str = ""         # the row that all others are compared with on the unseen domains
+    gains: tuple = ()           # further comparisons: what is gained, from which row to which
+    seeds: int = 3              # in small worlds
 
 
-def rivals(p, losses):
-    """GKD beside one-stage distillation by these losses, keys of RIVALS."""
-    rows = [Row("teacher", teacher_alone(p))]
-    if p.smaller:
-        rows.append(Row("foundation model of that size", as_released(p, "smaller", p.smaller)))
-    rows.append(Row("student", no_kd(p)))
-    for loss in losses:
-        rows.append(Row(f"+ {RIVALS[loss]}", one_stage(p, loss)))
-    rows.append(Row("+ GKD", two_stage(p)))
-    return rows
+def by_steps(p, steps):
+    """Whether a method that loses early wins late."""
+    rows = ["two-stage MSE", "GKD"]
+    if steps <= 4000:
+        rows.append("GKD, scaled logits")
+    if p.source == "toy" and str(steps) == distill.PRESETS["toy proxy"]["budget"]:  # the runs of the other tables
+        return last_runs(p, rows)
+    return last_runs(p, rows, f"-{steps}", dict(budget=steps))
 
 
-SHARES = {"1/16": "-1of16", "1/8": "-1of8", "1/4": "-1of4", "all": ""}  # of the labels: the suffix of their folders
-
-
-def label_shares(p):
-    student = []
-    rival = []
-    gkd = []
-    for share, suffix in SHARES.items():
-        labels = None if share == "all" else share
-        student.append(Row(f"student, {share} labels", no_kd(p, suffix, labels=labels)))
-        rival.append(Row(f"+ Af-DCD, {share} labels", one_stage(p, "afdcd", suffix, labels=labels)))
-        gkd.append(Row(f"+ GKD, {share} labels", two_stage(p, suffix=suffix, then=dict(labels=labels))))
-    return student + rival + gkd
-
-
-def strategies(p):
-    return [
-        Row("one-stage MSE", one_stage(p, "mse")),
-        Row("one-stage QSD", one_stage(p, "qsd")),
-        Row("MSE", two_stage(p, "mse")),
-        Row("CWD", two_stage(p, "cwd")),
-        Row("ViTKD", two_stage(p, "vitkd")),
-        Row("QSD", two_stage(p, "qsd")),
-    ]
-
-
-def components(p):
-    tuned = dict(suffix="-tuned", then=p.tuned)
-    return [
-        Row("one-stage MSE", one_stage(p, "mse")),
-        Row("MSE on source images", two_stage(p, "mse", name="mse-only", proxy=False, **tuned)),
-        Row("MSE, proxy set first", two_stage(p, "mse", **tuned)),
-        Row("QSD: CLS and features", two_stage(p, "qsd", name="qsd-unmasked", beta=0, **tuned)),
-        Row("QSD: with masked patches", two_stage(p, "qsd", **tuned)),
-        Row("QSD, encoder frozen", two_stage(p, "qsd")),
-    ]
-
-
-def effect_rows(p):
-    """The paper's method step by step; between some two of these rows stands each of EFFECTS."""
-    tuned = dict(suffix="-tuned", then=p.tuned)
-    return [
-        Row("no KD", no_kd(p)),
-        Row("one-stage MSE", one_stage(p, "mse")),
-        Row("MSE on source images", two_stage(p, "mse", name="mse-only", proxy=False, **tuned)),
-        Row("MSE, proxy set first", two_stage(p, "mse", **tuned)),
-        Row("identity attention, no masks",
-            two_stage(p, name="identity-unmasked", attention="identity", beta=0, **tuned)),
-        Row("QSD, no masks", two_stage(p, name="qsd-unmasked", beta=0, **tuned)),
-        Row("QSD, no CLS token", two_stage(p, name="qsd-patches", gamma=0, **tuned)),
-        Row("QSD", two_stage(p, **tuned)),
-        Row("QSD, encoder frozen", two_stage(p)),
-        Row("MSE, encoder frozen", two_stage(p, "mse")),
-        Row("teacher", teacher_alone(p)),
-    ]
-
-
-class Effect(NamedTuple):
-    """What a table's row adds to another one, and the two rows of the paper that say it."""
-    name: str
-    before: str
-    after: str
-    paper: tuple = ()  # (table, row, row) of PAPER, DINOv2-B -> DeiT-S on GTAV; (): it has no such rows
-
-
-EFFECTS = (
-    Effect("distil at all, in one stage", "no KD", "one-stage MSE", ("1", "student", "+ Vanilla KD")),
-    Effect("source stage first, then the task", "one-stage MSE", "MSE on source images",
-           ("5", "one-stage MSE", "MSE on source images")),
-    Effect("proxy stage before it", "MSE on source images", "MSE, proxy set first",
-           ("5", "MSE on source images", "MSE, proxy set first")),
-    Effect("learned attention instead of identity", "identity attention, no masks", "QSD, no masks"),
-    Effect("QSD on CLS and features instead of MSE", "MSE, proxy set first", "QSD, no masks",
-           ("5", "MSE, proxy set first", "QSD: CLS and features")),
-    Effect("masked patches", "QSD, no masks", "QSD", ("5", "QSD: CLS and features", "QSD: with masked patches")),
-    Effect("CLS token", "QSD, no CLS token", "QSD"),
-    Effect("frozen encoder", "QSD", "QSD, encoder frozen", ("5", "QSD: with masked patches", "QSD, encoder frozen")),
-    Effect("GKD instead of two-stage MSE", "MSE, encoder frozen", "QSD, encoder frozen", ("4", "MSE", "QSD")),
-    Effect("GKD instead of no KD", "no KD", "QSD, encoder frozen", ("1", "student", "+ GKD")),
-)
-STUDENT_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # 97.5 % points, 1 to 9 degrees of freedom
-
-
-def interval(differences):
-    """Mean of paired differences and half the width of its 95 % confidence interval, infinite for a single one."""
-    n = len(differences)
-    if n < 2:
-        return np.mean(differences), math.inf
-    t = STUDENT_T[min(n - 1, len(STUDENT_T)) - 1]
-    return np.mean(differences), t * np.std(differences, ddof=1) / math.sqrt(n)
-
-
-def verdict(mean, half, paper):
-    """What a gain here, mean +- half, says about the paper's: reproduced if it is of the same sign and not smaller."""
-    if half >= abs(mean):  # the interval holds 0: does it also hold what the paper gained?
-        return "within noise" if paper is None or abs(paper - mean) <= half else "not reproduced"
-    if paper is None:
-        return "gain" if mean > 0 else "loss"
-    if mean * paper < 0:
-        return "contradicted"
-    return "reproduced" if abs(mean) + half >= abs(paper) else "smaller"
-
-
-def show_effects(effects, record):
-    """Print effects, with intervals and the paper's gains, from {row: {"miou": (seeds, domains + 1)}}."""
-    cells = {}
-    gains = {}
-    for effect in effects:
-        unseen = {row: np.array(record[row]["miou"])[:, -1] for row in (effect.before, effect.after)}  # (seeds,) each
-        mean, half = interval(unseen[effect.after] - unseen[effect.before])
-        paper = None
-        if effect.paper:
-            table, before, after = effect.paper
-            numbers = numbers_beside(table)
-            paper = round(numbers[after][-1] - numbers[before][-1], 1)
-        cells[effect.name] = [f"{mean:+.1f} ± {half:.1f}", "-" if paper is None else f"{paper:+.1f}",
-                              verdict(mean, half, paper)]
-        gains[effect.name] = dict(mean=round(mean, 2), half=round(half, 2), paper=paper)
-    print("\nGain on unseen domains, mean of the paired differences and 95 % interval")
-    show(cells, ["gain", "paper", "verdict"])
-    print(json.dumps({"effects": gains}))
-
-
-def decoders(p):
-    small = p.source in SMALL
-    kinds = {"SemFPN": ("-fpn", dict(decoder="fpn")), "mask decoder": ("", {})}
-    if small:
-        kinds = {"linear": ("-linear", dict(decoder="linear"))} | kinds
-    rows = []
-    for kind, (suffix, flags) in kinds.items():
-        rows.append(Row(f"GKD, {kind}", two_stage(p, suffix=suffix, then=flags)))
-    if small:
-        for kind, (suffix, flags) in kinds.items():
-            rows.append(Row(f"teacher, {kind}", teacher_alone(p, suffix, **flags)))
-    return rows
-
-
-def more_sources(p):
-    """Further sources in distillation only, or with their labels as well."""
-    joined = data.TOY_SOURCES if p.source == "toy" else (p.source, "synthia", "urbansyn")
-    rows = [Row("1 source", two_stage(p))]
-    for n in (2, 3):
-        source = "+".join(joined[:n])
-        name = f"qsd-on-{n}"
-        runs, student = distilled(p, "qsd", source, source_name=name, loss="qsd")  # the proxy stage is that of all rows
-        rows.append(Row(f"{n} sources, labels of 1", [*runs, task(p, f"{name}-labels-1", student)]))
-        rows.append(Row(f"{n} sources, all labels", [*runs, task(p, name, student, source)]))
-    return rows
-
-
-def variants(p):
-    """QSD with one thing changed, at equal steps."""
-    return [
-        Row("QSD", two_stage(p)),
-        Row("QSD, scale C^-1/2", two_stage(p, name="qsd-scale-sqrt", scale="sqrt")),
-        Row("QSD, identity attention", two_stage(p, name="identity", attention="identity")),
-        Row("QSD, teacher's attention", two_stage(p, name="qsd-attention-teacher", attention="teacher")),
-        Row("QSD, four layers", two_stage(p, name="qsd-layers-four", layers="four")),
-        Row("QSD, LayerNorm targets", two_stage(p, name="qsd-target_norm-layernorm", target_norm="layernorm")),
-        Row("QSD, 16 random queries", two_stage(p, name="qsd-queries-16", qsd_queries=16)),
-        Row("QSD, keys pooled 2x2", two_stage(p, name="qsd-pool_keys", pool_keys=True)),
-    ]
-
-
-EQUAL = {"s": (40, 80, 160), "flop": (2.5e12, 5e12, 1e13)}  # seconds and FLOPs of all training of a student
-ONE_STAGE = RIVALS | {"mse": "one-stage MSE"}
-TWO_STAGE = {"mse": "two-stage MSE", "cwd": "two-stage CWD", "qsd": "GKD"}
-DISTILLED = 0.4  # share of either stage of distillation; the task stage has the rest
-
-
-def equal_budgets(p, unit):
+def equal_budgets(p, amount, unit):
     """What each objective makes of the same seconds or FLOPs (Laube et al., 2026, arXiv 2604.25530).
 
-    What the teacher took, and its decoder for logit distillation, does not count. For seconds the machine must be idle.
+    Of two stages, either part of distillation has 40 %, the task stage the rest. What the teacher took, and its decoder
+    for logit distillation, does not count. For seconds the machine must be idle.
     """
-    teacher, = teacher_alone(p)
-    _, _, segmenter = parsed(teacher)
-    rows = []
-    for total in EQUAL[unit]:
-        whole = budget_of(total, unit)
-        stage = budget_of(DISTILLED * total, unit)
-        rest = budget_of((1 - 2 * DISTILLED) * total, unit)
-        logits = task(p, f"logits-{whole}", p.student, depth=p.student_depth, freeze=False, kd_logits=1,
-                      teacher=segmenter, budget=whole)
-        rows.append(Row(f"no KD, {whole}", no_kd(p, f"-{whole}", budget=whole)))
-        rows.append(Row(f"logit KD, {whole}", [teacher, logits]))
-        for loss, title in ONE_STAGE.items():
-            rows.append(Row(f"{title}, {whole}", one_stage(p, loss, f"-{whole}", budget=whole)))
-        for loss, title in TWO_STAGE.items():
-            runs = two_stage(p, loss, f"{loss}-{whole}", budget=stage, then=dict(budget=rest))
-            rows.append(Row(f"{title}, {whole}", runs))
-    return rows
+    whole, stage, rest = [budget_text(share * amount, unit) for share in (1, 0.4, 1 - 2 * 0.4)]
+    in_one = ("no KD", "logit KD", *[row for row in ONE_STAGE if row != "one-stage QSD"])
+    in_two = ("two-stage MSE", "two-stage CWD", "GKD")
+    return (last_runs(p, in_one, f"-{whole}", budget=whole)
+            | last_runs(p, in_two, f"-{whole}", dict(budget=stage), budget=rest))
 
 
-def budget_of(amount, unit):
+def budget_text(amount, unit):
     """A --budget as text: 24s, or 2.5e12flop."""
     return f"{amount:g}{unit}".replace("+", "")
 
 
-def beside_mse(rows):
-    """Of a table of equal budgets: what each objective gains over two-stage MSE of the same budget."""
-    return [Effect(row, f"two-stage MSE, {budget_in(row)}", row) for row in rows if not row.startswith("two-stage MSE")]
+def more_sources(p, count):
+    """Further sources in distillation only, or with their labels as well."""
+    if count == 1:
+        return dict.fromkeys(("labels of the first", "labels of all"), last_run(p, "GKD"))
+    sources = data.TOY_SOURCES if p.source == "toy" else (p.source, "synthia", "urbansyn")
+    joined = "+".join(sources[:count])
+    name = f"qsd-on-{count}"
+    student = distilled(p, "qsd", source=joined, source_name=name, loss="qsd")  # the proxy stage is that of all rows
+    return {
+        "labels of the first": task(p, f"{name}-labels-1", student),
+        "labels of all": task(p, name, student, joined),
+    }
 
 
-def budget_in(row):
-    """The budget in a row's name, the 2000 of "QSD, no masks, 2000"; None where there is none."""
-    _, comma, budget = row.rpartition(", ")
-    return budget if comma else None
-
-
-STEPS = (250, 500, 1000, 2000, 4000)  # of each stage of distillation
-COURSES = {  # of the figure of mIoU against steps: their runs' name and what they change in GKD
-    "MSE": ("mse", dict(loss="mse")),
-    "identity attention": ("identity", dict(attention="identity")),
-    "QSD": ("qsd", {}),
-    "QSD, no masks": ("qsd-unmasked", dict(beta=0)),
+TABLES = {
+    "main": Table("The paper in one table", (
+        "no KD", "no KD, frozen", "one-stage MSE", "two-stage MSE", "two-stage CWD", "GKD", "teacher",
+    ), only_camvid=("two-stage CWD",), worlds=dict(toy=ONCE, camvid=ONCE), reference="no KD, frozen", gains=(
+        ("CWD instead of MSE", "two-stage MSE", "two-stage CWD"),
+        ("GKD instead of MSE", "two-stage MSE", "GKD"),
+        ("GKD instead of no KD", "no KD", "GKD"),
+    )),
+    "effects": Table("The paper's method step by step", seeds=5, rows=(
+        "no KD", "one-stage MSE", "MSE on source images, tuned", "two-stage MSE, tuned",
+        "identity attention, no masks, tuned", "GKD, no masks, tuned", "GKD, no CLS token, tuned", "GKD, tuned", "GKD",
+        "two-stage MSE", "teacher",
+    ), worlds=dict(toy=ONCE, camvid=ONCE), gains=(
+        ("distil at all, in one stage", "no KD", "one-stage MSE"),
+        ("source stage first, then the task", "one-stage MSE", "MSE on source images, tuned"),
+        ("proxy stage before it", "MSE on source images, tuned", "two-stage MSE, tuned"),
+        ("learned attention instead of identity", "identity attention, no masks, tuned", "GKD, no masks, tuned"),
+        ("QSD on CLS and features instead of MSE", "two-stage MSE, tuned", "GKD, no masks, tuned"),
+        ("masked patches", "GKD, no masks, tuned", "GKD, tuned"),
+        ("CLS token", "GKD, no CLS token, tuned", "GKD, tuned"),
+        ("frozen encoder", "GKD, tuned", "GKD"),
+        ("GKD instead of two-stage MSE", "two-stage MSE", "GKD"),
+        ("GKD instead of no KD", "no KD", "GKD"),
+    )),
+    "variants": Table("GKD with one thing changed", (
+        "GKD", "GKD, scaled logits", "identity attention", "GKD, teacher's attention", "GKD, four layers",
+        "GKD, LayerNorm targets",
+    ), worlds=dict(toy=ONCE, camvid=ONCE), reference="GKD"),
+    "steps": Table("Equal steps", rows_at=by_steps, axis="steps of each stage of distillation", worlds=dict(
+        toy=(250, 500, 1000, 2000, 4000, 8000), camvid=(250, 500, 1000, 2000, 4000),
+    ), reference="two-stage MSE", gains=(("scaled logits", "GKD", "GKD, scaled logits"),)),
+    "clock": Table("Equal seconds", rows_at=partial(equal_budgets, unit="s"), unit="s",
+                   axis="seconds of all training of a student", reference="two-stage MSE",
+                   worlds=dict.fromkeys(SMALL, (40, 80, 160))),
+    "flops": Table("Equal FLOPs", rows_at=partial(equal_budgets, unit="flop"), unit="flop",
+                   axis="FLOPs of all training of a student", reference="two-stage MSE",
+                   worlds=dict.fromkeys(SMALL, (2.5e12, 5e12, 1e13))),
+    "1": Table("Table 1, foundation to local", reference="no KD"),
+    "2": Table("Table 2, foundation to foundation", reference="no KD"),
+    "3": Table("Table 3, fewer labels", gains=[
+        (f"GKD, {share} labels", f"no KD, {share} labels", f"GKD, {share} labels") for share in ("1/16", "1/8", "1/4")
+    ]),
+    "4": Table("Table 4, one stage or two", reference="one-stage MSE", gains=(
+        ("CWD instead of MSE", "two-stage MSE", "two-stage CWD"),
+    )),
+    "5": Table("Table 5, component by component", reference="one-stage MSE"),
+    "6": Table("Table 6, GKD beside domain generalisation methods"),
+    "7": Table("Table 7, decoders", (
+        "GKD, linear", "GKD, SemFPN", "GKD, mask decoder", "teacher, linear", "teacher, SemFPN",
+        "teacher, mask decoder",
+    ), gains=(("mask decoder instead of SemFPN", "GKD, SemFPN", "GKD, mask decoder"),)),
+    "8": Table("Table 8, students from DINO", reference="no KD"),
+    "9": Table("Table 9, surgery", reference="no KD"),
+    "10": Table("Table 10, objects (AP)", worlds=dict(toy=ONCE, paper=ONCE), reference="no KD"),
+    "fig6": Table("Figure 6, more sources", rows_at=more_sources, axis="sources in distillation",
+                  worlds=dict(toy=(1, 2, 3), paper=(1, 2, 3)), reference="labels of the first"),
 }
 
 
-def by_steps(p):
-    """Whether a method that loses early wins late."""
-    rows = [Row("no KD", no_kd(p))]
-    for title, (name, flags) in COURSES.items():
-        for steps in STEPS:
-            if steps == 500 and p.source == "toy":  # that world's own budget: the run of the other tables
-                rows.append(Row(f"{title}, {steps}", two_stage(p, name=name, **flags)))
-            else:
-                rows.append(Row(f"{title}, {steps}", two_stage(p, name=f"{name}-{steps}", budget=steps, **flags)))
-    return rows
-
-
-COURSE_EFFECTS = (  # what is compared at each number of STEPS: two of COURSES, or one with the row without distillation
-    Effect("MSE instead of no KD", "no KD", "MSE"),
-    Effect("identity attention instead of no KD", "no KD", "identity attention"),
-    Effect("all of GKD but its attention", "MSE", "identity attention"),
-    Effect("learned attention instead of identity", "identity attention", "QSD"),
-    Effect("masked patches", "QSD, no masks", "QSD"),
-    Effect("GKD instead of MSE", "MSE", "QSD", ("4", "MSE", "QSD")),
-    Effect("GKD instead of no KD", "no KD", "QSD", ("1", "student", "+ GKD")),
-)
-
-
-def at_equal_steps(rows):
-    """COURSE_EFFECTS at each number of steps."""
-    found = []
-    for steps in STEPS:
-        for effect in COURSE_EFFECTS:
-            before = effect.before if effect.before == "no KD" else f"{effect.before}, {steps}"
-            after = f"{effect.after}, {steps}"
-            found.append(Effect(f"{effect.name}, {steps}", before, after, effect.paper))
-    return found
-
-
-TABLES = {  # title, and rows as a function of the pair
-    "main": ("The paper in one table", main_rows),
-    "effects": ("The paper's method step by step", effect_rows),
-    "steps": ("Unseen mIoU against steps of each stage of distillation", by_steps),
-    "variants": ("QSD with one thing changed", variants),
-    "clock": ("Equal seconds", partial(equal_budgets, unit="s")),
-    "flops": ("Equal FLOPs", partial(equal_budgets, unit="flop")),
-    "1": ("Table 1, foundation to local", partial(rivals, losses=RIVALS)),
-    "2": ("Table 2, foundation to foundation", partial(rivals, losses=("mse", "afdcd", "vitkd", "proteus"))),
-    "3": ("Table 3, fewer labels", label_shares),
-    "4": ("Table 4, one stage or two", strategies),
-    "5": ("Table 5, component by component", components),
-    "6": ("Table 6, GKD beside domain generalisation methods", lambda p: [Row("GKD", two_stage(p))]),
-    "7": ("Table 7, decoders", decoders),
-    "8": ("Table 8, students from DINO", partial(rivals, losses=("mse", "cwd", "afdcd"))),
-    "9": ("Table 9, surgery", lambda p: rivals(p._replace(smaller=""), losses=("cwd", "vitkd"))),
-    "10": ("Table 10, objects (AP)", lambda p: rivals(p._replace(smaller=""), losses=("cwd", "vitkd"))),
-    "fig6": ("Figure 6, more sources", more_sources),
-}
-
-
-def beside(reference, table, rows):
-    """What each row gains over one of them."""
-    paper = numbers_beside(table)
-    found = []
-    for row in rows:
-        if row != reference:
-            in_paper = (table, reference, row) if row in paper and reference in paper else ()
-            found.append(Effect(row, reference, row, in_paper))
-    return found
-
-
-def gains_in_main(rows):
-    """What each row gains over the student without distillation, frozen where that is a row, and GKD over its rival."""
-    found = beside("no KD, frozen" if "no KD, frozen" in rows else "no KD", "main", rows)
-    for row in rows:
-        if row in ("two-stage CWD", "GKD (QSD)"):
-            found.append(Effect(f"{row} instead of two-stage MSE", "two-stage MSE", row))
-    return found
-
-
-CWD_EFFECT = Effect("CWD instead of MSE", "MSE", "CWD", ("4", "MSE", "CWD"))  # which of the two stands first
-EFFECTS_OF = {  # what is printed below a table of several seeds, as a function of the names of its rows
-    "main": gains_in_main,
-    "effects": lambda rows: EFFECTS,
-    "steps": at_equal_steps,
-    "variants": partial(beside, "QSD", "variants"),
-    "clock": beside_mse,
-    "flops": beside_mse,
-    "1": partial(beside, "student", "1"),
-    "4": lambda rows: beside("one-stage MSE", "4", rows) + [CWD_EFFECT],
-}
-
-# What the paper reports, mIoU in percent. A paragraph is a pair of PAIRS, a column a key of data.SETTINGS; in it stand
-# its domains in that order and their mean, or the mean alone, in table 3 once for each of SHARES:
-#   gtav         Cityscapes, BDD100K, Mapillary, mean
-#   cityscapes   ACDC night, snow, fog, rain, mean
-#   potsdam-rgb  Potsdam IRRG, Vaihingen IRRG, mean
-PAPER = {
-    "1": """
-DINOv2-L -> DeiT-B            | gtav                | cityscapes               | potsdam-rgb
-teacher                       | 63.3 56.1 63.9 61.1 | 54.6 69.4 78.9 72.6 68.9 | 76.7 63.4 70.1
-foundation model of that size | 59.6 54.3 62.6 58.8 | 49.9 67.6 77.5 69.9 66.2 | 72.3 55.9 64.1
-student                       | 43.1 41.8 47.7 44.2 | 28.1 47.2 64.1 48.5 47.0 | 67.5 34.1 50.8
-+ Vanilla KD                  | 48.5 48.2 53.2 49.9 | 33.2 55.7 71.3 57.0 54.3 | 69.0 42.9 56.0
-+ CWD                         | 49.3 46.7 51.8 49.3 | 33.1 53.8 70.5 54.1 52.9 | 70.0 41.5 55.8
-+ Af-DCD                      | 48.4 45.2 53.4 49.0 | 31.7 54.3 67.3 55.3 52.1 | 69.5 42.5 56.0
-+ G2SD                        | 50.8 49.1 53.4 51.1 | 33.1 55.7 69.5 56.8 53.8 | 72.4 46.7 59.5
-+ ViTKD                       | 45.1 45.6 49.8 46.8 | 31.1 55.2 66.3 52.8 51.4 | 67.8 39.8 53.8
-+ Proteus                     | 48.1 46.4 52.8 49.1 | 32.5 54.6 69.4 54.6 52.8 | 70.1 43.5 56.8
-+ GKD                         | 58.3 54.2 61.3 57.9 | 43.8 69.4 76.7 68.4 64.6 | 74.5 55.6 65.1
-
-DINOv2-B -> DeiT-S            | gtav                | cityscapes               | potsdam-rgb
-teacher                       | 59.6 54.3 62.6 58.8 | 49.9 67.6 77.5 69.9 66.2 | 72.3 55.9 64.1
-foundation model of that size | 53.2 51.3 57.1 53.9 | 39.3 64.1 68.7 61.0 58.3 | 73.9 54.0 64.0
-student                       | 34.9 33.8 42.8 37.2 | 22.7 43.0 55.0 42.2 40.7 | 67.6 28.7 48.2
-+ Vanilla KD                  | 45.0 44.2 49.9 46.4 | 31.4 51.3 63.6 50.1 49.1 | 70.3 37.6 54.0
-+ CWD                         | 45.9 44.5 49.8 46.7 | 31.7 51.0 64.7 52.6 50.0 | 70.4 38.6 54.5
-+ Af-DCD                      | 44.7 45.6 50.9 47.1 | 31.6 49.9 70.1 49.9 50.4 | 71.2 38.2 54.7
-+ G2SD                        | 45.2 45.9 52.3 47.8 | 33.5 51.4 65.6 54.2 51.2 | 72.7 40.2 56.5
-+ ViTKD                       | 42.5 42.5 48.2 44.4 | 28.0 51.3 65.1 45.9 47.6 | 62.9 34.9 48.9
-+ Proteus                     | 47.4 44.6 50.2 47.4 | 32.8 51.3 62.1 49.3 48.9 | 70.8 38.5 54.7
-+ GKD                         | 54.9 49.8 57.8 54.1 | 39.3 60.4 72.7 58.4 57.7 | 73.8 48.7 61.3
-""",
-    "2": """
-DINOv2-L -> DINOv2-B | gtav                | cityscapes               | potsdam-rgb
-teacher              | 63.3 56.1 63.9 61.1 | 54.6 69.4 78.9 72.6 68.9 | 76.7 63.4 70.1
-student              | 59.6 54.3 62.6 58.8 | 49.9 67.6 77.5 69.9 66.2 | 72.3 55.9 64.1
-+ Vanilla KD         | 59.9 54.5 60.2 58.2 | 48.6 68.0 79.4 70.5 66.6 | 75.9 52.9 64.4
-+ Af-DCD             | 59.5 53.0 60.0 57.5 | 48.9 68.0 79.1 71.0 66.7 | 76.2 52.3 64.3
-+ ViTKD              | 58.0 53.0 59.3 56.7 | 46.6 67.6 77.1 69.6 65.2 | 75.5 51.6 63.6
-+ Proteus            | 60.1 54.6 61.4 58.7 | 48.3 67.6 79.7 71.1 66.7 | 75.6 53.5 64.6
-+ GKD                | 62.6 55.0 61.8 59.8 | 48.3 71.3 80.3 72.0 68.0 | 75.4 56.4 65.9
-
-DINOv2-B -> DINOv2-S | gtav                | cityscapes               | potsdam-rgb
-teacher              | 59.6 54.3 62.6 58.8 | 49.9 67.6 77.5 69.9 66.2 | 72.3 55.9 64.1
-student              | 53.2 51.3 57.1 53.9 | 39.3 64.1 68.7 61.0 58.3 | 73.9 54.0 64.0
-+ Vanilla KD         | 52.9 49.4 56.3 52.9 | 38.6 62.6 73.8 61.8 59.2 | 76.5 48.9 62.7
-+ Af-DCD             | 54.0 50.2 55.7 53.3 | 37.5 63.2 75.4 59.3 58.8 | 74.2 42.6 58.4
-+ ViTKD              | 49.9 49.1 55.7 51.6 | 37.8 62.9 73.5 60.3 58.6 | 71.7 43.7 57.7
-+ Proteus            | 53.5 49.7 56.9 53.4 | 37.6 62.5 74.9 62.6 59.4 | 76.0 42.5 59.3
-+ GKD                | 57.1 51.3 58.4 55.6 | 39.2 62.6 75.5 62.2 59.9 | 74.0 53.5 63.8
-
-EVA02-L -> EVA02-B   | gtav                | cityscapes               | potsdam-rgb
-teacher              | 58.4 52.5 59.0 56.7 | 39.1 64.9 73.3 62.6 60.0 | 74.8 48.8 61.8
-student              | 56.2 53.0 59.4 56.2 | 46.1 65.1 76.7 62.6 62.6 | 74.7 51.6 63.2
-+ Vanilla KD         | 54.4 53.2 59.4 55.7 | 43.5 65.2 75.3 62.5 61.6 | 71.4 47.4 59.4
-+ Af-DCD             | 55.8 52.9 58.0 55.6 | 46.4 65.8 75.4 63.5 62.7 | 72.8 47.5 60.2
-+ ViTKD              | 48.6 50.2 55.2 51.3 | 32.5 59.2 68.4 56.6 54.2 | 71.2 44.2 57.7
-+ Proteus            | 53.7 52.8 59.4 55.3 | 45.4 64.7 74.2 61.1 61.4 | 73.5 48.6 61.1
-+ GKD                | 59.0 54.5 61.0 58.2 | 46.9 67.8 77.1 65.8 64.4 | 76.4 57.9 67.2
-
-EVA02-B -> EVA02-S   | gtav                | cityscapes               | potsdam-rgb
-teacher              | 45.9 44.1 49.8 46.6 | 20.9 54.6 63.3 48.7 46.9 | 66.4 34.0 50.2
-student              | 48.5 47.0 52.8 49.4 | 37.6 56.4 70.8 54.4 54.8 | 69.4 42.8 56.1
-+ Vanilla KD         | 47.5 46.2 52.2 48.6 | 34.1 57.1 69.7 52.1 53.2 | 69.9 42.2 56.1
-+ Af-DCD             | 48.3 47.2 52.1 49.2 | 36.1 56.8 70.9 55.0 54.7 | 70.3 42.6 56.5
-+ ViTKD              | 43.3 42.1 47.7 44.4 | 28.9 52.2 66.1 49.7 49.2 | 66.0 34.8 50.4
-+ Proteus            | 47.1 45.1 51.1 47.8 | 34.0 56.3 70.8 50.6 52.9 | 68.4 41.8 55.1
-+ GKD                | 51.1 45.9 53.7 50.2 | 36.0 59.0 71.2 55.8 55.5 | 71.7 45.7 58.7
-""",
-    "3": """
-DINOv2-L -> DINOv2-B | gtav                | cityscapes
-student              | 58.3 58.4 58.7 58.8 | 62.1 63.9 64.1 66.2
-+ Af-DCD             | 56.2 56.6 56.9 57.5 | 60.9 62.2 63.9 66.7
-+ GKD                | 58.4 58.6 59.1 59.8 | 62.3 64.7 64.9 67.2
-
-DINOv2-B -> DINOv2-S | gtav                | cityscapes
-student              | 52.4 53.0 53.5 53.9 | 53.0 55.0 56.8 58.3
-+ Af-DCD             | 48.9 49.7 52.4 53.3 | 52.3 55.2 57.4 58.8
-+ GKD                | 54.7 55.0 55.3 55.6 | 54.7 56.5 57.6 59.9
-
-DINOv2-L -> DeiT-B   | gtav                | cityscapes
-student              | 42.1 42.1 43.2 44.2 | 39.1 42.6 43.4 47.0
-+ Af-DCD             | 47.4 48.4 49.0 49.0 | 45.2 48.9 50.4 52.1
-+ GKD                | 56.5 56.8 56.8 57.9 | 59.1 60.0 61.2 64.6
-
-DINOv2-B -> DeiT-S   | gtav                | cityscapes
-student              | 35.7 36.7 37.5 37.2 | 32.7 38.0 38.2 40.7
-+ Af-DCD             | 46.0 46.1 46.2 47.1 | 43.6 46.5 49.0 50.4
-+ GKD                | 51.4 51.5 53.6 54.1 | 54.6 54.8 57.0 57.7
-""",
-    "4": """
-DINOv2-B -> DeiT-S | gtav
-one-stage MSE      | 45.0 44.2 49.9 46.4
-one-stage QSD      | 48.9 46.5 51.1 48.8
-MSE                | 54.2 49.0 56.1 53.1
-CWD                | 53.0 48.9 53.8 51.9
-ViTKD              | 53.2 48.7 55.0 52.3
-QSD                | 54.9 49.8 57.8 54.1
-""",
-    "5": """
-DINOv2-B -> DeiT-S       | gtav
-one-stage MSE            | 46.4
-MSE on source images     | 50.9
-MSE, proxy set first     | 53.1
-QSD: CLS and features    | 53.4
-QSD: with masked patches | 54.0
-QSD, encoder frozen      | 54.1
-""",
-    "6": """
-DINOv2-B -> DeiT-S | gtav                | gtav-acdc
-GKD                | 54.9 49.8 57.8 54.1 | 46.5
-
-DINOv2-L -> DeiT-B | gtav                | gtav-acdc
-GKD                | 58.3 54.2 61.3 57.9 | 51.2
-""",
-    "7": """
-DINOv2-L -> DeiT-B | gtav                | cityscapes
-GKD, SemFPN        | 55.5 54.0 59.5 56.3 | 43.2 67.5 75.3 67.8 63.5
-GKD, mask decoder  | 58.3 54.2 61.3 57.9 | 43.8 69.4 76.7 68.4 64.6
-
-DINOv2-B -> DeiT-S | gtav                | cityscapes
-GKD, SemFPN        | 54.7 50.6 56.6 54.0 | 38.6 61.5 71.7 61.9 58.4
-GKD, mask decoder  | 54.9 49.8 57.8 54.1 | 39.3 60.4 72.7 58.4 57.7
-""",
-    "8": """
-DINOv2-L -> DINO-B            | gtav                | cityscapes
-teacher                       | 63.3 56.1 63.9 61.1 | 54.6 69.4 78.9 72.6 68.9
-foundation model of that size | 59.6 54.3 62.6 58.8 | 49.9 67.6 77.5 69.9 66.2
-student                       | 44.5 42.7 49.2 45.4 | 29.0 51.1 65.6 46.7 48.1
-+ Vanilla KD                  | 47.9 45.0 51.7 48.2 | 32.5 53.2 63.3 52.4 50.3
-+ CWD                         | 45.0 44.8 49.5 46.4 | 29.3 52.0 67.2 55.9 51.1
-+ Af-DCD                      | 47.1 46.4 50.0 47.8 | 31.1 53.9 66.1 52.6 50.9
-+ GKD                         | 60.5 53.6 61.1 58.4 | 43.2 63.2 75.6 61.0 60.7
-
-DINOv2-B -> DINO-S            | gtav                | cityscapes
-teacher                       | 59.6 54.3 62.6 58.8 | 49.9 67.6 77.5 69.9 66.2
-foundation model of that size | 53.2 51.3 57.1 53.9 | 39.3 64.1 68.7 61.0 58.3
-student                       | 39.7 36.9 44.7 40.4 | 27.8 48.0 66.4 44.5 46.6
-+ Vanilla KD                  | 45.4 41.5 47.9 45.0 | 30.8 52.7 67.9 50.6 50.5
-+ CWD                         | 44.0 41.4 47.1 44.1 | 30.7 51.4 62.1 51.4 48.9
-+ Af-DCD                      | 44.5 42.6 47.3 44.8 | 28.7 52.0 68.2 50.4 49.8
-+ GKD                         | 53.2 48.6 55.5 52.4 | 35.6 59.0 72.4 56.8 55.9
-""",
-    "9": """
-DINOv2-B -> DeiT-S | endovis18
-teacher            | 53.7
-student            | 43.3
-+ CWD              | 46.5
-+ ViTKD            | 45.1
-+ GKD              | 51.6
-""",
-    "10": """
-DINOv2-B -> DeiT-S | voc
-teacher            | 79.9
-student            | 49.0
-+ CWD              | 56.3
-+ ViTKD            | 56.6
-+ GKD              | 72.9
-""",
-    "fig6": "DINOv2-L -> DeiT-B | gtav\n\nDINOv2-B -> DeiT-S | gtav",  # drawn: the paper gives no numbers
-}
-
-
-def paper_numbers(name):
-    """What PAPER holds of a table, {pair: {setting: {row name: [numbers]}}}; nothing of tables that are not in it."""
+@lru_cache
+def paper_numbers(table):
+    """What the paper reports in a table, {pair: {setting: {row: [numbers]}}}."""
     numbers = {}
-    paragraphs = PAPER[name].strip().split("\n\n") if name in PAPER else []
-    for paragraph in paragraphs:
-        (pair, *settings), *rows = [re.split(r" *\| *", line) for line in paragraph.splitlines()]
-        numbers[pair] = {setting: {} for setting in settings}
-        for title, *columns in rows:
-            for setting, column in zip(settings, columns, strict=True):
-                values = [float(value) for value in column.split()]
-                if name == "3":
-                    for share, mean in zip(SHARES, values, strict=True):
-                        numbers[pair][setting][f"{title}, {share} labels"] = [mean]
-                else:
-                    numbers[pair][setting][title] = values
+    text = (Path(__file__).parent / "assets" / "paper.txt").read_text()
+    for paragraph in text.strip().split("\n\n")[1:]:
+        (heading, *settings), *rows = [re.split(r" *\| *", line) for line in paragraph.splitlines()]
+        name, pair = heading.split(": ")
+        if name == table:
+            numbers[pair] = {setting: {} for setting in settings}
+            for row, *columns in rows:
+                for setting, column in zip(settings, columns, strict=True):
+                    numbers[pair][setting][row] = [float(number) for number in column.split()]
     return numbers
 
 
-def numbers_beside(table, setting="gtav"):
-    """The paper's numbers that are shown beside those of small worlds, {row name: [numbers]}: DINOv2-B -> DeiT-S."""
-    return paper_numbers(table).get("DINOv2-B -> DeiT-S", {}).get(setting, {})
+def paper_gain(table, before, after):
+    """What the paper gains between two rows, of this table or else of another one; None if none has both."""
+    for name in (table, *TABLES):
+        for numbers in paper_numbers(name).get(LIKENED, {}).values():
+            if before in numbers and after in numbers:
+                return round(numbers[after][-1] - numbers[before][-1], 1)
+
+
+class Block(NamedTuple):
+    """A table as it is printed, for one pair, one setting and one budget."""
+    title: str
+    seeds: list     # its rows {name: last run}, once for each seed
+    source: list    # domains: the source's own val split in a small world or before corruption, or nothing
+    unseen: list    # domains that nobody trained on
+    paper: dict     # what the paper reports, {row: [numbers]}
+    budget: str     # as text; "": none
+    folder: Path    # of pictures
+
+
+def blocks(cfg):
+    """The blocks of --table: a list for each pair and setting, and in it one for each budget."""
+    table = TABLES[cfg.table]
+    small = cfg.data in SMALL
+    numbers = paper_numbers(cfg.table)
+    seeds = [0]
+    if small:
+        numbers = {cfg.data: {"toy-boxes" if cfg.table == "10" else cfg.data: small_rows(cfg)}}
+        seeds = range(cfg.seed, cfg.seed + (cfg.seeds or table.seeds))
+    groups = []
+    for pair, settings in numbers.items():
+        for setting, paper in settings.items():
+            if cfg.setting not in ("none", setting):
+                continue
+            source, unseen = data.SETTINGS[setting]
+            own = [source] if small or setting == "voc" else []
+            title = f"{table.title}, in the {pair} world" if small else f"{table.title}: {pair}, trained on {setting}"
+            pairs = [placed(pair, setting, seed, cfg) for seed in seeds]
+            group = []
+            for amount in table.worlds[cfg.data]:
+                budget = budget_text(amount, table.unit) if amount else ""
+                rows = [table.rows_at(p, amount) if amount else last_runs(p, paper) for p in pairs]
+                group.append(Block(title, rows, own, list(unseen), paper, budget, Path(pairs[0].here)))
+            groups.append(group)
+    if not groups:
+        offered = " ".join(dict.fromkeys(chain(*numbers.values())))
+        raise UserError(f"--table {cfg.table} --data {cfg.data} --setting {cfg.setting}: this table has {offered}")
+    return groups
+
+
+def small_rows(cfg):
+    """The rows of a table in a small world, its own or those of the paper, and the paper's numbers beside them."""
+    def first(found):
+        return next(iter(found.values()), {})
+
+    table = TABLES[cfg.table]
+    numbers = paper_numbers(cfg.table)      # of pairs, of their settings
+    rows = table.rows or first(first(numbers))
+    beside = first(numbers.get(LIKENED, {}))
+    left_out = {FOUNDATION, *(table.only_camvid if cfg.data == "toy" else ())}
+    return {row: beside.get(row, []) for row in rows if row not in left_out}
 
 
 # --- Tables: what is missing is run, what is there is printed --------------------------------------------------------
 
 def tables(cfg, device):
-    """Print --table, after running what is missing of it; --demo and some tables also draw a picture."""
+    """Print --table, after running what is missing of it; --demo and tables with budgets also draw a picture."""
     check_table(cfg)
-    for block in blocks(cfg.table, cfg):
-        prepare(block, cfg)
-        results = {}  # {row name: the Results of its finished seeds}
-        for versions in zip(*block.seeds):
-            found = [measured(row, block, cfg, device) for row in versions]
-            results[versions[0].name] = [result for result in found if result]
-        record = tabulate(block, results, cfg)
-        complete = [name for name, found in results.items() if len(found) == len(block.seeds)]
-        if cfg.table in EFFECTS_OF and len(block.seeds) > 1:
-            effects = [effect for effect in EFFECTS_OF[cfg.table](complete)
-                       if effect.before in complete and effect.after in complete]
-            if effects:
-                show_effects(effects, record)
-        unseen = {name: [result.miou[-1] for result in results[name]] for name in complete}
-        folder = segmenter_of(block.seeds[0][0]).parent.parent
-        if cfg.table in BUDGETS and len({budget_in(row) for row in complete} - {None}) > 1:
-            print(f"picture: {figure_budgets(unseen, folder / f'{cfg.table}.png', BUDGETS[cfg.table])}")
-        if len(complete) < len(results):
-            continue
-        if cfg.table == "fig6":
-            print(f"picture: {figure_6(unseen, folder / 'figure-6.png', block.title)}")
-        if cfg.demo:
-            print(f"picture: {demo_picture(block, folder / 'demo.png', cfg)}")
+    table = TABLES[cfg.table]
+    for group in blocks(cfg):
+        run_missing(group, cfg)
+        curves = {}  # {budget: {row that all seeds have finished: [unseen mean of each]}}
+        for block in group:
+            results = {}
+            for name in block.seeds[0]:
+                found = [measured(rows[name], block, cfg, device) for rows in block.seeds]
+                results[name] = [result for result in found if result]
+            show_block(block, results, cfg)
+            unseen = {}
+            for name, found in results.items():
+                if len(found) == len(block.seeds):
+                    unseen[name] = [result.miou[-1] for result in found]
+            if len(block.seeds) > 1:
+                show_gains(table, unseen, cfg)
+            curves[block.budget] = unseen
+        if sum(map(bool, curves.values())) > 1:
+            print(f"picture: {draw_budgets(curves, group[0].folder / f'{cfg.table}.png', table.axis)}")
+        if cfg.demo and len(unseen) == len(results):
+            print(f"picture: {demo_picture(block, block.folder / 'demo.png', cfg)}")
 
 
 def check_table(cfg):
-    if cfg.demo and cfg.table != "main":
-        raise UserError(f"--demo is --table main: without it, --table {cfg.table} --data toy")
     if cfg.table not in TABLES:
         raise UserError(f"--table {cfg.table}: not one of {' '.join(TABLES)}")
-    if cfg.demo and cfg.data == "paper":
-        raise UserError("--demo --data paper: the demo is for a small world, toy or camvid")
-    if cfg.data not in ("paper", *SMALL):
-        raise UserError(f"--data {cfg.data}: the tables are run in the worlds toy and camvid, or at the paper's scale "
-                        "with --data paper")
-    if cfg.setting != "none" and cfg.data != "paper":
-        raise UserError(f"--setting {cfg.setting}: belongs to the paper's scale, not to --data {cfg.data}")
-    check_place("--out", cfg.out)
+    if cfg.demo and cfg.table != "main":
+        raise UserError(f"--demo is --table main: without it, --table {cfg.table} --data toy")
+    worlds = TABLES[cfg.table].worlds
+    if cfg.data not in worlds:
+        raise UserError(f"--table {cfg.table} --data {cfg.data}: this table is made with --data {' or '.join(worlds)}")
     if Path(cfg.out).is_file():
         raise UserError(f"--out {cfg.out} is a file, not a folder; choose another --out")
-    if distill.world_size() > 1:
-        raise UserError("--demo and --table start their own processes: start them with python")
 
 
-class Block(NamedTuple):
-    """A table as it is printed, for one pair and one setting."""
-    title: str
-    seeds: list    # its rows, once for each seed
-    source: list   # domains: the source's own val split in a small world or before corruption, or nothing
-    unseen: list   # domains that nobody trained on
-    paper: dict    # what the paper reports, {row name: numbers}
-
-
-def blocks(name, cfg):
-    """The blocks of a table: one in a small world; at the paper's scale one for each pair and setting."""
-    title, rows_of = TABLES[name]
-    if cfg.data == "paper":
-        return paper_blocks(name, cfg)
-    if name in ("10", "fig6") and cfg.data != "toy":
-        needs = "boxes" if name == "10" else "further sources"
-        raise UserError(f"--table {name} --data {cfg.data}: has no {needs}; use --data toy or paper")
-    world = "toy-boxes" if name == "10" else cfg.data
-    source, unseen = data.SETTINGS[world]
-    seeds = []
-    count = cfg.seeds or (5 if name == "effects" else 3)
-    for seed in range(cfg.seed, cfg.seed + count):
-        seeds.append(rows_of(small_pair(cfg.data, cfg.out, seed, cfg.root)._replace(labelled=world)))
-    numbers = numbers_beside(name, "voc" if name == "10" else "gtav")
-    return [Block(f"{title}, in the {cfg.data} world", seeds, [source], list(unseen), numbers)]
-
-
-def paper_blocks(name, cfg):
-    """The blocks of a table at the paper's scale: all, or those of --setting."""
-    title, rows_of = TABLES[name]
-    found = []
-    offered = []
-    for pair, settings in paper_numbers(name).items():
-        offered = list(settings)
-        for setting, numbers in settings.items():
-            if cfg.setting in ("none", setting):
-                source, unseen = data.SETTINGS[setting]
-                rows = rows_of(paper_pair(pair, source, cfg.out, cfg.root))
-                clean = [source] if setting == "voc" else []
-                found.append(Block(f"{title}: {pair}, trained on {setting}", [rows], clean, list(unseen), numbers))
-    if not found:
-        has = " ".join(offered) or "no rows at the paper scale: use --data toy"
-        raise UserError(f"--table {name} --data paper --setting {cfg.setting}: this table has {has}")
-    return found
-
-
-def segmenter_of(row):
-    """The path of a row's segmenter."""
-    _, _, result = parsed(row.runs[-1])
-    return result
-
-
-def prepare(block, cfg):
-    """Run what is missing of a block; at the paper's scale only what this machine can, after printing all of it."""
-    rows = list(chain(*block.seeds))
+def run_missing(group, cfg):
+    """Run what is missing of some blocks; at the paper's scale only what this machine can, after printing all of it."""
+    chains = [run.chain() for block in group for rows in block.seeds for run in rows.values()]
     lacks = {}  # {missing run: what this machine lacks for it}
-    for row in rows:
-        for text in row.runs:
-            if text not in lacks and not finished(text):
-                lacks[text] = lacking(text) if cfg.data == "paper" else []
+    for run in chain(*chains):
+        if run not in lacks and not run.finished():
+            lacks[run] = []
+            if cfg.data == "paper":
+                lacks[run] = absent(run.cfg.data, run.cfg.root) + ([] if torch.cuda.is_available() else ["a GPU"])
     if cfg.data == "paper" or not cfg.run:
-        for text, needs in lacks.items():
-            print(typed(text, cfg) + (f"  # needs {' and '.join(needs)}" if needs else ""))
+        for run, needs in lacks.items():
+            print(f"{run}  # needs {' and '.join(needs)}" if needs else run)
+    possible = {}   # as a set that keeps their order
+    for runs in chains:
+        if not any(lacks.get(run) for run in runs):
+            possible |= dict.fromkeys(runs)
     if cfg.run:
-        run_rows([row for row in rows if not any(lacks.get(text) for text in row.runs)], cfg)
-
-
-def lacking(text):
-    """What a run would need that this machine does not have."""
-    _, cfg, _ = parsed(text)
-    needs = absent(cfg.data, cfg.root)
-    if not torch.cuda.is_available():
-        needs.append("a GPU")
-    return needs
+        work_through([run for run in possible if run in lacks], cfg)
 
 
 def absent(names, root):
@@ -1167,106 +766,69 @@ def absent(names, root):
     return [str(folder) for folder in folders if not folder.is_dir()]
 
 
-def typed(text, cfg):
-    """What a user types for a run."""
-    world = processes_of(text, cfg)
-    return f"torchrun --standalone --nproc_per_node={world} {text}" if world > 1 else f"python {text}"
+def work_through(runs, cfg):
+    """Make some runs, --jobs at a time, each after those that it needs.
 
+    Where one fails, and at SIGTERM or Ctrl-C, the others end with their step saved: the same command resumes them.
+    """
+    def stop(number, frame):
+        qsd.say(f"stopped by signal {number}; the same command goes on from there")
+        sys.exit(128 + number)
 
-def processes_of(text, cfg):
-    """How many processes a run takes: stage 2, whose batch is 4, one; stage 1 at the paper's scale one for each GPU."""
-    if text.startswith("segment.py"):
-        return 1
-    if cfg.processes:
-        return cfg.processes
-    if cfg.data != "paper":
-        return 1
-    gpus = torch.cuda.device_count() or 8
-    return 2 ** int(math.log2(gpus))  # as the batch, a power of two
-
-
-def run_rows(rows, cfg):
-    """Run the commands of some rows that are not finished, --jobs at a time; a command of several rows runs once."""
-    before = defaultdict(set)  # what must be finished before a run can start
-    for row in rows:
-        for i, text in enumerate(row.runs):
-            before[text].update(row.runs[:i])
-    waiting = Counter(chain(*before.values()))  # how many runs wait for this one
-    done = {text for text in before if finished(text)}
-    pending = [text for text in before if text not in done]
-    pending.sort(key=lambda text: waiting[text], reverse=True)
-
-    working = {}  # {command: its process}
-    began = {}
-    handlers = {number: signal.getsignal(number) for number in ENDING}
-    signals = catch_signals()
-    bar = tqdm(total=len(before), initial=len(done), desc="runs", unit="run", dynamic_ncols=True)
+    waiting = list(runs)
+    working = {}  # {run: its process and when it began}
+    handlers = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
+    bar = tqdm(total=len(runs), desc="runs", unit="run", dynamic_ncols=True)
     try:
-        while (pending or working) and not signals:
-            ready = [text for text in pending if before[text] <= done]
-            for text in ready[:cfg.jobs - len(working)]:
-                pending.remove(text)
-                working[text] = begin(text, cfg)
-                began[text] = time.time()
+        while waiting or working:
+            unfinished = {*waiting, *working}
+            ready = [run for run in waiting if unfinished.isdisjoint(run.needs)]
+            for run in ready[:cfg.jobs - len(working)]:
+                waiting.remove(run)
+                working[run] = begin(run, cfg.jobs), time.time()
             time.sleep(0.1)
-            for text, process in list(working.items()):
-                if process.poll() is None or signals:
+            for run, (process, began) in list(working.items()):
+                if process.poll() is None:
                     continue
+                del working[run]
                 if process.returncode:
-                    raise UserError(failure(text, process.returncode, cfg))
-                del working[text]
-                done.add(text)
-                bar.write(f"{typed(text, cfg)}  # {time.time() - began[text]:.0f} s", file=sys.stdout)
+                    raise UserError(failure(run, process.returncode))
+                bar.write(f"{run}  # {time.time() - began:.0f} s", file=sys.stdout)
                 bar.update()
     finally:
-        for process in working.values():
-            process.terminate()  # it finishes its step and saves it
-        for process in working.values():
-            try:
-                process.wait(None if signals else 15)
-            except subprocess.TimeoutExpired:
-                process.kill()
+        for process, _ in working.values():
+            process.terminate()
+        for process, _ in working.values():
+            process.wait()
         bar.close()
         for number, handler in handlers.items():
             signal.signal(number, handler)
-    if signals:
-        print(f"stopped by signal {signals[0]}; the same command goes on from there", file=sys.stderr)
-        sys.exit(128 + signals[0])
 
 
-def begin(text, cfg):
+def begin(run, jobs):
     """Start a run in a process of its own, on its share of the cores; what it prints goes to the file of log_of."""
-    script, *argv = shlex.split(text)
-    world = processes_of(text, cfg)
+    script, *flags = shlex.split(run.text)
     words = [sys.executable]
-    if world > 1:
-        words += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world}"]
-    words += [str(Path(__file__).parent / script), *argv]
-    threads = max(1, (os.cpu_count() or 1) // cfg.jobs // world)
-    log_of(text).parent.mkdir(parents=True, exist_ok=True)
-    with open(log_of(text), "w") as file:
-        env = os.environ | {"OMP_NUM_THREADS": str(threads), STARTED_BY: str(os.getpid())}
-        return subprocess.Popen(words, stdout=file, stderr=file, env=env)
+    if run.processes > 1:
+        words += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={run.processes}"]
+    words += [str(Path(__file__).parent / script), *flags]
+    threads = max(1, (os.cpu_count() or 1) // jobs // run.processes)
+    log_of(run).parent.mkdir(parents=True, exist_ok=True)
+    with open(log_of(run), "w") as file:
+        return subprocess.Popen(words, stdout=file, stderr=file, env=os.environ | {"OMP_NUM_THREADS": str(threads)})
 
 
-def log_of(text):
+def log_of(run):
     """Where a run's output goes: <out>.txt, as the bars of several runs would overwrite each other on one terminal."""
-    _, cfg, _ = parsed(text)
-    return Path(f"{cfg.out}.txt")
+    return Path(f"{run.result.parent}.txt")
 
 
-def failure(text, status, cfg):
-    script = text.split()[0]
-    output = log_of(text).read_text(errors="replace")
-    lines = [line for line in output.splitlines() if line.strip()] or [""]
-    reasons = re.findall(rf"{script}: .*|^\w*(?:Error|Exception).*", output, re.M)     # and not what torchrun adds
-    return f"{typed(text, cfg)} ended with status {status}: {(reasons or lines)[-1]} (see {log_of(text)})"
-
-
-@lru_cache
-def val_contents(name, root):
-    """A text that tells a domain's images from others; None where they are not on this machine."""
-    return None if absent(name, root) else contents_of(data.scenes(name, root, "val"))
+def failure(run, status):
+    """What is said of a run that failed: its command, and the end of its output."""
+    lines = [line for line in log_of(run).read_text(errors="replace").splitlines() if line.strip()]
+    reason = rf"{run.text.split()[0]}: |\w*(Error|Exception)"     # and not what torchrun adds
+    reasons = [line for line in lines if re.match(reason, line)] or lines or [""]
+    return f"{run} ended with status {status}: {reasons[-1]} (see {log_of(run)})"
 
 
 class Result(NamedTuple):
@@ -1274,132 +836,148 @@ class Result(NamedTuple):
     miou: list      # of each domain, percent, then the mean of the unseen ones
     seconds: float  # of all stages that led to its encoder and decoder; a distilled one's teacher is not among them
     flops: float    # likewise
+    diagonal: float | None = None   # a patch's mean weight on itself when distillation by QSD has ended
 
 
-def measured(row, block, cfg, device):
-    """A finished row's Result, kept in eval.json beside its segmenter; None if the row or a domain is not there."""
-    path = segmenter_of(row)
+def measured(run, block, cfg, device):
+    """The Result of a row's last run; None if it or a domain is not there."""
+    path = run.result
     if not path.exists():
         return None
-    ledger = qsd.checked_ledger(path, qsd.open_checkpoint(path).get("ledger"))
-    # Another protocol is another measurement, and so is another training, which the ledger tells.
-    protocol = [cfg.window, cfg.stride, cfg.precision, ledger]
-    kept = path.with_name("eval.json")
     domains = block.source + block.unseen
-    inputs = {name: val_contents(name, cfg.root) for name in domains} | {path.name: data.fingerprint(path)}
-    stored = read_book(kept)
-    before = inputs | dict_in(stored, "of")  # older versions did not note it
-    known = {}  # of this segmenter by this protocol, the domains of other tables among them
-    if stored.get("protocol") == protocol and before[path.name] == inputs[path.name]:
-        known = dict_in(stored, "miou")
-    mious = {}
-    for name in domains:
-        # Images that have left this machine were measured when they were here.
-        if inputs[name] in (None, before[name]) and qsd.fits(qsd.Weight, known.get(name)):
-            mious[name] = known[name]
-    missing = "+".join(name for name in domains if name not in mious)
+    mious = known_mious(path, domains, cfg, device)
+    if not mious:
+        return None
+    mean = sum(mious[name] for name in block.unseen) / len(block.unseen)
+    ledger = qsd.checked_ledger(path, qsd.open_checkpoint(path).get("ledger"))
+    seconds = sum(stage["seconds"] for stage in ledger)
+    flops = sum(stage["flops"] for stage in ledger)
+    return Result([mious[name] for name in domains] + [mean], seconds, flops, diagonal_of(run))
+
+
+def known_mious(path, domains, cfg, device):
+    """{domain: mIoU} of a segmenter, None if the images of some are neither here nor measured.
+
+    eval.json beside it keeps {protocol: {domain: mIoU}}, until the segmenter is newer.
+    """
+    kept = path.with_name("eval.json")
+    book = {}
+    if kept.exists() and kept.stat().st_mtime_ns >= path.stat().st_mtime_ns:
+        try:
+            book = json.loads(kept.read_text())
+        except ValueError:
+            qsd.say(f"{kept} is damaged: measured again")
+    mious = book.setdefault(f"window {cfg.window}, stride {cfg.stride:.6g}, {cfg.precision}", {})
+    missing = "+".join(name for name in domains if not math.isfinite(mious.get(name, math.nan)))
     if missing:
         if absent(missing, cfg.root):
             return None
         model, saved = segment.load_segmenter(path, device)
         mious |= measure(path, model, saved, replace(cfg, data=missing), device)
-        here = {name: text for name, text in inputs.items() if text}
-        distill.write(kept, json.dumps(dict(protocol=protocol, miou=known | mious, of=before | here)))
-    mean = sum(mious[name] for name in block.unseen) / len(block.unseen)
-    seconds = sum(stage["seconds"] for stage in ledger)
-    flops = sum(stage["flops"] for stage in ledger)
-    return Result([mious[name] for name in domains] + [mean], seconds, flops)
+        distill.write(kept, json.dumps(book))
+    return mious
 
 
-def tabulate(block, results, cfg):
-    """Print a block as a table and as JSON, from {row name: [its Results]}; returns the JSON's rows."""
-    small = cfg.data != "paper"
-    domains = block.source + block.unseen
-    columns = [*domains, "unseen mean", "seconds", "TFLOP"] if small else [*domains, "mean"]
-    if small and block.paper:
-        columns.append("paper")
-    several = ", mean and standard deviation of seeds" if len(block.seeds) > 1 else ""
-    print(f"\n{block.title}{several}{'' if small else ' [paper]'}")
-    cells = {}
-    record = {}
-    for title, found in results.items():
-        cells[title] = row_cells(title, found, block, small)
-        record[title] = dict(miou=[np.round(result.miou, 2).tolist() for result in found],
-                             seconds=[round(result.seconds) for result in found],
-                             flops=[result.flops for result in found])
-    show(cells, columns)
-    print(json.dumps({"table": cfg.table, "title": block.title, "domains": [*domains, "mean"], "rows": record}))
-    return record
+def diagonal_of(run):
+    """What the log of a row's source stage ends with as "diagonal"; None without one."""
+    for stage in run.needs:
+        log = stage.result.with_name("log.jsonl")
+        if log.exists():
+            return json.loads(log.read_text().splitlines()[-1]).get("diagonal")
 
 
-def row_cells(title, results, block, small):
-    """A row as text: of each domain and their mean, the mean and standard deviation over the seeds.
+def show_block(block, results, cfg):
+    """Print a block as a table and as JSON, from {row: its Results}.
 
     A small world's row also says what it took and what the paper's mean is; at the paper's scale its numbers stand in
     brackets.
     """
-    cells = []
-    for values in zip(*[result.miou for result in results]):
-        deviation = f" ± {np.std(values, ddof=1):.1f}" if len(values) > 1 else ""
-        cells.append(f"{np.mean(values):.1f}{deviation}")
-    if small and results:
-        cells.append(f"{np.mean([result.seconds for result in results]):.0f}")
-        cells.append(f"{np.mean([result.flops for result in results]) / 1e12:.1f}")
-    if not results:
-        cells = ["-"] * (len(block.source + block.unseen) + (3 if small else 1))
-    paper = block.paper.get(title, [])  # of all domains and their mean, or the mean alone
-    if small and block.paper:
-        cells.append(str(paper[-1]) if paper else "-")
-    if not small:
-        for i, value in enumerate(paper, start=len(cells) - len(paper)):
-            cells[i] += f" [{value}]"
-    return cells
+    small = cfg.data in SMALL
+    domains = block.source + block.unseen
+    columns = [*domains, "mean"]
+    if small:
+        columns = [*domains, "unseen mean", "seconds", "TFLOP"]
+        if cfg.table == "steps":
+            columns.append("diagonal")
+        if any(block.paper.values()):
+            columns.append("paper")
+    several = ", mean and standard deviation of seeds" if len(block.seeds) > 1 else ""
+    budget = f"; {TABLES[cfg.table].axis}: {block.budget}" if block.budget else ""
+    print(f"\n{block.title}{budget}{several}{'' if small else ' [paper]'}")
+    cells = {}
+    record = {}
+    for name, found in results.items():
+        mious = [result.miou for result in found]
+        texts = dict.fromkeys(columns, "-")
+        for column, values in zip(columns, zip(*mious)):
+            texts[column] = f"{np.mean(values):.1f}"
+            if len(values) > 1:
+                texts[column] += f" ± {np.std(values, ddof=1):.1f}"
+        record[name] = dict(miou=np.round(mious, 2).tolist(), seconds=[round(result.seconds) for result in found],
+                            flops=[result.flops for result in found])
+        if small and found:
+            texts["seconds"] = f"{np.mean([result.seconds for result in found]):.0f}"
+            texts["TFLOP"] = f"{np.mean([result.flops for result in found]) / 1e12:.1f}"
+        diagonals = [result.diagonal for result in found if result.diagonal is not None]
+        if diagonals and "diagonal" in columns:
+            texts["diagonal"] = f"{np.mean(diagonals):.3f}"
+            record[name]["diagonal"] = diagonals
+        paper = block.paper.get(name, [])  # of all unseen domains and their mean, or the mean alone
+        if small and paper:
+            texts["paper"] = str(paper[-1])
+        elif paper:
+            for column, number in zip(columns[-len(paper):], paper):
+                texts[column] += f" [{number}]"
+        cells[name] = [texts[column] for column in columns]
+    show(cells, columns)
+    print(json.dumps({"table": cfg.table, "title": block.title, "budget": block.budget,
+                      "domains": [*domains, "mean"], "rows": record}))
 
 
-BUDGETS = {  # tables whose rows are named after an objective and its budget, and what their picture's axis says
-    "steps": "steps of each stage of distillation (logarithmic)",
-    "clock": "seconds of all training of a student (logarithmic)",
-    "flops": "FLOPs of all training of a student (logarithmic)",
-}
+STUDENT_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # 97.5 % points, 1 to 9 degrees of freedom
 
 
-def figure_budgets(unseen, path, x_title):
-    """Unseen mIoU {row name: [of each seed]} against the budget: means, and whiskers of one standard deviation."""
+def show_gains(table, unseen, cfg):
+    """Print what a table compares, beside the paper's gains, from {finished row: [unseen mean of each seed]}."""
+    others = [row for row in unseen if row != table.reference]
+    compared = [(f"{row} over {table.reference}", table.reference, row) for row in others] + list(table.gains)
+    cells = {}
+    record = {}
+    for name, before, after in compared:
+        if before in unseen and after in unseen:
+            differences = np.subtract(unseen[after], unseen[before])    # (seeds,)
+            n = len(differences)
+            mean = np.mean(differences)
+            half = STUDENT_T[min(n - 1, len(STUDENT_T)) - 1] * np.std(differences, ddof=1) / math.sqrt(n)
+            paper = paper_gain(cfg.table, before, after)
+            cells[name] = [f"{mean:+.1f} ± {half:.1f}", "-" if paper is None else f"{paper:+.1f}"]
+            record[name] = dict(mean=round(mean, 2), half=round(half, 2), paper=paper)
+    if cells:
+        print("\nGain on unseen domains, mean of the paired differences and 95 % interval")
+        show(cells, ["gain", "paper"])
+        print(json.dumps({"gains": record}))
+
+
+def draw_budgets(curves, path, axis):
+    """Draw {budget: {row: [unseen mean of each seed]}}: means, and whiskers of one standard deviation."""
     lines = defaultdict(list)
     whiskers = {}
-    x_texts = {}
-    for row, values in unseen.items():
-        budget = budget_in(row)
-        if not budget:
-            continue
-        name = row.removesuffix(f", {budget}")
-        _, amount = distill.parse_budget(budget, steps_per_epoch=1)
-        x = math.log2(amount)
-        lines[name].append((x, np.mean(values)))
-        x_texts[x] = tick_text(amount)
-        if len(values) > 1:
-            whiskers[name, x] = np.std(values, ddof=1)
-    return chart(lines, path, x_title, "mIoU, mean of the unseen domains", x_texts=x_texts, whiskers=whiskers)
-
-
-def figure_6(unseen, path, title):
-    """Unseen mIoU {row name: [of each seed]} against the number of sources, with all labels or those of the first."""
-    lines = {}
-    for name, labels in {"labels of the first source": "labels of 1", "labels of all": "all labels"}.items():
-        rows = {1: "1 source", 2: f"2 sources, {labels}", 3: f"3 sources, {labels}"}
-        lines[name] = [(n, np.mean(unseen[row])) for n, row in rows.items()]
-    return chart(lines, path, "sources in distillation", "mIoU, mean of the unseen domains")
+    for x, rows in enumerate(curves.values()):  # budgets double, or are counted
+        for name, values in rows.items():
+            lines[name].append((x, np.mean(values)))
+            if len(values) > 1:
+                whiskers[name, x] = np.std(values, ddof=1)
+    return chart(lines, path, axis, "mIoU, mean of the unseen domains", x_texts=dict(enumerate(curves)),
+                 whiskers=whiskers)
 
 
 def demo_picture(block, path, cfg):
     """Draw images of the unseen domains: predictions, and the features of the teacher and the students."""
-    folders = {row.name: segmenter_of(row).parent for row in block.seeds[0]}
-    students = {name: folders[name] for name in ("no KD", "two-stage MSE", "GKD (QSD)")}
-    teacher = {"teacher": folders["teacher"]}
-    predicted = students | teacher
-    featured = teacher | students
+    folders = {name: block.seeds[0][name].result.parent for name in ("teacher", "no KD", "two-stage MSE", "GKD")}
+    students = {name: folder for name, folder in folders.items() if name != "teacher"}
+    predicted = students | {"teacher": folders["teacher"]}
     cfg = Config(data="+".join(block.unseen), root=cfg.root, examples=8 // len(block.unseen))
-    return compare(predicted, featured, cfg, path, torch.device("cpu"))
+    return compare(predicted, folders, cfg, path, torch.device("cpu"))
 
 
 # --- Drawing ---------------------------------------------------------------------------------------------------------

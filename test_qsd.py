@@ -2858,12 +2858,11 @@ def save_segmenter(path, only=None, seed=0, decoder="linear", **ledger):
     return path
 
 
-def pretend(row, only=0, **ledger):
+def pretend(last, only=0, **ledger):
     """Leave the folders of a row's runs as if they had ended, the last with a segmenter that sees one class."""
-    for text in row.runs:
-        _, cfg, result = evaluation.parsed(text)
-        save_segmenter(result, only, **ledger)
-        distill.write(result.with_name("log.jsonl"), json.dumps(dict(config=data.as_plain(cfg))) + "\n")
+    for run in last.chain():
+        save_segmenter(run.result, only, **ledger)
+        distill.write(run.result.with_name("log.jsonl"), json.dumps(dict(config=dataclasses.asdict(run.cfg))) + "\n")
 
 
 ONE_BY_ONE = evaluation.Config(batch=1, workers=0)
@@ -2985,135 +2984,107 @@ def in_two_processes(work, monkeypatch):
 
 # --- Evaluation: tables are lists of runs -----------------------------------------------------------------------------
 
-WORLDS = ("toy", "camvid", "paper")
 NOT_THERE = [("10", "camvid"), ("fig6", "camvid")]
 NOT_THERE += [(table, "paper") for table in ("main", "effects", "steps", "variants", "clock", "flops")]
 
 
+def blocks_of(table, world, **flags):
+    """The blocks of a table in a world."""
+    cfg = evaluation.Config(table=table, data=world, **(dict(out="runs/x", root="/data", seed=3, seeds=1) | flags))
+    return [] if (table, world) in NOT_THERE else list(itertools.chain(*evaluation.blocks(cfg)))
+
+
 def rows_of(table, world):
-    """All rows of a table in a world, as (block, row)."""
-    if (table, world) in NOT_THERE:
-        return []
-    cfg = evaluation.Config(data=world, out="runs/x", root="/data", seed=3, seeds=1)
-    return [(block, row) for block in evaluation.blocks(table, cfg) for row in block.seeds[0]]
+    """All rows of a table in a world, as (block, name, last run)."""
+    return [(block, name, run) for block in blocks_of(table, world) for name, run in block.seeds[0].items()]
 
 
-@pytest.mark.parametrize("world", WORLDS)
+@pytest.mark.parametrize("world", ["toy", "camvid", "paper"])
 def test_every_command_of_every_table_is_accepted_by_its_script_and_begins_where_one_before_it_ended(world):
     command_of = {}                         # of each folder: the same in all tables
-    for table in evaluation.TABLES:
-        for block, row in rows_of(table, world):
+    for title, table in evaluation.TABLES.items():
+        for _, _, last in rows_of(title, world):
             made = set()
-            for text in row.runs:
-                _, cfg, result = evaluation.parsed(text)
-                assert command_of.setdefault(cfg.out, text) == text
+            for run in last.chain():
+                cfg = run.cfg
+                assert command_of.setdefault(cfg.out, run.text) == run.text and run.result.parent == Path(cfg.out)
                 assert cfg.root == "/data" and cfg.out.startswith("runs/x/") and (cfg.seed == 3 or world == "paper")
-                for begin in (cfg.student if text.startswith("distill") else cfg.encoder, cfg.teacher):
+                for begin in (cfg.student if run.text.startswith("distill") else cfg.encoder, cfg.teacher):
                     assert begin in qsd.ENCODERS or begin == "none" or begin in made, f"{begin} comes from nowhere"
-                made.add(str(result))
-            assert text.startswith("segment.py")
-    for table in [table for table, other in NOT_THERE if other == world]:
-        with pytest.raises(qsd.UserError, match=f"--table {table} --data {world}.* use --data toy"):
-            evaluation.blocks(table, evaluation.Config(data=world))
+                made.add(str(run.result))
+            assert run.text.startswith("segment.py")
+        names = {name for _, name, _ in rows_of(title, world)} | set(table.only_camvid)
+        compared = {table.reference, *itertools.chain(*[rows for _, *rows in table.gains])} - {""}
+        assert compared <= names or len(names) < 3 or world == "paper"
+    for title in [title for title, other in NOT_THERE if other == world]:
+        with pytest.raises(qsd.UserError, match=f"--table {title} --data {world}: this table is made with --data toy"):
+            evaluation.main(["--table", title, "--data", world])
 
 
 def test_the_papers_numbers_fit_their_rows_domains_and_means():
-    for table in evaluation.PAPER:
-        for block, row in rows_of(table, "paper"):
-            assert not block.paper or block.paper.keys() == {row.name for row in block.seeds[0]}
-            *domains, mean = block.paper.get(row.name, [0])
+    for table in [str(number) for number in range(1, 11)]:
+        for block, name, _ in rows_of(table, "paper"):
+            assert list(block.paper) == list(block.seeds[0])
+            *domains, mean = block.paper[name]
             assert len(domains) in (0, len(block.unseen))
             assert not domains or mean == pytest.approx(np.mean(domains), abs=0.1)
     numbers = evaluation.paper_numbers("1")["DINOv2-L -> DeiT-B"]
-    assert numbers["potsdam-rgb"]["+ G2SD"] == [72.4, 46.7, 59.5] and numbers["gtav"]["+ GKD"][-1] == 57.9
+    assert numbers["potsdam-rgb"]["one-stage G2SD"] == [72.4, 46.7, 59.5] and numbers["gtav"]["GKD"][-1] == 57.9
+    assert blocks_of("10", "toy")[0].paper["GKD"] == [72.9] and not blocks_of("7", "toy")[0].paper["teacher, linear"]
 
 
-def test_table_5_adds_one_component_a_row():
-    runs = [[evaluation.parsed(text)[1] for text in row.runs] for _, row in rows_of("5", "paper")]
-    found = []
-    for *stages, last in runs:
-        found.append(([(cfg.data, cfg.loss, cfg.beta) for cfg in stages], last.kd, last.freeze))
-    mse = [("imagenet", "mse", 1), ("gtav", "mse", 1)]
-    unmasked = [("imagenet", "qsd", 0), ("gtav", "qsd", 0)]
-    masked = [("imagenet", "qsd", 1), ("gtav", "qsd", 1)]
-    assert found == [([], 1, False), (mse[1:], 0, False), (mse, 0, False), (unmasked, 0, False), (masked, 0, False),
-                     (masked, 0, True)]
+def recipe(run):
+    """What tells one row from another: --kd, stages of distillation and their objective, --freeze."""
+    stages = [before.cfg for before in run.chain()[:-1]]
+    objective = {(cfg.loss, cfg.attention, cfg.scale, cfg.beta, cfg.gamma) for cfg in stages}
+    return run.cfg.kd, len(stages), *objective, run.cfg.freeze
 
 
-def test_an_effect_is_one_change_between_two_rows_and_the_papers_gain_for_it():
-    rows = {row.name: row.runs for _, row in rows_of("effects", "toy")}
-    changed = []
-    for effect in evaluation.EFFECTS:
-        configs = []
-        for name in (effect.before, effect.after):
-            last = evaluation.parsed(rows[name][-1])[1]
-            stages = [evaluation.parsed(text)[1] for text in rows[name][:-1]]
-            stage_1 = {(cfg.loss, cfg.attention, cfg.beta, cfg.gamma) for cfg in stages}
-            configs.append((last.kd, len(stages), *stage_1, last.freeze))
-        changed.append(configs)
-    mse = ("mse", "learned", 1, 1)
-    qsd_1 = ("qsd", "learned", 1, 1)
-    unmasked = ("qsd", "learned", 0, 1)
-    assert changed == [
-        [(0, 0, False), (1, 0, False)],
-        [(1, 0, False), (0, 1, mse, False)],
-        [(0, 1, mse, False), (0, 2, mse, False)],
-        [(0, 2, ("qsd", "identity", 0, 1), False), (0, 2, unmasked, False)],
-        [(0, 2, mse, False), (0, 2, unmasked, False)],
-        [(0, 2, unmasked, False), (0, 2, qsd_1, False)],
-        [(0, 2, ("qsd", "learned", 1, 0), False), (0, 2, qsd_1, False)],
-        [(0, 2, qsd_1, False), (0, 2, qsd_1, True)],
-        [(0, 2, mse, True), (0, 2, qsd_1, True)],
-        [(0, 0, False), (0, 2, qsd_1, True)]]
+def test_table_5_and_the_effects_add_one_component_a_row_and_have_the_papers_gains():
+    mse = ("mse", "learned", "one", 1, 1)
+    unmasked = ("qsd", "learned", "one", 0, 1)
+    masked = ("qsd", "learned", "one", 1, 1)
+    steps = [(1, 0, False), (0, 1, mse, False), (0, 2, mse, False), (0, 2, unmasked, False), (0, 2, masked, False),
+             (0, 2, masked, True)]
+    assert [recipe(run) for _, _, run in rows_of("5", "paper")] == steps
+    alone = (0, 0, False)
+    identity = (0, 2, ("qsd", "identity", "one", 0, 1), False)
+    no_cls = (0, 2, ("qsd", "learned", "one", 1, 0), False)
+    runs = {name: recipe(run) for _, name, run in rows_of("effects", "toy")}
+    gains = evaluation.TABLES["effects"].gains
+    assert [[runs[before], runs[after]] for _, before, after in gains] == [
+        [alone, steps[0]], steps[:2], steps[1:3], [identity, steps[3]], steps[2:4], steps[3:5], [no_cls, steps[4]],
+        steps[4:], [(0, 2, mse, True), steps[5]], [alone, steps[5]]]
+    assert recipe(blocks_of("main", "toy")[0].seeds[0]["no KD, frozen"]) == (0, 0, True)
+    papers = [evaluation.paper_gain("effects", *rows) for _, *rows in gains]
+    assert papers == [9.2, 4.5, 2.2, None, 0.3, 0.6, None, 0.1, 1.0, 16.9]
+    assert evaluation.paper_gain("10", "no KD", "GKD") == 23.9      # its own, and not table 1's
 
 
-def test_effects_are_means_of_paired_differences_with_students_interval_beside_the_papers_gains(capsys):
-    record = {}
-    for effect in evaluation.EFFECTS:
-        for name in (effect.before, effect.after):
-            record[name] = dict(miou=[[60.0, 10.0], [70.0, 20.0], [80.0, 60.0]])
-    record["QSD, encoder frozen"] = dict(miou=[[60.0, 11.0], [70.0, 22.0], [80.0, 63.0]])    # 1, 2 and 3 more
-    evaluation.show_effects(evaluation.EFFECTS, record)
-    found = {name: cells for name, *cells in printed_table(capsys.readouterr().out)}
-    half = 4.303 / math.sqrt(3)
-    assert found["frozen encoder"] == [f"+2.0 ± {half:.1f}", "+0.1", "within noise"]
-    assert found["GKD instead of two-stage MSE"] == [f"+2.0 ± {half:.1f}", "+1.0", "within noise"]
-    assert found["masked patches"][:2] == ["+0.0 ± 0.0", "+0.6"] and found["CLS token"][1] == "-"
-    assert found["distil at all, in one stage"][1] == "+9.2" and found["proxy stage before it"][1] == "+2.2"
-    cases = ((3, 1, 2), (3, 1, 4), (3, 1, 4.1), (-3, 1, -4.1), (-3, 1, 2), (1, 3, 2), (1, 3, 4), (1, 3, 4.1),
-             (1, 3, -2.1), (1, 3, None), (3, 1, None), (-3, 1, None))
-    verdicts = ["reproduced", "reproduced", "smaller", "smaller", "contradicted", "within noise", "within noise",
-                "not reproduced", "not reproduced", "within noise", "gain", "loss"]
-    assert [evaluation.verdict(*case) for case in cases] == verdicts
+def test_the_table_of_steps_shares_the_runs_of_the_worlds_own_budget_and_has_8000_without_the_scaled_row():
+    found = {block.budget: block.seeds[0] for block in blocks_of("steps", "toy")}
+    assert list(found) == ["250", "500", "1000", "2000", "4000", "8000"]
+    own = distill.PRESETS["toy proxy"]["budget"]
+    assert found[own]["GKD"] == blocks_of("main", "toy")[0].seeds[0]["GKD"]
+    for budget, rows in found.items():
+        assert list(rows) == ["two-stage MSE", "GKD", "GKD, scaled logits"][:2 if budget == "8000" else 3]
+        for name, run in rows.items():
+            for stage in run.chain()[:-1]:
+                assert (stage.cfg.budget, stage.cfg.scale) == (budget, "sqrt" if "scaled" in name else "one")
+    assert [block.budget for block in blocks_of("steps", "camvid")] == ["250", "500", "1000", "2000", "4000"]
 
 
-def test_what_a_table_compares_are_its_own_rows_at_equal_budgets_with_the_papers_gains():
-    for (table, effects_of), world in itertools.product(evaluation.EFFECTS_OF.items(), ("toy", "camvid")):
-        rows = [row.name for _, row in rows_of(table, world)]
-        effects = effects_of(rows)
-        assert effects and {name for effect in effects for name in (effect.before, effect.after)} <= set(rows)
-        if table in evaluation.BUDGETS:
-            for effect in effects:
-                budgets = {evaluation.budget_in(effect.before), evaluation.budget_in(effect.after)} - {None}
-                assert len(budgets) == 1, effect
-    found = {effect.name: effect for effect in evaluation.EFFECTS_OF["4"](["one-stage MSE", "MSE", "new"])}
-    assert found == {"MSE": ("MSE", "one-stage MSE", "MSE", ("4", "one-stage MSE", "MSE")),
-                     "new": ("new", "one-stage MSE", "new", ()),
-                     "CWD instead of MSE": ("CWD instead of MSE", "MSE", "CWD", ("4", "MSE", "CWD"))}
-    main = evaluation.EFFECTS_OF["main"](["no KD", "no KD, frozen", "two-stage MSE", "two-stage CWD", "GKD (QSD)"])
-    assert [effect.before for effect in main] == 4 * ["no KD, frozen"] + 2 * ["two-stage MSE"]
-    assert [effect.after for effect in main[4:]] == ["two-stage CWD", "GKD (QSD)"]
-    toy = evaluation.EFFECTS_OF["main"](["no KD", "two-stage MSE", "GKD (QSD)"])
-    assert [effect.before for effect in toy] == ["no KD", "no KD", "two-stage MSE"]
-
-
-def test_students_t_has_975_thousandths_of_its_mass_below_each_point():
-    for df, point in enumerate(evaluation.STUDENT_T, start=1):
+def test_gains_are_means_of_paired_differences_with_students_interval_beside_the_papers(capsys):
+    unseen = {"one-stage MSE": [10.0, 20.0, 60.0], "two-stage CWD": [11.0, 22.0, 63.0], "new": [10.0, 20.0, 60.0]}
+    evaluation.show_gains(evaluation.TABLES["4"], unseen, evaluation.Config(table="4"))
+    assert printed_table(capsys.readouterr().out)[1:] == [
+        ["two-stage CWD over one-stage MSE", f"+2.0 ± {4.303 / math.sqrt(3):.1f}", "+5.5"],
+        ["new over one-stage MSE", "+0.0 ± 0.0", "-"]]
+    for df, point in enumerate(evaluation.STUDENT_T, start=1):      # which has 97.5 % of its mass below the point
         x = torch.linspace(0, point, 200001, dtype=torch.float64)
         constant = math.gamma((df + 1) / 2) / (math.sqrt(df * math.pi) * math.gamma(df / 2))
         density = constant * (1 + x ** 2 / df) ** (-(df + 1) / 2)
         assert torch.trapezoid(density, x).item() == pytest.approx(0.475, abs=2e-5)
-    assert evaluation.interval([3.0]) == (3, math.inf)
 
 
 def test_a_table_at_the_papers_scale_says_what_it_needs_and_runs_nothing(tmp_path, capsys, monkeypatch):
@@ -3125,203 +3096,151 @@ def test_a_table_at_the_papers_scale_says_what_it_needs_and_runs_nothing(tmp_pat
     assert "nproc_per_node=8 distill.py --data imagenet --loss qsd --teacher dinov2_vitb14" in out
     assert "\npython segment.py --data potsdam-rgb" in out and "# needs /nowhere/potsdam and a GPU" in out
     assert "cityscapes" not in out and not list(tmp_path.iterdir())
-    assert printed_table(out)[10] == ["+ GKD", "- [74.5]", "- [55.6]", "- [65.1]"]
-    evaluation.main(["--table", "5"])       # where the paper gives the mean alone
-    assert printed_table(capsys.readouterr().out)[1] == ["one-stage MSE", "-", "-", "-", "- [46.4]"]
-    block, = evaluation.blocks("4", evaluation.Config())
-    cells = evaluation.row_cells("QSD", [evaluation.Result([1, 2, 6, 3], 0, 0)], block, small=False)
-    assert cells == ["1.0 [54.9]", "2.0 [49.8]", "6.0 [57.8]", "3.0 [54.1]"]
+    assert printed_table(out)[10] == ["GKD", "- [74.5]", "- [55.6]", "- [65.1]"]
+    evaluation.main(["--table", "5", "--processes", "2"])       # where the paper gives the mean alone
+    out = capsys.readouterr().out
+    assert printed_table(out)[1] == ["one-stage MSE", "-", "-", "-", "- [46.4]"] and "nproc_per_node=2 distill" in out
+    with pytest.raises(qsd.UserError, match="--setting voc: this table has gtav"):
+        evaluation.main(["--table", "5", "--setting", "voc"])
 
 
 # --- Evaluation: tables run what is missing ---------------------------------------------------------------------------
 
-def test_rows_share_a_run_which_starts_after_those_it_needs_and_only_so_many_work_at_once(tmp_path, monkeypatch):
-    p, q, r, s, t = [evaluation.command("segment.py", data="toy", out=tmp_path / name) for name in "pqrst"]
-    rows = [evaluation.Row("", runs) for runs in ([p, q], [p, r], [s], [t], [p])]
-    started = []
-    working = []
-    most = []
-
-    def begin(text, cfg):
-        assert text in (p, s, t) or evaluation.finished(p)
-        started.append(text)
-        working.append(text)
-        most.append(len(working))
-        looks = iter([False, True])
-
-        def poll():
-            if not next(looks):
-                return None
-            working.remove(text)
-            pretend(evaluation.Row("", [text]))
-            return 0
-        return SimpleNamespace(poll=poll, returncode=0)
-    monkeypatch.setattr(evaluation, "begin", begin)
-    for jobs in (2, 2, 1):
-        evaluation.run_rows(rows, evaluation.Config(data="toy", jobs=jobs))
-    assert started[:2] == [p, s] and sorted(started) == sorted([p, q, r, s, t])    # the most wanted first; none again
-    assert max(most) == 2 and not working
+def quick(out, **more):
+    """A short run."""
+    few = dict(decoder="linear", batch=1, workers=0, log_every=1, budget=2000)
+    return evaluation.run_of("segment.py", data="toy", encoder="toy_small", **few, **more, out=out)
 
 
-@pytest.fixture
-def begun(monkeypatch):
-    """The processes of the runs that a table begins."""
-    processes = []
-    begin = evaluation.begin
-
-    def noted(text, cfg):
-        processes.append(begin(text, cfg))
-        return processes[-1]
-    monkeypatch.setattr(evaluation, "begin", noted)
-    return processes
+def block_of(run, source=("toy",), unseen=("toy-night", "toy-fog")):
+    return evaluation.Block("table", [{"row": run}], list(source), list(unseen), {}, "", run.result.parent)
 
 
-def quick(out, more=""):
-    """A short run's command."""
-    few = "--decoder linear --batch 1 --workers 0 --log_every 1 --budget 2000"
-    return f"segment.py --data toy --encoder toy_small {few} --out {out} {more}".strip()
-
-
-def test_a_failed_run_is_told_in_one_line_and_ends_the_others(tmp_path, begun, monkeypatch):
-    bad, long, never = [evaluation.Row("", [quick(tmp_path / name)]) for name in ("bad", "long", "never")]
-    script = "import sys, time\nif 'bad' in sys.argv[-1]: sys.exit('first line\\nthe reason')\ntime.sleep(20)\n"
-    (tmp_path / "segment.py").write_text(f"{script}open('{tmp_path}/ended', 'w')")
+def test_runs_start_once_after_those_they_need_so_many_at_a_time_and_a_failed_one_ends_all(tmp_path, monkeypatch):
+    (tmp_path / "segment.py").write_text(f"""import os, sys, time
+if "bad" in sys.argv[-1]: sys.exit("first line\\nthe reason")
+with open("{tmp_path}/told", "a") as file: print("+", sys.argv[-1][-1], os.environ["OMP_NUM_THREADS"], file=file)
+time.sleep(60 if "long" in sys.argv[-1] else 0.5)
+with open("{tmp_path}/told", "a") as file: print("-", sys.argv[-1][-1], 0, file=file)""")
     monkeypatch.setattr(evaluation, "__file__", str(tmp_path / "eval.py"))
+    monkeypatch.setattr(os, "cpu_count", lambda: 6)
+    first = quick(tmp_path / "1")
+    needy = [quick(tmp_path / name, teacher=first) for name in "23"]
+    evaluation.work_through([*needy, first, quick(tmp_path / "4")], evaluation.Config(jobs=2))
+    told = [line.split() for line in (tmp_path / "told").read_text().splitlines()]
+    names = [sign + name for sign, name, _ in told]
+    assert sorted(names) == sorted("+1 -1 +2 -2 +3 -3 +4 -4".split()) and {told[0][2], told[1][2]} <= {"3", "0"}
+    assert names.index("-1") < min(names.index("+2"), names.index("+3"))
+    assert max(itertools.accumulate(1 if sign == "+" else -1 for sign, _, _ in told)) == 2
+    bad, long, never = [quick(tmp_path / name) for name in ("bad", "long", "never")]
     with pytest.raises(qsd.UserError) as error:
-        evaluation.run_rows([bad, long, never], evaluation.Config(data="toy", jobs=2))
-    says = f"python {bad.runs[0]} ended with status 1: the reason (see {tmp_path}/bad.txt)"
-    assert str(error.value) == says and len(begun) == 2
-    assert begun[1].returncode == -signal.SIGTERM and not (tmp_path / "ended").exists()    # and has been waited for
+        evaluation.work_through([bad, long, never], evaluation.Config(jobs=2))
+    assert str(error.value) == f"python {bad.text} ended with status 1: the reason (see {tmp_path}/bad.txt)"
+    assert (tmp_path / "long.txt").exists() and not (tmp_path / "never.txt").exists()
+    assert "- g" not in (tmp_path / "told").read_text()
 
 
-def test_a_killed_table_ends_its_runs_with_their_step_saved(tmp_path, begun, monkeypatch, capsys):
+def test_a_stopped_table_ends_its_runs_with_their_step_saved(tmp_path, monkeypatch, capsys):
     log = tmp_path / "a/log.jsonl"
 
     def wait(seconds):
         time.sleep(0.02)
+        assert signal.getsignal(signal.SIGINT) == signal.getsignal(signal.SIGTERM)
         if log.exists() and '"step": 2,' in log.read_text():
             signal.raise_signal(signal.SIGTERM)
     monkeypatch.setattr(evaluation, "time", SimpleNamespace(sleep=wait, time=time.time))
+    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
     with pytest.raises(SystemExit) as stop:
-        evaluation.run_rows([evaluation.Row("", [quick(tmp_path / "a")])], evaluation.Config(data="toy"))
-    assert stop.value.code == 128 + signal.SIGTERM == begun[0].returncode
-    assert "stopped by signal 15; the same command" in capsys.readouterr().err
-    saved = torch.load(tmp_path / "a/last.pt", weights_only=True)["spent"]["steps"]
+        evaluation.work_through([quick(tmp_path / "a")], evaluation.Config(data="toy"))
+    assert stop.value.code == 143 and "stopped by signal 15; the same command" in capsys.readouterr().out
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
+    saved = torch.load(tmp_path / "a/last.pt", weights_only=True)["ledger"]["steps"]
     assert json.loads(log.read_text().splitlines()[-1])["step"] == saved >= 2
-
-
-def test_a_table_outlives_its_terminal_after_its_runs_too_if_nohup_began_it():
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)                    # what nohup does
-    before = [signal.getsignal(number) for number in data.ENDING]
-    evaluation.run_rows([], evaluation.Config(data="toy"))
-    assert [signal.getsignal(number) for number in data.ENDING] == before
 
 
 def test_a_row_shows_mean_and_deviation_of_its_seeds_and_the_papers_number(few, tmp_path, capsys):
     out = str(tmp_path / "with space")
-    block, = evaluation.blocks("4", evaluation.Config(data="toy", out=out, seeds=2))
+    block, = blocks_of("4", "toy", out=out, seeds=2, seed=0, root="data")
     for seed, rows in enumerate(block.seeds):
-        for i, row in enumerate(rows):
-            pretend(row, only=(i + 3 * seed) % 8, seconds=60 + 20 * seed, flops=(i + seed) * 1e12)
+        for i, run in enumerate(rows.values()):
+            pretend(run, only=(i + 3 * seed) % 8, seconds=60 + 20 * seed, flops=(i + seed) * 1e12)
     evaluation.main(["--table", "4", "--data", "toy", "--out", out, "--seeds", "2"])
-    text, _, effects = capsys.readouterr().out.partition("\nGain on unseen domains")
+    text, _, gains = capsys.readouterr().out.partition("\nGain on unseen domains")
     header, *table = printed_table(text)
     record = json.loads(text.splitlines()[-1])
-    assert "\n| QSD " in effects
+    assert "\n| GKD over one-stage MSE " in gains
     assert header == ["", *LOOK, "unseen mean", "seconds", "TFLOP", "paper"] and record["domains"] == [*LOOK, "mean"]
     papers = ("46.4", "48.8", "53.1", "51.9", "52.3", "54.1")
-    for i, (row, paper) in enumerate(zip(block.seeds[0], papers, strict=True)):
-        mious = [[constant_miou(name, (i + 3 * seed) % 8) for name in LOOK] for seed in (0, 1)]
+    for i, (name, paper) in enumerate(zip(block.seeds[0], papers, strict=True)):
+        mious = [[constant_miou(domain, (i + 3 * seed) % 8) for domain in LOOK] for seed in (0, 1)]
         for values in mious:
             values.append(statistics.mean(values[1:]))              # of the unseen domains alone
         cells = [f"{statistics.mean(v):.1f} ± {statistics.stdev(v):.1f}" for v in zip(*mious)]
-        assert table[i] == [row.name, *cells, "70", str(i + 0.5), paper]
-        assert record["rows"][row.name]["miou"] == [pytest.approx(values, abs=0.006) for values in mious]
+        assert table[i] == [name, *cells, "70", str(i + 0.5), paper]
+        assert record["rows"][name]["miou"] == [pytest.approx(values, abs=0.006) for values in mious]
 
 
-def test_a_measurement_is_kept_until_its_protocol_changes_or_its_segmenter_is_trained_again(few, tmp_path):
-    row = evaluation.Row("row", [quick(tmp_path / "a")])
-    block = evaluation.Block("table", [[row]], ["toy"], ["toy-night", "toy-fog"], {})
-    cfg = evaluation.Config(data="toy", workers=0)
+def test_a_measurement_is_kept_by_protocol_and_domain_until_its_segmenter_is_trained_again(few, tmp_path, monkeypatch):
+    source = evaluation.run_of("distill.py", data="toy", out=tmp_path / "source")
+    run = evaluation.run_of("segment.py", data="toy", encoder=source, out=tmp_path / "a")
+    looked = []
+    measure = evaluation.measure
+    monkeypatch.setattr(evaluation, "measure", lambda *args: looked.append(args[-2].data) or measure(*args))
+    other = block_of(run, [], ["toy-rain"])                         # of another table
 
-    def measured(**protocol):
-        return evaluation.measured(row, block, dataclasses.replace(cfg, **protocol), CPU)
+    def measured(block=block_of(run), **protocol):
+        return evaluation.measured(run, block, evaluation.Config(data="toy", workers=0, **protocol), CPU)
     assert measured() is None
-    pretend(row, only=3)
+    pretend(run, only=3)
     first = measured()
     expected = [constant_miou(name, 3) for name in ("toy", "toy-night", "toy-fog")]
-    assert first.miou == pytest.approx([*expected, (expected[1] + expected[2]) / 2])
-    kept = tmp_path / "a/eval.json"
-    other = json.dumps(json.loads(kept.read_text()) | {"miou": {"toy": 1, "toy-night": 2, "toy-fog": 4}})
-    for protocol in (dict(flip=True), dict(window=32), dict(stride=0.5), dict(mode="whole"), dict(scales="1,1.5"),
-                     dict(precision="bf16")):
-        kept.write_text(other)
-        assert measured().miou == [1, 2, 4, 3] != measured(**protocol).miou
-    kept.write_text(other)
-    pretend(row, only=3, seconds=61)
-    assert measured() == first._replace(seconds=61)
-
-
-def test_tables_that_share_a_segmenter_keep_each_others_measurements(few, tmp_path, monkeypatch):
-    row = evaluation.Row("row", [quick(tmp_path / "a")])
-    pretend(row, only=3)
-    one = evaluation.Block("one", [[row]], ["toy"], ["toy-night"], {})
-    two = evaluation.Block("two", [[row]], [], ["toy-fog"], {})
-    measured = partial(evaluation.measured, row, cfg=evaluation.Config(data="toy", workers=0), device=CPU)
-    first = measured(one)
-    second = measured(two)
+    assert first.miou == pytest.approx([*expected, (expected[1] + expected[2]) / 2]) and first.seconds == 60
+    for change in (dict(block=other), dict(window=32), dict(stride=0.5), dict(precision="bf16")):
+        measured(**change)
+    assert looked == ["toy+toy-night+toy-fog", "toy-rain"] + 3 * ["toy+toy-night+toy-fog"]
     with monkeypatch.context() as patch:
-        patch.setattr(evaluation, "measure", None)                  # nothing is measured twice
-        assert measured(one) == first and measured(two) == second
-    miou = json.loads((tmp_path / "a/eval.json").read_text())["miou"]
-    assert miou == dict(zip(["toy", "toy-night", "toy-fog"], [*first.miou[:2], second.miou[0]]))
-    pretend(row, only=0, seed=1)                                    # of another segmenter nothing is kept
-    assert measured(two).miou != second.miou
-    assert list(json.loads((tmp_path / "a/eval.json").read_text())["miou"]) == ["toy-fog"]
+        patch.setattr(evaluation, "absent", lambda names, root: [names])    # images that have left
+        assert measured() == first and measured(other) and measured(block_of(run, [], ["toy-snow"])) is None
+    kept = tmp_path / "a/eval.json"
+    for damaged in ("{", kept.read_text().replace(str(first.miou[0]), "NaN")):
+        kept.write_text(damaged)
+        assert measured() == first
+    pretend(run, only=0)
+    later = kept.stat().st_mtime_ns + 1
+    os.utime(run.result, ns=(later, later))
+    assert measured().miou[0] == pytest.approx(constant_miou("toy", 0)) and measured().diagonal is None    # an old log
+    with open(tmp_path / "source/log.jsonl", "a") as log:
+        log.write('{"step": 20, "diagonal": 0.5}\n{"step": 40, "diagonal": 0.25}\n')
+    assert measured().diagonal == 0.25                              # of the attention, when its stage has ended
 
 
-def test_a_measurement_outlives_its_images_but_not_their_replacement(few, tmp_path, monkeypatch):
-    row = evaluation.Row("row", [quick(tmp_path / "a")])
-    pretend(row, only=3)
-    one = evaluation.Block("one", [[row]], [], ["toy-night"], {})
-    both = evaluation.Block("both", [[row]], [], ["toy-night", "toy-fog"], {})
-    there = {"toy-night": "its images", "toy-fog": "its images"}
-    monkeypatch.setattr(evaluation, "val_contents", lambda name, root: there[name])
-    looked = []
-    monkeypatch.setattr(evaluation, "measure", lambda title, model, saved, cfg, device: (
-        looked.append(cfg.data), dict.fromkeys(cfg.data.split("+"), 50.0))[1])
-    for contents, block, measured in (("its images", one, ["toy-night"]), (None, one, []),
-                                      (None, both, ["toy-fog"]), ("its images", both, []),
-                                      ("others", both, ["toy-night"])):
-        there["toy-night"] = contents
-        evaluation.measured(row, block, evaluation.Config(data="toy"), CPU)
-        assert looked == measured
-        looked.clear()
+@pytest.mark.parametrize("table, reference, budgets", [
+    ("clock", "two-stage MSE", "40s 80s 160s"), ("flops", "two-stage MSE", "2.5e12flop 5e12flop 1e13flop"),
+    ("steps", "two-stage MSE", "250 500 1000 2000")])
+def test_a_table_with_budgets_is_printed_once_for_each_and_drawn_with_means_and_spreads_of_finished_rows(
+        table, reference, budgets, monkeypatch, capsys):
+    name = "GKD"
+    first, second, third, *_ = budgets.split()
+    value = {(name, first): 10, (name, second): 14, (name, third): 30, (reference, first): 5}
+    drawn = []
+    monkeypatch.setattr(evaluation, "chart", lambda *args, **options: drawn.append((args, options)))
 
-
-def test_folders_of_older_runs_with_constants_that_no_longer_exist_are_finished_and_keep_their_measurement(
-        few, tmp_path, begun):
-    row = evaluation.Row("row", [quick(tmp_path / "a")])
-    block = evaluation.Block("table", [[row]], ["toy"], ["toy-night"], {})
-    pretend(row)
-    path = tmp_path / "a/segmenter.pt"
-    saved = torch.load(path, weights_only=True)
-    log = tmp_path / "a/log.jsonl"
-    for config in (saved["config"], header := json.loads(log.read_text())["config"]):
-        config.update(mask_every=2, val_every=0)
-        config.pop("mask_all")
-        config.pop("distance")
-    torch.save(saved, path)
-    log.write_text(json.dumps(dict(config=header)) + "\n")
-    protocol = ["slide", 0, 0.6666666666666666, False, "1", "fp32", saved["ledger"]]
-    (tmp_path / "a/eval.json").write_text(json.dumps(dict(protocol=protocol, miou={"toy": 69.25, "toy-night": 27.5})))
-    assert evaluation.finished(row.runs[0])
-    evaluation.run_rows([row], evaluation.Config(data="toy"))
-    assert not begun and evaluation.measured(row, block, evaluation.Config(data="toy"), CPU).miou == [69.25, 27.5, 27.5]
-    segment.load_segmenter(path)
-    log.write_text(json.dumps(dict(config=header | dict(mask_every=1))) + "\n")
-    with pytest.raises(qsd.UserError, match="holds a run with other constants .mask_every 1 -> 2"):
-        evaluation.finished(row.runs[0])
+    def found(run, block, *more):
+        late = run in block.seeds[1].values()
+        row, = {row for rows in block.seeds for row, other in rows.items() if other is run}
+        missing = (row, block.budget) not in value or (late and block.budget == third)
+        return None if missing else evaluation.Result([9] * 5 + [value[row, block.budget] + 2 * late], 0, 0, 0.5)
+    monkeypatch.setattr(evaluation, "measured", found)
+    evaluation.main(f"--table {table} --data toy --seeds 2 --run no".split())
+    (lines, path, *_), options = drawn[0]
+    assert lines == {name: [(0, 11), (1, 15)], reference: [(0, 6)]} and path.name == f"{table}.png"
+    assert list(options["x_texts"].values())[:3] == [first, second, third]
+    spread = pytest.approx(2 ** 0.5)
+    assert options["whiskers"] == {(name, 0): spread, (name, 1): spread, (reference, 0): spread}
+    text = capsys.readouterr().out
+    gains = text.split("Gain on unseen domains")
+    assert len(gains) == 2 and f"| {name} over {reference} | +5.0 ± 0.0 |" in gains[1]
+    assert ("| 0.500 " in text) == (table == "steps")
 
 
 # --- Evaluation: figures ----------------------------------------------------------------------------------------------
@@ -3964,19 +3883,16 @@ def test_figure_9_of_detectors_says_that_its_numbers_are_ap_and_needs_a_single_o
 
 def test_table_10_distils_on_the_source_and_replaces_the_decoder_and_its_labels():
     for world, source, labels in (("toy", "toy", "toy-boxes"), ("paper", "voc", "voc")):
-        rows = {row.name: [evaluation.parsed(text)[1] for text in row.runs] for _, row in rows_of("10", world)}
-        assert list(rows) == ["teacher", "student", "+ CWD", "+ ViTKD", "+ GKD"]
+        rows = {name: [before.cfg for before in run.chain()] for _, name, run in rows_of("10", world)}
+        assert list(rows) == ["teacher", "no KD", "one-stage CWD", "one-stage ViTKD", "GKD"]
         for row in rows.values():
             assert (row[-1].data, row[-1].decoder, row[-1].blocks) == (labels, "boxes", "last")
-        assert [cfg.data for cfg in rows["+ GKD"][-3:-1]] == ["toy-proxy" if world == "toy" else "imagenet", source]
-        assert rows["+ GKD"][-1].freeze and not rows["+ CWD"][-1].freeze and rows["+ CWD"][-1].loss == "cwd"
-        names = [Path(evaluation.parsed(row.runs[-1])[1].out).name for table in ("9", "10") for _, row in
-                 rows_of(table, "toy") if row.name == "student"]
-        assert names == ["no-kd", "no-kd-toy-boxes"]
-    block, = evaluation.blocks("10", evaluation.Config())
-    assert block.source + block.unseen == ["voc", "voc-corruptions"] and block.paper["+ GKD"] == [72.9]
-    block, = evaluation.blocks("10", evaluation.Config(data="toy"))
-    assert block.paper["+ GKD"] == [72.9]
+        assert [cfg.data for cfg in rows["GKD"][:2]] == ["toy-proxy" if world == "toy" else "imagenet", source]
+        assert rows["GKD"][-1].freeze and not rows["one-stage CWD"][-1].freeze
+    names = [run.result.parent.name for table in ("9", "10") for _, name, run in rows_of(table, "toy") if name == "no KD"]
+    assert names == ["no-kd", "no-kd-toy-boxes"]
+    block, = blocks_of("10", "paper")
+    assert block.source + block.unseen == ["voc", "voc-corruptions"] and block.paper["GKD"] == [72.9]
 
 
 BAD_EVALUATIONS = {
