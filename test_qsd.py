@@ -28,7 +28,7 @@ import types
 import warnings
 import zipfile
 import zlib
-from collections import OrderedDict
+from collections import Counter, OrderedDict, deque
 from functools import cache, partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -94,41 +94,18 @@ def slow_projection(project, v):
 
 
 def slow_weights(head, config, v_s, v_t):
-    """Equation 7: the share that token i takes of token j is exp(W_ij) over the sum of row i."""
+    """The share that token i takes of token j is exp(W_ij) over the sum of row i."""
     B, N, C = v_t.shape
     if config.attention == "identity":
         return torch.eye(N).expand(B, N, N)
     query = slow_projection(head.varphi, v_s) if config.attention == "learned" else v_t
-    key = slow_pooled(v_t, head.grid) if config.pool_keys else v_t
-    rows = []
-    for b, i in np.ndindex(B, N):
-        W = []
-        for j in range(key.shape[1]):
-            dot = (query[b, i] * key[b, j]).sum()
-            cosine = dot / query[b, i].norm() / key[b, j].norm()
-            W.append({"one": dot, "sqrt": dot / C ** 0.5, "cosine": cosine / config.temperature}[config.scale])
-        shares = torch.stack(W).exp()
-        rows.append(shares / shares.sum())
-    return torch.stack(rows).view(B, N, key.shape[1])
-
-
-def slow_pooled(v, grid):
-    """The mean of the tokens of each window of 2x2, as many as there are at the border; a CLS token is alone."""
-    if v.shape[1] == 1:
-        return v
-    places = torch.arange(v.shape[1]).view(grid)
-    means = []
-    for top, left in np.ndindex(-(-grid[0] // 2), -(-grid[1] // 2)):
-        window = places[2 * top:2 * top + 2, 2 * left:2 * left + 2]
-        means.append(v[:, window.flatten()].mean(1))
-    return torch.stack(means, 1)
+    W = (query[:, :, None] * v_t[:, None]).sum(3) / (C ** 0.5 if config.scale == "sqrt" else 1)
+    return W.exp() / W.exp().sum(2, keepdim=True)
 
 
 def slow_qsd(head, config, v_s, v_t):
-    """Equation 8: token i becomes the sum of all values j, each times the share that i takes of it."""
+    """Token i becomes the sum of all values j, each times the share that i takes of it."""
     values = slow_projection(head.phi, v_s)
-    if config.pool_keys:
-        values = slow_pooled(values, head.grid)
     return (slow_weights(head, config, v_s, v_t)[..., None] * values[:, None]).sum(2)
 
 
@@ -145,47 +122,32 @@ def slow_mask(noise, ratio):
     return noise < noise.sort(1).values[:, count:count + 1]
 
 
-def slow_sampled(errors, noise, K):
-    """Errors (B, N), or in place of each the mean of the K of its image that count: every (N / K)th by noise."""
-    if not K:
-        return errors
-    N = noise.shape[1]
-    rank = (noise[:, None] < noise[:, :, None]).sum(2)                          # how many patches come before
-    counted = torch.isin(rank, torch.tensor([math.floor(k * N / K) for k in range(K)]))
-    assert counted.sum().item() == K * len(noise)
-    return torch.stack([row[chosen].mean().expand(N) for row, chosen in zip(errors, counted)])
-
-
 def slow_gkd(objective, student, x, t, noise):
-    """Equations 9 to 12 as they stand: a second pass of all images, some of them masked, and no work shared."""
+    """The paper's equations as they stand: a second pass of all images, some of them masked, and no work shared."""
     c = objective.config
     v_t_cls, v_t, outs_t = t
     v_s_cls, v_s, outs_s = student.run(x, layers=objective.layers_s)
     losses = {}
+
+    def errors(head, v_s, v_t):                                                 # (B, N)
+        return slow_distance(slow_qsd(head, c, v_s, v_t), v_t, c.distance)
     if c.gamma:
-        cls = slow_qsd(objective.cls, c, v_s_cls[:, None], v_t_cls[:, None])
-        cls_errors = slow_distance(cls, v_t_cls[:, None], c.distance)           # (B, 1)
+        cls_errors = errors(objective.cls, v_s_cls[:, None], v_t_cls[:, None])
         losses["L_cls"] = cls_errors.mean()
     if c.alpha:
-        errors = slow_distance(slow_qsd(objective.feat, c, v_s, v_t), v_t, c.distance)
-        errors = slow_sampled(errors, noise, c.qsd_queries)
-        if c.gamma and c.feat_with_cls:
-            errors = torch.cat([cls_errors, errors], 1)                         # (B, 1 + N)
-        losses["L_feat"] = errors.mean()
+        counted = [cls_errors] if c.gamma and c.feat_with_cls else []
+        losses["L_feat"] = torch.cat(counted + [errors(objective.feat, v_s, v_t)], 1).mean()
+        own = slow_weights(objective.feat, c, v_s, v_t) * torch.eye(v_t.shape[1])
+        losses["diagonal"] = own.sum(2).mean().detach()
     if c.beta:
         masked = slice(0, None, 1 if c.mask_all else 2)
         mask = torch.zeros(noise.shape, dtype=torch.bool)
         mask[masked] = slow_mask(noise[masked], c.mask_ratio)
-        errors = slow_distance(slow_qsd(objective.mask, c, student(x, mask)[1], v_t), v_t, c.distance)      # (B, N)
-        errors = slow_sampled(errors, noise, c.qsd_queries)
-        counted = {"all": errors, "masked_samples": errors[masked], "masked_tokens": errors[mask]}[c.mask_loss]
-        losses["L_mask"] = counted.mean()
-    weights = dict(L_feat=c.alpha, L_mask=c.beta, L_cls=c.gamma, L_inner=c.alpha)
+        losses["L_mask"] = errors(objective.mask, student(x, mask)[1], v_t).mean()
     if c.layers == "four":
-        losses["L_inner"] = 0.0
-        for head, o_s, o_t in zip(objective.inner, outs_s, outs_t, strict=True):
-            target = F.layer_norm(o_t, (32,))
-            losses["L_inner"] += slow_distance(slow_qsd(head, c, o_s, target), target, c.distance).mean()
+        targets = [F.layer_norm(out, (32,)) for out in outs_t]
+        losses["L_inner"] = sum(errors(*three).mean() for three in zip(objective.inner, outs_s, targets, strict=True))
+    weights = dict(L_feat=c.alpha, L_mask=c.beta, L_cls=c.gamma, L_inner=c.alpha, diagonal=0)
     return losses | {"loss": sum(weights[name] * value for name, value in losses.items())}
 
 
@@ -264,14 +226,15 @@ def assert_equal_gradients(fast, slow, inputs):
 
 
 @pytest.mark.parametrize("attention", ["learned", "teacher", "identity"])
-@pytest.mark.parametrize("scale", ["one", "sqrt", "cosine"])
-def test_a_qsd_head_equals_a_loop_over_tokens_in_value_and_gradient(scale, attention):
-    config = qsd.LossConfig(scale=scale, attention=attention, temperature=0.3)
-    head = qsd.build_head(mini_vit(6), mini_vit(8), config)
+@pytest.mark.parametrize("scale", ["one", "sqrt"])
+def test_a_qsd_head_equals_its_slow_form_in_value_and_gradient(scale, attention):
+    config = qsd.LossConfig(scale=scale, attention=attention)
+    head = qsd.QSD(6, 8, attention, scale)
     v_s = torch.randn(2, 4, 6, requires_grad=True)
     v_t = torch.randn(2, 4, 8)
     torch.testing.assert_close(head.weights(v_s, v_t), slow_weights(head, config, v_s, v_t), rtol=1e-5, atol=1e-6)
-    fast = head(v_s, v_t)
+    fast, W = head(v_s, v_t)
+    assert torch.equal(W, head.weights(v_s, v_t))
     slow = slow_qsd(head, config, v_s, v_t)
     torch.testing.assert_close(fast, slow, rtol=1e-5, atol=1e-5)
     direction = torch.randn(2, 4, 8)
@@ -285,15 +248,11 @@ SLOW = dict(qsd=slow_gkd, mse=slow_mse, cwd=slow_cwd, afdcd=slow_afdcd, g2sd=slo
 @pytest.mark.parametrize("loss, constants", [
     ("qsd", {}), ("qsd", dict(alpha=0.3, beta=0.5, gamma=0.7, layers="four")),
     ("qsd", dict(alpha=0)), ("qsd", dict(beta=0)), ("qsd", dict(gamma=0)), ("qsd", dict(alpha=0, gamma=0)),
-    ("qsd", dict(distance="l1", layers="four")), ("qsd", dict(distance="cosine", mask_loss="masked_tokens")),
-    ("qsd", dict(feat_with_cls=False)), ("qsd", dict(mask_ratio=0.75)), ("qsd", dict(mask_all=True)),
-    ("qsd", dict(mask_loss="masked_samples")), ("qsd", dict(mask_loss="masked_tokens", alpha=0, gamma=0)),
-    ("qsd", dict(mask_loss="masked_tokens", mask_all=True)), ("qsd", dict(attention="teacher", scale="cosine")),
-    ("qsd", dict(attention="identity", qsd_queries=4)), ("qsd", dict(attention="teacher", qsd_queries=15)),
-    ("qsd", dict(qsd_queries=4, pool_keys=True)), ("qsd", dict(qsd_queries=7, mask_loss="masked_samples")),
-    ("qsd", dict(attention="teacher", scale="sqrt", pool_keys=True, layers="four")),
-    ("qsd", dict(attention="identity")), ("mse", {}), ("cwd", {}), ("afdcd", dict(grid=(8, 16), dcd_pool=2)),
-    ("g2sd", {}), ("vitkd", {}), ("proteus", {}), ("proteus", dict(mask_all=True, mask_ratio=0.3)),
+    ("qsd", dict(distance="l1", layers="four")), ("qsd", dict(distance="cosine")), ("qsd", dict(feat_with_cls=False)),
+    ("qsd", dict(mask_ratio=0.75)), ("qsd", dict(mask_all=True)), ("qsd", dict(attention="identity")),
+    ("qsd", dict(attention="teacher", scale="sqrt", layers="four")),
+    ("mse", {}), ("cwd", {}), ("afdcd", dict(grid=(8, 16), dcd_pool=2)), ("g2sd", {}), ("vitkd", {}),
+    ("proteus", {}), ("proteus", dict(mask_all=True, mask_ratio=0.3)),
 ], ids=str)
 def test_an_objective_equals_its_slow_form_in_value_and_gradient_and_stays_fp32_under_autocast(loss, constants):
     student, objective, x, s, t, noise = setting(loss, **constants)
@@ -315,31 +274,14 @@ def test_attention_is_computed_in_fp32_under_autocast():
     head = qsd.QSD(64, 64)
     v = 5 * torch.randn(1, 9, 64)
     with torch.autocast("cpu", torch.bfloat16):
-        query, value, out = head.varphi(v), head.phi(v), head(v, v)             # the first two in bf16
+        query, value, (out, _) = head.varphi(v), head.phi(v), head(v, v)        # the first two in bf16
     torch.testing.assert_close(out, (query.float() @ v.mT).softmax(-1) @ value.float())
 
 
-def test_only_masked_images_pass_twice_and_the_plain_pass_is_skipped_where_nothing_needs_it():
-    student, objective, x, s, t, noise = setting()
-    two_passes = distill.count_flops(lambda: (student(x[::2]), objective.mask(s[1], t[1])))
-    assert distill.count_flops(lambda: objective.masked(student, x, s[1], t[1], noise)) == two_passes
-    for constants in (dict(mask_all=True), dict(mask_loss="masked_samples"), dict(mask_loss="masked_tokens")):
-        assert not setting(alpha=0, gamma=0, **constants)[1].plain
-
-
-def test_random_queries_take_each_patch_as_often_hidden_ones_in_proportion_and_cost_their_share():
-    noise = torch.rand(4000, 16)
-    queries = qsd.random_queries(noise, 4)                                      # (4000, 4)
-    times = queries.flatten().bincount(minlength=16)
-    assert (times - 1000).abs().max() < 140                                     # five standard deviations
-    assert (qsd.random_mask(noise, 0.5).gather(1, queries).sum(1) == 2).all()
-    assert (queries.sort(1).values.diff() > 0).all()
-    head = qsd.QSD(6, 8)
-    v_s = torch.randn(1, 16, 6)
-    v_t = torch.randn(1, 16, 8)
-    products = 16 * 6 * 8 + 4 * 6 * 8 + 2 * 4 * 16 * 8                          # phi, varphi, Eq. 7 and 8
-    assert distill.count_flops(lambda: head(v_s, v_t, queries[:1])) == 2 * products
-    torch.testing.assert_close(head(v_s, v_t, queries[:1])[0], head(v_s, v_t)[0, queries[0]])
+def test_only_masked_images_go_through_the_student_twice():
+    student, objective, x, s, _, noise = setting()
+    masked = lambda: objective.masked_pass(student, x, s[1], noise)
+    assert distill.count_flops(masked) == distill.count_flops(lambda: student(x[::2]))
 
 
 def test_four_layers_are_distilled_at_equal_fractions_of_the_depth():
@@ -360,14 +302,25 @@ def test_targets_are_fp32_and_with_layernorm_every_token_has_mean_0_and_variance
 @pytest.mark.parametrize("constants, text", [
     (dict(alpha=0, beta=0, gamma=0), "nothing is left to learn from"),
     (dict(alpha=0, layers="four"), "--layers four adds to L_feat"),
-    (dict(qsd_queries=16), "--qsd_queries 16: an image has only 15 patches"),
-    (dict(qsd_queries=4, mask_loss="masked_tokens"), "leave out one of the two"),
+    (dict(loss="mse", layers="four"), "--layers four changes nothing: --loss mse does not read it"),
+    (dict(mask_ratio=50), "--mask_ratio 50 hides 750 of 15 patches"),
+    (dict(loss="proteus", mask_ratio=0.01), "--mask_ratio 0.01 hides 0 of 15 patches"),
     (dict(loss="afdcd", grid=(4, 8)), "--dcd_pool 4 leaves no 4x4 patch on a grid of 4x8"),
 ])
-def test_constants_that_leave_nothing_to_learn_from_are_refused(constants, text):
+def test_constants_that_change_nothing_or_leave_nothing_to_learn_from_are_refused(constants, text):
     with pytest.raises(qsd.UserError, match=text):
         student, objective, *given = setting(**constants)
         objective(student, *given)
+
+
+def test_heads_of_a_checkpoint_are_taken_only_if_they_are_those_of_the_objective():
+    objective = setting()[1]
+    heads = {key: p + 1 for key, p in objective.state_dict().items()}
+    qsd.load_heads(objective, heads, "student.pt")
+    assert all(torch.equal(p, heads[key]) for key, p in objective.state_dict().items())
+    for wrong in [None, setting(beta=0)[1].state_dict(), heads | {"feat.phi.1.bias": heads["feat.phi.1.bias"].int()}]:
+        with pytest.raises(qsd.UserError, match=r"\A--keep_heads: student.pt holds no heads of this --loss.*\Z"):
+            qsd.load_heads(objective, wrong, "student.pt")
 
 
 def test_each_equation_is_computed_in_exactly_one_line_and_named_nowhere_else():
@@ -385,33 +338,21 @@ def test_each_equation_is_computed_in_exactly_one_line_and_named_nowhere_else():
 
 OFFICIAL_STEP = {
     "DeiT, proxy stage": (56, 14, 0.1, dict(patch_size=16, img_size=64, layerscale=False), (
-        17.742150686068364, 69.2917240534317, 2.22590580787406, 2.4034260026541583, 2.1504780862111996,
-        6.779809896739418, 3.0942626827817485, 0.6329651116651694, 1.5175161893554505, 0.6217783677588461,
-        1.948463761558545, 0.320288312446828, 1.617934617871477, 0.5512785828392024, 3.5793965147378883,
-        0.660719990269467, 0.2725894393110481, 0.33570677561910384, 0.2285172612486845, 0.3488716998079733,
-        1.254325984086545, 0.40694629190944914, 1.673583367309323, 0.19060841292492847, 1.3034316419353966,
-        0.31025479491274793, 2.669037506314772, 0.3701867400052421, 0.22062557325260285, 0.19512747504074948,
-        0.16566136666246098, 0.47442200761116493, 0.21698464307697635, 0.41053499791526166, 0.4449426232582547,
-        1.0152433752625896, 9.383646658169868, 0.637143412344779)),
-    "DeiT, source stage": (64, 16, 0.0, dict(patch_size=14, img_size=56, layerscale=False), (
-        17.482842839838742, 68.69253458392063, 2.164420469849641, 2.2678658196967194, 2.1549959012721587,
-        6.58728219081852, 2.835834305648553, 0.82604559141844, 1.690781323618571, 0.9783498354760333,
-        2.4277769593177583, 0.33335411667504034, 1.727060544763962, 0.5868512886365356, 3.8615754103337148,
-        1.0439257882509962, 0.3421802770679963, 0.33717935712128705, 0.2716889860315263, 0.510007333223033,
-        1.3802932345400092, 0.5624507290532778, 1.9587969079451277, 0.2506144444584714, 1.418565798887968,
-        0.4185845615927486, 3.0136343872621505, 0.5489417051417462, 0.25241380889802795, 0.2553865026396855,
-        0.17833673151769394, 0.671369950496684, 0.259403258297871, 0.5591357061326806, 0.4995093039965946,
-        1.0964851286009003, 9.414897955510666, 0.8019047413756715)),
+        17.7421506861, 69.2917240534, 2.22590580787, 2.40342600265, 2.15047808621, 6.77980989674, 3.09426268278,
+        0.632965111665, 1.51751618936, 0.621778367759, 1.94846376156, 0.320288312447, 1.61793461787,
+        0.551278582839, 3.57939651474, 0.660719990269, 0.272589439311, 0.335706775619, 0.228517261249,
+        0.348871699808, 1.25432598409, 0.406946291909, 1.67358336731, 0.190608412925, 1.30343164194,
+        0.310254794913, 2.66903750631, 0.370186740005, 0.220625573253, 0.195127475041, 0.165661366662,
+        0.474422007611, 0.216984643077, 0.410534997915, 0.444942623258, 1.01524337526, 9.38364665817,
+        0.637143412345)),
     "DINOv2 student, source stage": (64, 16, 0.0, dict(patch_size=14, img_size=56, layerscale=True), (
-        17.482842839838742, 68.69253458392063, 2.085948234328974, 2.0997054145292493, 2.1128707163603004,
-        6.298524365218523, 2.9714202640049168, 0.47364108379268544, 0.9051326587787023, 0.5122920330659301,
-        1.2428743509321538, 0.24974265922766678, 0.4478548572359188, 0.21515581597282857, 1.3306088680635826,
-        0.38363219710864443, 2.8625216948452206, 0.5289882460646, 0.16810783427523845, 0.21824095193501689,
-        0.19761690067452534, 0.3693764468067398, 0.8002247159139773, 0.46021785267332693, 1.3978844929307643,
-        0.21665236330112023, 0.4216320190075377, 0.18274657078385695, 1.2582267592216787, 0.28695427083275654,
-        2.8498857447911385, 0.43405600753543233, 0.16711625825487944, 0.19607535854444183, 0.18302637876900005,
-        0.7515283963141725, 0.2157745978211723, 0.49766364420719345, 0.539787560825102, 0.6520150701565545,
-        7.943480409698896, 0.8391576847082186)),
+        17.4828428398, 68.6925345839, 2.08594823433, 2.09970541453, 2.11287071636, 6.29852436522, 2.971420264,
+        0.473641083793, 0.905132658779, 0.512292033066, 1.24287435093, 0.249742659228, 0.447854857236,
+        0.215155815973, 1.33060886806, 0.383632197109, 2.86252169485, 0.528988246065, 0.168107834275,
+        0.218240951935, 0.197616900675, 0.369376446807, 0.800224715914, 0.460217852673, 1.39788449293,
+        0.216652363301, 0.421632019008, 0.182746570784, 1.25822675922, 0.286954270833, 2.84988574479,
+        0.434056007535, 0.167116258255, 0.196075358544, 0.183026378769, 0.751528396314, 0.215774597821,
+        0.497663644207, 0.539787560825, 0.652015070157, 7.9434804097, 0.839157684708)),
 }
 
 
@@ -475,14 +416,22 @@ def random_encoder(name, depth=None, **sizes):
     return vit
 
 
+def assert_equals_timm(vit, model, size):
+    """CLS, patches and the output of every block are those of timm's model."""
+    x = torch.randn(1, 3, *size)
+    blocks = list(range(vit.depth))
+    with torch.no_grad():
+        last, wanted = model.eval().forward_intermediates(x, indices=blocks, output_fmt="NLC", norm=False)
+        cls, patches, outs = vit.run(x, layers=blocks)
+    for got, want in zip([cls, patches, *outs], [last[:, 0], last[:, vit.prefix:], *wanted], strict=True):
+        assert (got - want).abs().max() < 1e-5 * want.abs().max()
+
+
 TIMM = {            # timm's name, and how many blocks are compared
-    "deit_tiny": ("deit_tiny_patch16_224", 12), "deit_small": ("deit_small_patch16_224", 4),
-    "deit_base": ("deit_base_patch16_224", 2), "dino_vits16": ("vit_small_patch16_224.dino", 2),
-    "dinov2_vits14": ("vit_small_patch14_dinov2", 3), "dinov2_vitb14": ("vit_base_patch14_dinov2", 2),
-    "dinov2_vitl14": ("vit_large_patch14_dinov2", 2), "dinov2_vitg14": ("vit_giant_patch14_dinov2", 1),
-    "dinov2_vits14_reg": ("vit_small_patch14_reg4_dinov2", 2), "dinov2_vitb14_reg": ("vit_base_patch14_reg4_dinov2", 2),
-    "eva02_tiny": ("eva02_tiny_patch14_224", 12), "eva02_small": ("eva02_small_patch14_224", 4),
-    "eva02_base": ("eva02_base_patch14_224", 2), "eva02_large": ("eva02_large_patch14_224", 2),
+    "deit_tiny": ("deit_tiny_patch16_224", 12), "deit_base": ("deit_base_patch16_224", 2),
+    "dino_vits16": ("vit_small_patch16_224.dino", 2), "dinov2_vits14": ("vit_small_patch14_dinov2", 3),
+    "dinov2_vitg14": ("vit_giant_patch14_dinov2", 1), "dinov2_vits14_reg": ("vit_small_patch14_reg4_dinov2", 2),
+    "eva02_tiny": ("eva02_tiny_patch14_224", 12), "eva02_base": ("eva02_base_patch14_224", 2),
 }
 
 
@@ -496,24 +445,64 @@ def test_every_output_equals_timms_which_reads_a_students_checkpoint_as_it_is(na
     native = (vit.patch_size * vit.grid[0], vit.patch_size * vit.grid[1])
     resized = (7 * vit.patch_size, 9 * vit.patch_size)
     for size in [native, resized] if vit.embed_dim <= 384 else [resized]:       # the wide ones take seconds at 518
-        model = timm.create_model(reference, depth=depth, num_classes=0, img_size=size, **options).eval()
+        model = timm.create_model(reference, depth=depth, num_classes=0, img_size=size, **options)
         state = qsd.student_checkpoint(vit)["model"]
         if size == resized or not name.startswith("deit"):      # other families' names differ in timm
             cue = {"mask_token": vit.mask_token} if name.startswith("dinov2") else {}
             state = family.checkpoint_filter_fn(state | cue, model, antialias=False)
         model.load_state_dict(state, strict=True)
-        x = torch.randn(1, 3, *size)
-        with torch.no_grad():
-            last, wanted = model.forward_intermediates(x, indices=list(range(depth)), output_fmt="NLC", norm=False)
-            cls, patches, outs = vit.run(x, layers=range(depth))
-        for got, want in zip([cls, patches, *outs], [last[:, 0], last[:, vit.prefix:], *wanted], strict=True):
-            assert (got - want).abs().max() < 1e-5 * want.abs().max()
+        assert_equals_timm(vit, model, size)
 
 
-@pytest.mark.parametrize("name", ["deit_tiny", "dinov2_vits14_reg", "eva02_tiny"])
-def test_patches_that_are_kept_have_their_own_positions_and_do_not_see_the_others(name):
+def test_a_layer_norm_inside_attention_equals_timms():
+    timm = pytest.importorskip("timm")
+    vit = qsd.ViT(**random_encoder("eva02_base", depth=1).config | dict(inner_attn_ln=True))
+    vit.blocks[0].attn.inner_attn_ln.weight.data += torch.randn(768)
+    options = dict(scale_attn_inner=True, global_pool="token", num_classes=0)
+    model = timm.create_model("eva02_base_patch14_224", depth=1, **options)
+    model.load_state_dict(timm.models.eva.checkpoint_filter_fn(qsd.student_checkpoint(vit)["model"], model))
+    assert_equals_timm(vit, model, (224, 224))
+
+
+def official_dinov3(vit):
+    """The state dict of an official DINOv3 file with the tensors of this encoder."""
+    state = vit.state_dict()
+    state["storage_tokens"] = state.pop("register_tokens")
+    for i in range(vit.depth):
+        q_bias = state.pop(f"blocks.{i}.attn.q_bias")
+        v_bias = state.pop(f"blocks.{i}.attn.v_bias")
+        masked = torch.randn_like(q_bias)                                       # the bias of keys, which have none
+        state[f"blocks.{i}.attn.qkv.bias"] = torch.cat([q_bias, masked, v_bias])
+        state[f"blocks.{i}.attn.qkv.bias_mask"] = torch.cat([q_bias ** 0, 0 * q_bias, v_bias ** 0])
+    unused = {"rope_embed.periods": torch.ones(16), "local_cls_norm.weight": torch.ones(vit.embed_dim)}
+    return state | unused
+
+
+@pytest.mark.parametrize("name, reference", [
+    ("dinov3_vits16", "vit_small_patch16_dinov3_qkvb"), ("dinov3_vits16plus", "vit_small_plus_patch16_dinov3_qkvb")])
+def test_an_official_dinov3_file_gives_what_timm_makes_of_it(name, reference, tmp_path):
+    timm = pytest.importorskip("timm")
+    state = official_dinov3(random_encoder(name, depth=2))
+    torch.save(state, tmp_path / qsd.ENCODERS[name].file)
+    vit = qsd.load_vit(tmp_path / qsd.ENCODERS[name].file)
+    assert vit.config == qsd.constructor_values(name, qsd.ENCODERS[name]) | dict(depth=2)
+    for size in [(224, 224), (512, 512), (160, 256)] if name == "dinov3_vits16" else [(160, 256)]:
+        model = timm.create_model(reference, depth=2, num_classes=0, img_size=size, global_pool="token")
+        model.load_state_dict(timm.models.eva.checkpoint_filter_fn(dict(state), model))
+        assert_equals_timm(vit, model, size)
+
+
+@pytest.mark.parametrize("name", ["deit_tiny", "dinov2_vits14_reg", "eva02_tiny", "dinov3_vits16"])
+def test_masked_and_partial_passes_follow_their_definition(name):
     vit = random_encoder(name, depth=2)
-    x = torch.randn(2, 3, 4 * vit.patch_size, 6 * vit.patch_size)
+    P = vit.patch_size
+    x = torch.randn(2, 3, 4 * P, 6 * P)
+    mask = torch.rand(2, 24) < 0.5
+    black = x * ~mask.view(2, 1, 4, 6).repeat_interleave(P, 2).repeat_interleave(P, 3)
+    torch.testing.assert_close(vit(black, mask), vit(x, mask))                  # hidden pixels are not seen
+    vit.mask_token.copy_(vit.patch_embed.proj.bias[None])                       # the embedding of a black patch
+    torch.testing.assert_close(vit(x, mask), vit(black))
+
     cls, patches, (first,) = vit.run(x, layers=[0])
     order = torch.stack([torch.randperm(24), torch.randperm(24)])
     cls_kept, kept, _ = vit.run(x, keep=order)                  # all patches, shuffled
@@ -521,19 +510,13 @@ def test_patches_that_are_kept_have_their_own_positions_and_do_not_see_the_other
     torch.testing.assert_close(kept, patches.gather(1, order[..., None].expand_as(patches)))
     lower = torch.arange(12, 24).expand(2, -1)
     upper_black = x.clone()
-    upper_black[:, :, :2 * vit.patch_size] = 0
+    upper_black[:, :, :2 * P] = 0
     torch.testing.assert_close(vit.run(upper_black, keep=lower)[1], vit.run(x, keep=lower)[1])
     del vit.blocks[1]                                           # not needed for what the first block puts out
     torch.testing.assert_close(vit.blocks_out(x, [0])[0], first)
 
 
-def test_larger_patch_kernels_by_pseudo_inverse_give_larger_patches_the_same_tokens(monkeypatch):
-    weight = torch.randn(5, 3, 14, 14)
-    patches = torch.randn(7, 3, 14, 14)
-    monkeypatch.setattr(qsd, "PATCH_RESIZE", "pinv")
-    larger = F.conv2d(F.interpolate(patches, (16, 16), mode="bicubic"), qsd.resize_patch_embed(weight, 16))
-    torch.testing.assert_close(larger, F.conv2d(patches, weight), rtol=1e-4, atol=1e-4)
-
+# --- Encoders: loading ------------------------------------------------------------------------------------------------
 
 @pytest.fixture
 def small(tmp_path, monkeypatch):
@@ -555,15 +538,27 @@ def test_sizes_and_depth_given_to_load_vit_are_applied_and_printed(small, capsys
         assert change in line
 
 
+@pytest.mark.parametrize("dinov2", [True, False])
+def test_the_offset_of_positions_is_applied_to_dinov2_alone(dinov2, tmp_path, capsys):
+    vit = qsd.ViT("small", embed_dim=64, depth=1, num_heads=1, patch_size=8, img_size=40, layerscale=dinov2)
+    torch.save(vit.state_dict(), tmp_path / "small.pth")
+    loaded = qsd.load_vit(tmp_path / "small.pth", 24, offset=0.1)
+    plain, moved = [qsd.resize_pos_embed(vit.pos_embed, (5, 5), (3, 3), offset) for offset in (0.0, 0.1)]
+    assert torch.equal(loaded.pos_embed, moved if dinov2 else plain) and not torch.equal(moved, plain)
+    assert f"5x5 -> 3x3 (bicubic, offset {0.1 if dinov2 else 0})" in capsys.readouterr().out
+
+
 def test_a_students_and_other_layouts_give_their_encoder(small):
-    def load(name, contents, vit=small):
-        torch.save(contents, f"{name}.pth")
+    def load(name, contents, vit=small, **how):
+        torch.save(contents, f"{name}.pth", **how)
         loaded = qsd.load_vit(f"{name}.pth")
         torch.testing.assert_close(dict(loaded.state_dict()), dict(vit.state_dict()), rtol=0, atol=0)
         return loaded.config
-    for name in ("toy_small", "dinov2_vits14_reg", "eva02_base"):
-        vit = random_encoder(name, depth=1, img_size=(56, 112))
+    for name in ("toy_small", "dinov2_vits14_reg", "eva02_base", "dinov3_vits16plus"):
+        vit = random_encoder(name, depth=1, img_size=(112, 224))
         assert load("student", qsd.student_checkpoint(vit), vit) == vit.config
+    vit = random_encoder("dinov3_vits16plus", depth=1)
+    assert load("mine", official_dinov3(vit), vit) == vit.config | dict(name="mine")    # recognised by its keys
     state = small.state_dict()
     cls, patches = state["pos_embed"].split([1, 16], 1)
     load("dino", {"teacher": {key: p.half() for key, p in state.items()}})
@@ -579,21 +574,44 @@ def test_a_students_and_other_layouts_give_their_encoder(small):
     assert load("eva02_B_pt_in21k_p14", {"module": state}, vit) == vit.config   # the file's name tells the statistics
 
 
+class Trap:
+    """Pickled, it makes a folder when it is read by pickle."""
+
+    def __reduce__(self):
+        return os.mkdir, ("trap",)
+
+
+@pytest.mark.parametrize("new", [True, False])                                  # files of torch 1.6 or later
+def test_objects_beside_the_tensors_of_a_checkpoint_are_passed_over_and_run_nothing(new, small):
+    objects = dict(trap=Trap(), args=argparse.Namespace(lr=0.1, out=Path("x")), epoch=np.float64(3), log=np.ones(3),
+                   count=Counter("aab"), last=deque([1, 2], maxlen=2), names={1, 2}, device=torch.device("cpu"))
+    parameters = {key: torch.nn.Parameter(p) for key, p in small.state_dict().items()}
+    torch.save(objects | dict(state_dict=parameters), "small.pth", _use_new_zipfile_serialization=new)
+    loaded = qsd.load_vit("small.pth")
+    torch.testing.assert_close(dict(loaded.state_dict()), dict(small.state_dict()), rtol=0, atol=0)
+    assert not Path("trap").exists()
+    torch.load("small.pth", weights_only=False)                                 # the file was dangerous
+    assert Path("trap").exists()
+
+
 KEY = "blocks.1.attn.qkv.weight"
 BAD_FILES = [        # how small.pth, of path p and state s, is made wrong; options of load_vit; what the user reads
-    (lambda p, s: torch.save(s | {"wight": s.pop(KEY)}, p), {}, f"small.pth does .* {KEY} is missing, wight is not"),
-    (lambda p, s: torch.save(s | {KEY: s[KEY].T}, p), {}, r"qkv.weight has shape \(64, 192\) instead of \(192, 64\)"),
+    (lambda p, s: torch.save(s | {"wight": s.pop(KEY)}, p), {}, f'does not fit .*Missing .*"{KEY}". Unexpected .*"wi'),
+    (lambda p, s: torch.save(s | {KEY: s[KEY].T}, p), {}, f"small.pth does not fit .*: .*size mismatch for {KEY}"),
+    (lambda p, s: torch.save(s | {KEY: s[KEY] / 0}, p), {}, f"small.pth does not .*: {KEY} holds NaN or infinite"),
+    (lambda p, s: torch.save(s | {KEY: s[KEY].char()}, p), {}, f"does not .*: {KEY} holds torch.int8 numbers instead"),
     (lambda p, s: torch.save({KEY: s[KEY]}, p), {}, "small.pth holds no encoder: no key in it ends in patch_embed"),
-    (lambda p, s: torch.save(s | {"pos_embed": s[KEY]}, p), {}, "small.pth: the architecture is unclear, as pos_embed"),
-    (lambda p, s: p.write_bytes(p.read_bytes()[:5000]), {}, r"small.pth is truncated, damaged or .* \(5000 bytes"),
-    (lambda p, s: torch.save({"model": Path("x")}, p), {}, "small.pth holds no encoder: no key in it ends in patch"),
+    (lambda p, s: torch.save(s | {"n": s.pop("pos_embed")}, p), {}, "small.pth: the architecture is unclear, as pos_"),
+    (lambda p, s: p.write_bytes(p.read_bytes()[:5000]), {}, "small.pth is truncated, damaged, .*: fetch it again"),
     (lambda p, s: torch.save([Path("x")], p), {}, "small.pth holds no dict of tensors, but list: save the state dict"),
-    (lambda p, s: p.write_bytes(pickle.dumps(Path("x"), protocol=2)), {}, "small.pth is truncated, damaged or no"),
-    (lambda p, s: p.write_text("\n<!DOCTYPE html><html>404</html>"), {}, "small.pth is a web page, not a checkpoint"),
+    (lambda p, s: p.write_bytes(pickle.dumps(Trap(), protocol=2)), {}, "small.pth is truncated, damaged, a web page"),
+    (lambda p, s: p.write_text("\n<!DOCTYPE html><html>404</html>"), {}, "small.pth is truncated, damaged, a web page"),
+    (lambda p, s: p.write_text("version https://git-lfs.github.com/spec/v1"), {}, "a pointer of Git LFS .*: fetch it"),
     (lambda p, s: None, dict(depth=3), "depth must be 1 to 2 for small, not 3"),
     (lambda p, s: None, dict(img_size=30), "30x30 pixels does not divide into patches of 8"),
     (lambda p, s: None, dict(pretrained=False), "only a named encoder can start at random, one of deit_tiny"),
     (lambda p, s: p.unlink(), {}, "small.pth: neither a file nor a known encoder; the names are deit_tiny, deit_small"),
+    (lambda p, s: p.unlink() or p.mkdir(), {}, "small.pth: neither a file nor a known encoder"),
 ]
 
 
@@ -602,7 +620,7 @@ def test_a_wrong_file_or_size_is_refused_in_one_line(spoil, options, text, small
     spoil(Path("small.pth"), qsd.student_checkpoint(small)["model"])
     with pytest.raises(qsd.UserError, match=text) as error:
         qsd.load_vit("small.pth", **options)
-    assert "\n" not in str(error.value)
+    assert "\n" not in str(error.value) and not Path("trap").exists()
 
 
 def test_a_named_encoders_file_is_found_or_downloaded_or_its_address_and_place_are_named(small, monkeypatch, capsys):
@@ -617,16 +635,19 @@ def test_a_named_encoders_file_is_found_or_downloaded_or_its_address_and_place_a
     monkeypatch.setattr(torch.hub, "get_dir", lambda: "cache")
     monkeypatch.setattr(torch.hub, "download_url_to_file", download)
     for _ in range(2):                                          # the second time it lies in the cache
-        assert torch.equal(qsd.load_vit("little", official=False).norm.weight, small.norm.weight)
+        assert torch.equal(qsd.load_vit("little").norm.weight, small.norm.weight)
     assert asked == [(url, str(cached), "01234567")]
     Path("weights").mkdir()
     for path in (Path("weights/small-01234567.pth"), Path("weights/small.pth"), Path("weights/little.pth")):
         cached = cached.rename(path)
-        qsd.load_vit("little", official=False)
-        assert f"{path} (SHA-256 " in capsys.readouterr().out.splitlines()[-1]
+        qsd.load_vit("little")
+        assert f"little: {path}; " in capsys.readouterr().out.splitlines()[-1]
     path.unlink()
     with pytest.raises(qsd.UserError, match=f"{url} cannot be had .*: download it and put it at weights/small-0123"):
         qsd.load_vit("little")
+    with pytest.raises(qsd.UserError, match="ask at https://ai.meta.com/.* at weights/dinov3_vitl16_pretrain_sat493"):
+        qsd.load_vit("dinov3_vitl16_sat")                       # never downloaded
+    assert len(asked) == 2
 
 
 @pytest.mark.skipif(not REAL.is_dir(), reason="GKD_TEST_DATA names no folder with data/weights and data/imagenet")
@@ -646,381 +667,6 @@ def test_real_weights_classify_imagenet(file, mean, measured):
         cls, _ = vit(data.normalize(TF.center_crop(image, 240)[None], vit.mean, vit.std))
         right += (cls @ head["head.weight"].T + head["head.bias"]).argmax().item() == label
     assert abs(right - measured) <= 2, right                    # JPEG decoders differ
-
-
-# --- Encoders: equal to a plain loop ----------------------------------------------------------------------------------
-
-def tensor_of(key, shape):
-    """A parameter's numbers, made from its name, always the same; small enough that LayerNorm's eps counts."""
-    z = torch.from_numpy(np.random.RandomState(zlib.crc32(key.encode())).standard_normal(tuple(shape)))
-    if key.endswith("gamma") or "norm" in key and key.endswith("weight") or key.endswith("_ln.weight"):
-        return 1 + 0.3 * z
-    if len(shape) in (2, 4) and "token" not in key:
-        return z / z[0].numel() ** 0.5
-    return 0.1 * z
-
-
-def small_vit(name):
-    """An encoder of the table, 24 wide, with one block of two heads, for a grid of 2 x 3 patches of 2 x 2 pixels."""
-    row = qsd.ENCODERS[name]._replace(embed_dim=24, depth=1, num_heads=2, patch_size=2, img_size=(4, 6))
-    vit = qsd.ViT(**qsd.constructor_values(name, row)).double().eval()
-    vit.load_state_dict({key: tensor_of(key, p.shape) for key, p in vit.state_dict().items()})
-    return vit
-
-
-class Slow:
-    """What the official code of each family computes, for one image, from a state dict: token vectors in lists."""
-
-    def __init__(self, name, state):
-        self.state = state
-        self.eva02 = name.startswith("eva02")
-        self.dinov3 = name.startswith("dinov3")
-        self.eps = 1e-5 if self.dinov3 else 1e-6
-
-    def norm(self, key, token):
-        variance = ((token - token.mean()) ** 2).mean()
-        unit = (token - token.mean()) / (variance + self.eps).sqrt()
-        return unit * self.state[f"{key}.weight"] + self.state[f"{key}.bias"]
-
-    def linear(self, key, token):
-        return self.state[f"{key}.weight"] @ token + self.state.get(f"{key}.bias", 0)
-
-    def tokens(self, image, mask):
-        """CLS, registers, patches; a position is added to CLS and to the patches, hidden patches are mask_token."""
-        s = self.state
-        out = [s["cls_token"][0, 0]]
-        out += list(s["register_tokens"][0]) if "register_tokens" in s else []
-        for n in range(6):
-            i, j = divmod(n, 3)
-            pixels = image[:, 2 * i:2 * i + 2, 2 * j:2 * j + 2]
-            patch = (s["patch_embed.proj.weight"] * pixels).sum((1, 2, 3)) + s["patch_embed.proj.bias"]
-            out.append(s["mask_token"][0] if mask[n] else patch)
-        if not self.dinov3:
-            out[0] = out[0] + s["pos_embed"][0, 0]
-            for n in range(6):
-                out[n - 6] = out[n - 6] + s["pos_embed"][0, 1 + n]
-        return out
-
-    def rotated(self, vector, n):
-        """A query or key (12 channels: 6 complex numbers, 3 turned by y and 3 by x) of patch n; None is no patch."""
-        if n is None or not (self.eva02 or self.dinov3):
-            return vector
-        i, j = divmod(n, 3)
-        out = vector.clone()
-        for pair in range(6):
-            k = pair % 3
-            if self.eva02:
-                place = 16 * i / 2 if pair < 3 else 16 * j / 3
-                angle = place / 10000 ** (k / 3)
-                a = 2 * pair
-                b = 2 * pair + 1
-            else:
-                place = 2 * (i + 0.5) / 2 - 1 if pair < 3 else 2 * (j + 0.5) / 3 - 1
-                angle = 2 * math.pi * place / 100 ** (k / 3)
-                a = pair
-                b = pair + 6
-            turned = complex(vector[a], vector[b]) * cmath.exp(1j * angle)
-            out[a] = turned.real
-            out[b] = turned.imag
-        return out
-
-    def attention(self, key, tokens):
-        s = self.state
-        if f"{key}.q_proj.weight" in s:
-            weights = [s[f"{key}.{part}_proj.weight"] for part in "qkv"]
-        else:
-            weights = s[f"{key}.qkv.weight"].chunk(3)
-        if f"{key}.q_bias" in s:
-            biases = [s[f"{key}.q_bias"], 0, s[f"{key}.v_bias"]]
-        else:
-            biases = s[f"{key}.qkv.bias"].chunk(3)
-        places = [None] * (len(tokens) - 6) + list(range(6))
-        out = []
-        for t, place in zip(tokens, places):
-            heads = []
-            for channels in (slice(0, 12), slice(12, 24)):
-                query = self.rotated((weights[0] @ t + biases[0])[channels], place)
-                total = 0
-                value = 0
-                for other, there in zip(tokens, places):
-                    w = (query @ self.rotated((weights[1] @ other + biases[1])[channels], there) / 12 ** 0.5).exp()
-                    total = total + w
-                    value = value + w * (weights[2] @ other + biases[2])[channels]
-                heads.append(value / total)
-            joined = torch.cat(heads)
-            if f"{key}.inner_attn_ln.weight" in s:
-                joined = self.norm(f"{key}.inner_attn_ln", joined)
-            out.append(self.linear(f"{key}.proj", joined))
-        return out
-
-    def mlp(self, key, token):
-        if f"{key}.fc1.weight" in self.state:
-            return self.linear(f"{key}.fc2", F.gelu(self.linear(f"{key}.fc1", token)))
-        if f"{key}.w12.weight" in self.state:
-            both = self.linear(f"{key}.w12", token)
-            gate = both[:len(both) // 2]
-            value = both[len(both) // 2:]
-        else:
-            gate = self.linear(f"{key}.w1", token)
-            value = self.linear(f"{key}.w2", token)
-        hidden = gate * gate.sigmoid() * value
-        if f"{key}.ffn_ln.weight" in self.state:
-            hidden = self.norm(f"{key}.ffn_ln", hidden)
-        return self.linear(f"{key}.w3", hidden)
-
-    def run(self, image, mask):
-        """CLS and patches after the final norm, patches before it: (24,), (6, 24), (6, 24)."""
-        tokens = self.tokens(image, mask)
-        scale_attn = self.state.get("blocks.0.ls1.gamma", 1)
-        scale_mlp = self.state.get("blocks.0.ls2.gamma", 1)
-        attended = self.attention("blocks.0.attn", [self.norm("blocks.0.norm1", t) for t in tokens])
-        tokens = [t + scale_attn * a for t, a in zip(tokens, attended)]
-        tokens = [t + scale_mlp * self.mlp("blocks.0.mlp", self.norm("blocks.0.norm2", t)) for t in tokens]
-        normed = [self.norm("norm", t) for t in tokens]
-        return normed[0], torch.stack(normed[-6:]), torch.stack(tokens[-6:])
-
-
-FAMILIES = ["deit_tiny", "dinov2_vits14", "dinov2_vits14_reg", "dinov2_vitg14", "eva02_tiny", "eva02_base",
-            "dinov3_vits16", "dinov3_vits16plus"]
-
-
-@pytest.mark.parametrize("name", FAMILIES)
-def test_every_family_equals_a_plain_loop_over_tokens_heads_and_channel_pairs(name):
-    vit = small_vit(name)
-    image = tensor_of("image", (1, 3, 4, 6))
-    mask = torch.tensor([[False, True, False, False, False, True]])
-    with torch.no_grad():
-        cls, patches, outs = vit.run(image, mask, layers=[0])
-        got = [cls[0], patches[0], outs[0][0]]
-        for ours, slow in zip(got, Slow(name, vit.state_dict()).run(image[0], mask[0])):
-            torch.testing.assert_close(ours, slow, rtol=0, atol=1e-6 * slow.abs().max().item())
-
-
-def test_the_layer_norm_inside_attention_equals_the_plain_loop():
-    row = qsd.ENCODERS["eva02_base"]._replace(embed_dim=24, depth=1, num_heads=2, patch_size=2, img_size=(4, 6))
-    vit = qsd.ViT(**qsd.constructor_values("eva02_base", row) | dict(inner_attn_ln=True)).double()
-    vit.load_state_dict({key: tensor_of(key, p.shape) for key, p in vit.state_dict().items()})
-    image = tensor_of("image", (1, 3, 4, 6))
-    with torch.no_grad():
-        slow, _, _ = Slow("eva02_base", vit.state_dict()).run(image[0], [False] * 6)
-        torch.testing.assert_close(vit(image)[0][0], slow, rtol=0, atol=1e-6 * slow.abs().max().item())
-
-
-def test_a_stored_encoder_that_says_true_or_false_has_eva02s_rotary_positions_or_none():
-    for stored, rope in [(True, "eva02"), (False, "")]:
-        vit = qsd.ViT("old", embed_dim=24, depth=1, num_heads=2, patch_size=2, img_size=4, rope=stored)
-        assert vit.rope == vit.config["rope"] == rope
-
-
-HIDDEN = {"deit_small": 1536, "dinov2_vitg14": 4096, "eva02_small": 1024, "eva02_large": 2730,
-          "dinov3_vits16": 1536, "dinov3_vits16plus": 1536, "dinov3_vith16plus": 5120}
-
-
-@pytest.mark.parametrize("name", HIDDEN)
-def test_the_mlp_is_as_wide_as_in_the_official_file(name):
-    with torch.device("meta"):
-        state = qsd.load_vit(name, depth=1, pretrained=False).state_dict()
-    last = state["blocks.0.mlp.fc2.weight"] if "blocks.0.mlp.fc2.weight" in state else state["blocks.0.mlp.w3.weight"]
-    assert last.shape[1] == HIDDEN[name]
-
-
-def cubic(distance):
-    """The bicubic kernel (a = -0.75) at a distance from a sample."""
-    d = abs(distance)
-    if d <= 1:
-        return 1.25 * d ** 3 - 2.25 * d ** 2 + 1
-    return -0.75 * (d ** 3 - 5 * d ** 2 + 8 * d - 4) if d < 2 else 0
-
-
-def cubic_matrix(new, old, offset):
-    """(new, old): row i samples `old` values at place (i + 0.5) old / (new + offset) - 0.5, the border repeated."""
-    matrix = torch.zeros(new, old)
-    for i in range(new):
-        place = (i + 0.5) * old / (new + offset) - 0.5
-        for j in range(math.floor(place) - 1, math.floor(place) + 3):
-            matrix[i, min(max(j, 0), old - 1)] += cubic(place - j)
-    return matrix
-
-
-@pytest.mark.parametrize("offset", [0.0, 0.1])
-@pytest.mark.parametrize("grid", [(16, 16), (32, 32), (20, 45)])
-def test_a_position_embedding_is_sampled_where_the_official_code_samples_it(grid, offset):
-    pos_embed = torch.randn(1, 1 + 35 * 37, 4)
-    got = qsd.resize_pos_embed(pos_embed, (35, 37), grid, offset)
-    rows = cubic_matrix(grid[0], 35, offset)
-    columns = cubic_matrix(grid[1], 37, offset)
-    want = torch.einsum("yh,xw,hwc->yxc", rows, columns, pos_embed[0, 1:].view(35, 37, 4)).flatten(0, 1)
-    torch.testing.assert_close(got[0, 1:], want, rtol=0, atol=1e-4)
-    assert torch.equal(got[:, 0], pos_embed[:, 0])
-    assert qsd.resize_pos_embed(pos_embed, (35, 37), (35, 37), offset) is pos_embed
-
-
-@pytest.mark.parametrize("dinov2", [True, False])
-def test_load_vit_applies_the_offset_to_dinov2_alone_and_says_so(dinov2, tmp_path, capsys):
-    vit = qsd.ViT("small", embed_dim=64, depth=1, num_heads=1, patch_size=8, img_size=40, layerscale=dinov2)
-    torch.save(vit.state_dict(), tmp_path / "small.pth")
-    loaded = qsd.load_vit(tmp_path / "small.pth", 24, offset=0.1)
-    plain = qsd.resize_pos_embed(vit.pos_embed, (5, 5), (3, 3))
-    moved = qsd.resize_pos_embed(vit.pos_embed, (5, 5), (3, 3), 0.1)
-    assert torch.equal(loaded.pos_embed, moved if dinov2 else plain)
-    assert not torch.allclose(moved, plain, atol=1e-4)
-    assert ("pos_embed 5x5 -> 3x3 (bicubic, offset 0.1)" in capsys.readouterr().out) == dinov2
-
-
-# --- Encoders: DINOv3 -------------------------------------------------------------------------------------------------
-
-def official_dinov3(width, depth, hidden, gated, qkv_bias=True):
-    """A state dict with the keys of an official DINOv3 file; each tensor random, so that each one counts."""
-    shapes = {"cls_token": (1, 1, width), "storage_tokens": (1, 4, width), "mask_token": (1, width),
-              "patch_embed.proj.weight": (width, 3, 16, 16), "patch_embed.proj.bias": (width,),
-              "norm.weight": (width,), "norm.bias": (width,),
-              "local_cls_norm.weight": (width,), "local_cls_norm.bias": (width,)}
-    for i in range(depth):
-        block = {"norm1.weight": (width,), "norm1.bias": (width,), "norm2.weight": (width,), "norm2.bias": (width,),
-                 "attn.qkv.weight": (3 * width, width), "attn.qkv.bias": (3 * width,),
-                 "attn.proj.weight": (width, width), "attn.proj.bias": (width,),
-                 "ls1.gamma": (width,), "ls2.gamma": (width,)}
-        for layer in ["w1", "w2"] if gated else ["fc1"]:
-            block |= {f"mlp.{layer}.weight": (hidden, width), f"mlp.{layer}.bias": (hidden,)}
-        last = "w3" if gated else "fc2"
-        block |= {f"mlp.{last}.weight": (width, hidden), f"mlp.{last}.bias": (width,)}
-        shapes |= {f"blocks.{i}.{key}": shape for key, shape in block.items()}
-    generator = torch.Generator().manual_seed(0)
-    state = {}
-    for key, shape in shapes.items():
-        noise = torch.randn(shape, generator=generator)
-        if len(shape) in (2, 4) and "token" not in key:
-            state[key] = noise / noise[0].numel() ** 0.5
-        elif key.endswith("gamma") or "norm" in key and key.endswith("weight"):
-            state[key] = 1 + 0.2 * noise
-        else:
-            state[key] = 0.3 * noise
-    mask = torch.ones(3 * width)
-    mask[width:2 * width] = 0                                                   # of the bias: keys have none
-    for i in range(depth):
-        state[f"blocks.{i}.attn.qkv.bias"] *= qkv_bias
-        state[f"blocks.{i}.attn.qkv.bias_mask"] = mask
-    state["rope_embed.periods"] = torch.ones(16)
-    return state
-
-
-def dinov3_file(folder, name, depth, **options):
-    """The official file of this name in a folder, cut to `depth` blocks, and its state dict."""
-    row = qsd.ENCODERS[name]
-    hidden = 4 * row.embed_dim                                                  # two thirds of 6 is 4, too
-    state = official_dinov3(row.embed_dim, depth, hidden, gated=name.endswith("plus"), **options)
-    path = folder / row.file
-    torch.save(state, path)
-    return path, state
-
-
-TIMM_DINOV3 = {"dinov3_vits16": "vit_small_patch16_dinov3", "dinov3_vitb16": "vit_base_patch16_dinov3",
-               "dinov3_vitl16": "vit_large_patch16_dinov3", "dinov3_vits16plus": "vit_small_plus_patch16_dinov3"}
-
-
-@pytest.mark.parametrize("ending", ["", "_qkvb"])           # timm's models without and with biases of q and v
-@pytest.mark.parametrize("name", TIMM_DINOV3)
-def test_dinov3_equals_timm_at_224_at_512_and_at_a_nonsquare_size(tmp_path, name, ending):
-    timm = pytest.importorskip("timm")
-    from timm.models import eva
-    path, state = dinov3_file(tmp_path, name, depth=2, qkv_bias=bool(ending))
-    vit = qsd.load_vit(path).eval()
-    every_size = ending and vit.embed_dim == 384                                # the wide ones take seconds
-    for size in [(224, 224), (512, 512), (160, 256)] if every_size else [(160, 256)]:
-        model = timm.create_model(TIMM_DINOV3[name] + ending, depth=2, num_classes=0, img_size=size,
-                                  global_pool="token").eval()
-        model.load_state_dict(eva.checkpoint_filter_fn(dict(state), model), strict=True)
-        x = torch.randn(1, 3, *size, generator=torch.Generator().manual_seed(1))
-        with torch.no_grad():
-            want, blocks = model.forward_intermediates(x, indices=[0, 1], output_fmt="NLC", norm=False)
-            cls, patches, outs = vit.run(x, layers=[0, 1])
-        for got, ref in zip([cls, patches, *outs], [want[:, 0], want[:, 5:], *blocks], strict=True):
-            assert (got - ref).abs().max() < 1e-5 * ref.abs().max()
-
-
-def test_dinov3s_rotary_positions_equal_a_loop_over_patches_and_channel_pairs():
-    """Channels m and m + D/2 are a complex number, turned by 2 pi c / 100 ** (2 k / (D/2)), c from -1 to 1."""
-    h, w, D = 3, 5, 16
-    vit = qsd.ViT("v", embed_dim=2 * D, depth=1, num_heads=2, patch_size=2, img_size=8, registers=4, rope="dinov3")
-    vectors = torch.randn(1, 2, 5 + h * w, D)                                   # (B, heads, T, D)
-    got = qsd.rotate(vectors, *vit.rotary_position((h, w), None, "cpu"), vit.rope)
-    assert torch.equal(got[:, :, :5], vectors[:, :, :5])                        # CLS and registers are not turned
-    for head in range(2):
-        for n in range(h * w):
-            y = 2 * (n // w + 0.5) / h - 1
-            x = 2 * (n % w + 0.5) / w - 1
-            for m in range(D // 2):
-                k = m % (D // 4)
-                angle = 2 * math.pi * (y if m < D // 4 else x) / 100 ** (2 * k / (D / 2))
-                vector = vectors[0, head, 5 + n]
-                turned = complex(vector[m], vector[m + D // 2]) * cmath.exp(1j * angle)
-                assert abs(complex(*got[0, head, 5 + n, [m, m + D // 2]]) - turned) < 1e-5
-
-
-@pytest.mark.parametrize("name", ["dinov3_vits16", "dinov3_vits16plus"])
-def test_a_dinov3_file_is_recognised_by_its_keys_and_a_student_of_it_comes_back(tmp_path, name, capsys):
-    path, state = dinov3_file(tmp_path, name, depth=2)
-    by_file_name = qsd.load_vit(path)
-    assert by_file_name.config == qsd.constructor_values(name, qsd.ENCODERS[name]) | dict(depth=2)
-    by_keys = qsd.load_vit(path.rename(tmp_path / "mine.pth"))
-    assert by_keys.config == by_file_name.config | dict(name="mine")
-    out = capsys.readouterr().out
-    assert "dropped local_cls_norm.bias local_cls_norm.weight qkv.bias_mask rope_embed.periods" in out
-
-    torch.save(qsd.student_checkpoint(by_keys), tmp_path / "student.pt")
-    again = qsd.load_vit(tmp_path / "student.pt", img_size=96, depth=1)
-    assert again.config == by_keys.config | dict(img_size=96, depth=1)
-    for key, tensor in again.state_dict().items():
-        assert torch.equal(tensor, by_keys.state_dict()[key])
-    assert torch.equal(again.register_tokens, state["storage_tokens"])
-    torch.save(by_keys.state_dict(), tmp_path / "bare.pth")                     # without the constructor values
-    assert qsd.load_vit(tmp_path / "bare.pth").config == by_keys.config | dict(name="bare")
-
-
-def test_dinov3s_masked_and_partial_passes_follow_their_definition(tmp_path):
-    vit = qsd.load_vit(dinov3_file(tmp_path, "dinov3_vits16", depth=2)[0]).eval()
-    x = torch.randn(2, 3, 64, 96)
-    mask = torch.rand(2, 24) < 0.5
-    black = x.clone()
-    for b, n in mask.nonzero().tolist():
-        i, j = divmod(n, 6)
-        black[b, :, 16 * i:16 * i + 16, 16 * j:16 * j + 16] = 0
-    order = torch.stack([torch.randperm(24), torch.randperm(24)])
-    with torch.no_grad():
-        cls, patches = vit(x)
-        torch.testing.assert_close(vit(black, mask), vit(x, mask))              # hidden pixels are not seen
-        assert (vit(x, mask)[1] - patches).abs().max() > 1e-3
-        cls_kept, kept, _ = vit.run(x, keep=order)                              # all patches, shuffled
-    torch.testing.assert_close(cls_kept, cls)
-    torch.testing.assert_close(kept, patches.gather(1, order[..., None].expand_as(patches)))
-
-
-def test_training_dinov3_leaves_its_keys_without_a_bias():
-    vit = qsd.load_vit("dinov3_vits16", depth=1, pretrained=False)
-    biases = [key for key, _ in vit.named_parameters() if "attn" in key and key.endswith("bias")]
-    assert biases == ["blocks.0.attn.q_bias", "blocks.0.attn.v_bias", "blocks.0.attn.proj.bias"]
-    assert "pos_embed" not in vit.state_dict()
-
-
-def test_dinov3s_weights_are_asked_for_by_the_user_never_downloaded(tmp_path, monkeypatch):
-    def download(*args, **kwargs):
-        raise AssertionError("a download was tried")
-    monkeypatch.setattr(torch.hub, "download_url_to_file", download)
-    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
-    with pytest.raises(qsd.UserError) as error:
-        qsd.load_vit("dinov3_vitl16_sat")
-    assert "https://ai.meta.com/resources/models-and-libraries/dinov3-downloads/" in str(error.value)
-    assert "weights/dinov3_vitl16_pretrain_sat493m-eadcf0ff.pth" in str(error.value)
-
-
-def test_a_dinov3_file_in_the_weights_folder_is_found_by_its_name(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(qsd, "WEIGHTS", str(tmp_path))
-    _, state = dinov3_file(tmp_path, "dinov3_vits16", depth=12)
-    with pytest.raises(qsd.UserError, match="the official file's with 08c60483; fetch it again, or say --official no"):
-        qsd.load_vit("dinov3_vits16", img_size=64)
-    vit = qsd.load_vit("dinov3_vits16", img_size=64, official=False)
-    assert torch.equal(vit.blocks[11].attn.v_bias, state["blocks.11.attn.qkv.bias"][768:])
-    assert "not the official file, whose SHA-256 starts with 08c60483" in capsys.readouterr().out
 
 
 # --- Datasets: small files --------------------------------------------------------------------------------------------
@@ -2736,7 +2382,7 @@ def light_segmenter():
 
 @pytest.mark.parametrize("precision, more", [
     *(("bf16", f"--loss {loss}") for loss in qsd.LOSSES),
-    ("fp32", "--mask_loss masked_tokens --layers four --teacher dinov3_vits16plus --student eva02_base"),
+    ("fp32", "--mask_all yes --scale sqrt --layers four --teacher dinov3_vits16plus --student eva02_base"),
     ("bf16", "--decoder fpn"), ("bf16", "--decoder linear"),
     ("fp16", "--decoder mask --pixel deform --points 16 --freeze no --kd 1 --kd_logits 1 --teacher dinov2_vits14_reg")])
 def test_on_cuda_no_tensor_is_left_behind_no_loss_waits_and_products_have_the_precision(
