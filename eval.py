@@ -849,7 +849,7 @@ def measured(run, block, cfg, device):
     if not mious:
         return None
     mean = sum(mious[name] for name in block.unseen) / len(block.unseen)
-    ledger = qsd.checked_ledger(path, qsd.open_checkpoint(path).get("ledger"))
+    ledger = qsd.open_checkpoint(path)["ledger"]
     seconds = sum(stage["seconds"] for stage in ledger)
     flops = sum(stage["flops"] for stage in ledger)
     return Result([mious[name] for name in domains] + [mean], seconds, flops, diagonal_of(run))

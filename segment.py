@@ -787,7 +787,7 @@ def load_segmenter(path, device="cpu"):
         encoder = qsd.ViT(**saved["encoder"])
         decoder = build_decoder(encoder.embed_dim, len(saved["classes"]), cfg)
         model = Segmenter(encoder, decoder, blocks=cfg.blocks)
-        load_strictly(model, saved["model"], f"{path} does not fit its segmenter")
+        qsd.load_strictly(model, saved["model"], f"{path} does not fit its segmenter")
     except KeyError as error:
         raise UserError(f"{path} is no whole segmenter: {error.args[0]} is missing") from None
     return model.to(device).eval().requires_grad_(False), saved
@@ -848,11 +848,6 @@ def from_mmsegmentation(path, state):
     model |= {f"decoder.{key}": tensor for key, tensor in decoder.items()}
     return dict(model=model, encoder=encoder.config, config=asdict(cfg), released=True, ledger=[],
                 classes=list(entry.classes), colors=[list(color) for color in entry.colors])
-
-
-def load_strictly(module, state, what):
-    qsd.check_state(what, state, module.state_dict())
-    module.load_state_dict(state)
 
 
 # --- The training step -----------------------------------------------------------------------------------------------
