@@ -418,7 +418,7 @@ def val_split(name, cfg, title="", saved=None):
         if others:
             raise UserError(f"--data {name} has the {len(classes)} classes {', '.join(classes)}, but {title} was "
                             f"trained on {len(saved['classes'])} others")
-    return data.scenes(name, cfg.root, "val", data.eval_transform(name))
+    return data.scenes(name, cfg.root, "val", partial(data.eval_transform, name=name))
 
 
 def protocol_of(cfg):
@@ -2080,7 +2080,8 @@ def probe(vit, cfg, device, ridge=1e-3):
     if not domains:
         raise UserError(f"--data {cfg.data}: none of these has a val split to measure the probe on; add one, as in "
                         "gtav+cityscapes")
-    train = data.scenes(source, cfg.root, "train", data.eval_transform(source), classes=cfg.classes)
+    transform = partial(data.eval_transform, name=source)
+    train = data.scenes(source, cfg.root, "train", transform, classes=cfg.classes)
     K = train.num_classes
     gram = 0
     moment = 0
