@@ -9,14 +9,11 @@ import argparse
 import hashlib
 import itertools
 import math
-import mmap
 import os
 import re
-import shlex
 import signal
 import sys
 import zlib
-from array import array
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
@@ -35,7 +32,7 @@ from torchvision.ops import box_area
 from torchvision.transforms import InterpolationMode, RandomResizedCrop
 from torchvision.transforms.v2 import Compose, RandomCrop, RandomHorizontalFlip, Resize, functional as TF
 from torchvision.tv_tensors import BoundingBoxes
-from torchvision.utils import draw_bounding_boxes
+from torchvision.utils import draw_bounding_boxes, make_grid
 from tqdm import tqdm
 
 import qsd
@@ -44,7 +41,7 @@ from qsd import UserError
 IGNORE = 255                # label of a pixel that no loss and no metric sees
 UNKNOWN = 254               # a label value that the dataset's table does not name: always an error
 FILL = (124, 116, 104)      # the mean as a pixel, for what lies outside an image: 0 after normalisation
-BAD_SHARE = 0.01            # share of the training images that may be unreadable before a run stops
+TRIES = 10                  # as many training images in a row may be unreadable before a run stops
 SUFFIXES = {".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp"}
 BROKEN = (OSError, ValueError, SyntaxError, RuntimeError, Image.DecompressionBombError)  # what damaged files raise
 
@@ -52,13 +49,12 @@ BROKEN = (OSError, ValueError, SyntaxError, RuntimeError, Image.DecompressionBom
 # --- Files to pixels ------------------------------------------------------------------------------------------------
 
 def read_image(path, mapped=True, upright=False):
-    """Read an image as RGB, uint8 (3, H, W); upright: turned as its EXIF data say that the camera was held.
+    """Read an image as RGB, uint8 (3, H, W); UserError names a file that is broken.
 
-    Stored .npy files are mapped into memory, and so are TIFFs if `mapped`: a crop then reads its own rows only."""
+    upright: turned as its EXIF data say that the camera was held. TIFFs are mapped into memory if `mapped`: a crop
+    then reads its own rows only."""
     try:
-        if path.suffix == ".npy":
-            pixels = np.load(path, mmap_mode="c")
-        elif path.suffix.lower() in (".tif", ".tiff") and mapped:
+        if mapped and path.suffix.lower() in (".tif", ".tiff"):
             pixels = map_tiff(path)
         else:
             pixels = read_rgb(path, upright)
@@ -72,38 +68,24 @@ def read_rgb(path, upright=False):
     with Image.open(path) as image:
         if upright:
             image = ImageOps.exif_transpose(image)
-        return np.array(to_rgb(image))
-
-
-def to_rgb(image):
-    """A Pillow image of any mode as RGB; 16-bit grey is scaled to 8 bits, where Pillow would cut it off at 255."""
-    if image.mode == "RGB":
-        return image  # convert would copy the pixels once more
-    if image.mode[0] in "IF":  # I;16, and in older files I
-        values = np.asarray(image)
-        if image.mode == "F" or values.min() < 0 or values.max() > 65535:
-            raise ValueError(f"{image.mode} pixels from {values.min()} to {values.max()}, "
-                             "of which none is known to be white")
-        scaled = (values.astype(np.uint32) * 255 + 32767) // 65535
-        image = Image.fromarray(scaled.astype(np.uint8))
-    return image.convert("RGB")
+        if image.mode[0] in "IF":   # 16-bit grey is scaled to 8 bits, where Pillow would cut it off at 255
+            values = np.asarray(image)
+            if image.mode == "F" or values.min() < 0 or values.max() > 65535:
+                raise ValueError(f"values from {values.min()} to {values.max()}, of which none is known to be white")
+            image = Image.fromarray(((values.astype(np.uint32) * 255 + 32767) // 65535).astype(np.uint8))
+        if image.mode != "RGB":     # else convert would copy the pixels once more
+            image = image.convert("RGB")
+        return np.array(image)
 
 
 def map_tiff(path):
-    """Map a TIFF as uint8 (H, W, 3): as it lies if its pixels are raw, else from a copy unpacked once beside it."""
-    unpacked = path.with_name(path.name + ".npy")
-    made_from = bytes.fromhex(fingerprint(path, path.stat().st_mtime_ns))   # stands behind the pixels of the copy
-    if not unpacked.exists() or np.memmap(unpacked, mode="r")[-len(made_from):].tobytes() != made_from:
-        with Image.open(path) as image:
-            offset = raw_offset(image)
-            if offset is not None:
-                return np.memmap(path, np.uint8, "c", offset, (image.height, image.width, 3))
-            pixels = np.asarray(to_rgb(image))
-        part = unpacked.with_name(f"part.{os.getpid()}.{unpacked.name}")    # others may unpack it just now
-        with open(part, "wb") as file:
-            np.save(file, pixels)
-            file.write(made_from)
-        os.replace(part, unpacked)
+    """Map a TIFF as uint8 (H, W, 3) from a copy that is unpacked beside it once, and again when the TIFF is newer."""
+    unpacked = path.with_name(f"{path.name}.npy")
+    if not unpacked.exists() or unpacked.stat().st_mtime < path.stat().st_mtime:
+        unfinished = path.with_name(f"{path.name}.{os.getpid()}")   # other processes may unpack it just now
+        with open(unfinished, "wb") as file:
+            np.save(file, read_rgb(path))
+        os.replace(unfinished, unpacked)
     return np.load(unpacked, mmap_mode="c")
 
 
@@ -117,17 +99,6 @@ def fingerprint(path, *more):
             file.seek(max(0, min(i * size // 16, size - 4096)))
             digest.update(file.read(4096))
     return digest.hexdigest()
-
-
-def raw_offset(image):
-    """Where in its file a TIFF's pixels begin if they are raw RGB rows without gaps; None for every other TIFF."""
-    begin = image.tile[0][2]
-    expected = begin
-    for codec, (left, _, right, bottom), start, _ in image.tile:  # strips of whole rows, each after the one before
-        if image.mode != "RGB" or codec != "raw" or start != expected or left != 0 or right != image.width:
-            return None
-        expected = begin + bottom * image.width * 3
-    return begin
 
 
 def resize(image, size, mode=InterpolationMode.BILINEAR, antialias=False):
@@ -201,11 +172,17 @@ def cityscapes_label(path):
 
 
 def synthia_label(path):
-    """The class is the first channel of a 16-bit PNG, of which Pillow would return the high bytes: zeros."""
-    image = Image.open(path)
-    image.tile = [(codec, box, start, "RGB;16L") for codec, box, start, _ in image.tile]  # the low bytes
-    values = np.asarray(image)[..., 0]
+    """The class is the first channel of a 16-bit PNG."""
+    values = np.asarray(open_label(path))[..., 0]
     return checked(path, SYNTHIA_IDS[values], values)
+
+
+def open_label(path):
+    """A label file as Pillow opens it, but of 16-bit colours with the low bytes: it would take the high ones, zeros."""
+    image = Image.open(path)
+    if image.format == "PNG":
+        image.tile = [(codec, box, start, mode.replace("RGB;16B", "RGB;16L")) for codec, box, start, mode in image.tile]
+    return image
 
 
 def isprs_label(path, box=None):
@@ -709,14 +686,9 @@ class Sample(NamedTuple):
         """uint8 (H, W) of class numbers and 255, or boxes; UserError names a file that is broken or holds others."""
         if self.entry.generate:
             return torch.from_numpy(self.entry.generate(self.image)[1])
+        tile = [self.box] if self.box else []
         try:
-            if self.label.suffix == ".npy":
-                label = np.load(self.label)
-            elif self.box:
-                label = self.entry.decode(self.label, self.box)
-            else:
-                label = self.entry.decode(self.label)
-            return torch.from_numpy(label)
+            return torch.from_numpy(self.entry.decode(self.label, *tile))
         except UserError:
             raise
         except BROKEN as error:
@@ -725,17 +697,14 @@ class Sample(NamedTuple):
 
 def entries(name, classes=0, labelled=True):
     """{name: row of DATASETS} for a name like gtav+synthia; `classes` is the number of classes of --data folder."""
-    parts = []
-    for part in name.split("+"):
-        parts += JOINED.get(part, [part])
     found = {}
-    for part in parts:
-        if part not in DATASETS or part in found:
-            reason = "named twice" if part in found else f"not one of {' '.join(DATASETS)}"
-            raise UserError(f"--data {part}: {reason}")
-        if classes and (part != "folder" or classes > UNKNOWN):
-            raise UserError(f"--classes {classes}: is for --data folder, and at most {UNKNOWN}")
-        found[part] = numbered_classes(DATASETS[part], classes) if classes else DATASETS[part]
+    for word in name.split("+"):
+        for part in JOINED.get(word, [word]):
+            if part not in DATASETS:
+                raise UserError(f"--data {part}: not one of {' '.join(DATASETS)}")
+            if classes and (part != "folder" or not 0 < classes <= UNKNOWN):
+                raise UserError(f"--classes {classes}: is for --data folder, and at most {UNKNOWN}")
+            found[part] = numbered_classes(DATASETS[part], classes) if classes else DATASETS[part]
     if labelled and len({entry.classes for entry in found.values()}) > 1:
         raise UserError(f"--data {name}: these sets have different classes")
     return found
@@ -762,89 +731,53 @@ def locate(root, entry):
     return Path(root)
 
 
-class Names:
-    """Texts in one buffer: a million Python objects would take 700 MB, and each loading process would copy them."""
-
-    def __init__(self):
-        self.buffer = bytearray()
-        self.ends = array("q", [0])
-
-    def append(self, text):
-        self.buffer += os.fsencode(text)
-        self.ends.append(len(self.buffer))
-
-    def __len__(self):
-        return len(self.ends) - 1
-
-    def __getitem__(self, i):
-        if not 0 <= i < len(self):
-            raise IndexError(i)
-        return os.fsdecode(bytes(self.buffer[self.ends[i]:self.ends[i + 1]]))
-
-
-@dataclass
 class Samples:
-    """The Samples of a set with files, each made when it is asked for."""
-    entry: Dataset
-    folder: Path
-    images: Names | list
-    labels: list = None     # names of the same length and order
-    ending: str = ""        # what follows each name
+    """The Samples of a set with files, each made when it is asked for.
+
+    Names are kept as one array: a million Python texts would take 700 MB, and each loading process would copy them."""
+
+    def __init__(self, entry, folder, images, labels):
+        self.entry = entry
+        self.folder = folder
+        self.images = np.array([os.fsencode(name) for name in images])
+        self.labels = np.array([os.fsencode(name) for name in labels])  # of the same length and order, or empty
 
     def __len__(self):
         return len(self.images)
 
     def __getitem__(self, i):
-        label = self.folder / (self.labels[i] + self.ending) if self.labels else None
-        return Sample(self.entry, self.folder / (self.images[i] + self.ending), label)
+        image = self.folder / os.fsdecode(self.images[i])
+        label = self.folder / os.fsdecode(self.labels[i]) if len(self.labels) else None
+        return Sample(self.entry, image, label)
 
 
 def find(folder, patterns, text, skipped=()):
-    """The files below a folder by the first pattern that matches any: Names, regular expression, Names of all others.
+    """The names of the files below a folder by the first pattern that matches any, and its regular expression.
 
     `text` stands for <split>; files whose name without suffix ends in one of `skipped` are passed over."""
     for pattern in patterns.replace("<split>", text).split():
         regex = as_regex(pattern)
         top = re.split(r"[*{]", pattern)[0].rpartition("/")[0]  # the folder below which all its files lie
-        names = Names()
-        others = Names()
-        for name in files_below(folder, top):
-            if not regex.fullmatch(name):
-                others.append(name)
-            elif not os.path.splitext(name)[0].endswith(skipped):
-                names.append(name)
-        if len(names):
-            return names, regex, others
-    return Names(), None, Names()
+        names = [name for name in files_below(folder, top) if regex.fullmatch(name)]
+        names = [name for name in names if not os.path.splitext(name)[0].endswith(skipped)]
+        if names:
+            return names, regex
+    return [], None
 
 
 def find_some(part, folder, patterns, text, skipped=()):
-    """What `find` returns, found by the first process for all of them; UserError where no file matches."""
-    names, regex, others = find(folder, patterns, text, skipped)
-    if not len(names):
-        looked_for = " or ".join(patterns.replace("<split>", text).split())
+    """What `find` returns; UserError where no file matches."""
+    names, regex = find(folder, patterns, text, skipped)
+    if not names:
+        looked_for = patterns.replace("<split>", text).replace(" ", " or ")
         raise UserError(f"--data {part}: {folder} holds no files like {looked_for}")
-    return names, regex, others
-
-
-def by_key(names, regex):
-    """{texts for "*" and "{}" in a pattern: [names]}, sorted; several names are one with several suffixes."""
-    found = {}
-    for name in names:
-        found.setdefault(regex.fullmatch(name).groups(), []).append(name)
-    return dict(sorted(found.items()))
+    return names, regex
 
 
 def files_below(folder, top=""):
-    """All files below folder / top that are not hidden, as texts below folder; each folder once, links followed."""
-    seen = set()
+    """All files below folder / top that are not hidden, as texts below folder, sorted; links are followed."""
     for parent, folders, names in os.walk(folder / top, onerror=refuse, followlinks=True):
-        here = os.stat(parent)
-        if (here.st_dev, here.st_ino) in seen or os.path.basename(parent) == "__MACOSX":
-            folders.clear()
-            continue
-        seen.add((here.st_dev, here.st_ino))
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        folders[:] = sorted(name for name in folders if not name.startswith((".", "__MACOSX")))
         below = os.path.relpath(parent, folder)
         for name in sorted(names):
             if not name.startswith("."):
@@ -852,9 +785,9 @@ def files_below(folder, top=""):
 
 
 def refuse(error):
-    """A folder that is not there has no files; one that cannot be listed would hide those it has."""
-    if not isinstance(error, (FileNotFoundError, NotADirectoryError)):
-        raise UserError(f"{error.filename}: cannot be listed ({error.strerror})")
+    """A folder that is not there has no files; one that may not be listed would hide those it has."""
+    if isinstance(error, PermissionError):
+        raise error
 
 
 def as_regex(pattern):
@@ -873,52 +806,52 @@ def tile_boxes(width, height, side):
     return [(left, top, left + side, top + side) for top in tops for left in lefts]
 
 
-def listing(part, entry, root, split, labelled, cache=0):
-    """The samples of one dataset, and the files that have no partner, or several."""
+def listing(part, entry, root, split, labelled):
+    """The samples of one dataset, and a line on each image or label that is no part of a pair."""
     if split not in entry.splits:
         raise UserError(f"--data {part}: has no {split} split, only {' '.join(entry.splits)}")
     if entry.generate:
         return [Sample(entry, number) for number in entry.splits[split]], []
-    if entry.boxes:
-        return voc_samples(part, entry, locate(root, entry), split), []
     if labelled and not entry.decode:
         missing = "say how many --classes" if part == "folder" else "has no labels"
         raise UserError(f"--data {part}: {missing}")
-
     folder = locate(root, entry)
-    images, regex, others = find_some(part, folder, entry.images, entry.splits[split])
-    labels = None
-    alone = []
-    if labelled:
-        labels, labels_regex, _ = find_some(part, folder, entry.labels, entry.splits[split], entry.converted)
-        images, labels, alone = paired(by_key(images, regex), by_key(labels, labels_regex))
-    samples = Samples(entry, folder, images, labels)
-    rest = left_out(folder, entry, others) if entry.own else ""
-    qsd.say(f"{part} {split}: {len(samples)} images in {folder}{rest}")
-    return samples, [folder / name for name in alone]
+    text = entry.splits[split]
+    problems = []
+    if entry.boxes:
+        samples = voc_samples(entry, folder, text)
+    else:
+        images, regex = find_some(part, folder, entry.images, text)
+        labels = []
+        if labelled:
+            labels, labels_regex = find_some(part, folder, entry.labels, text, entry.converted)
+            images, labels, problems = paired(folder, images, regex, labels, labels_regex)
+        samples = Samples(entry, folder, images, labels)
+    qsd.say(f"{part} {split}: {len(samples)} images in {folder}")
+    return samples, problems
 
 
-def paired(images, labels):
-    """Of {key: [names]} twice: the images with one label each, those labels, and the names of all others."""
+def paired(folder, images, regex, labels, labels_regex):
+    """Of two lists of names: the images with one label each, those labels, and a line on each of the others.
+
+    An image and a label are a pair where "*" and "{}" stood for the same texts."""
+    groups = {}     # {those texts: ([images], [labels])}
+    for name in images:
+        groups.setdefault(regex.fullmatch(name).groups(), ([], []))[0].append(name)
+    for name in labels:
+        groups.setdefault(labels_regex.fullmatch(name).groups(), ([], []))[1].append(name)
     with_label = []
     with_image = []
-    alone = []
-    for key in images | labels:
-        here = images.get(key, [])
-        there = labels.get(key, [])
+    problems = []
+    for _, (here, there) in sorted(groups.items()):
         if len(here) == len(there) == 1:
             with_label += here
             with_image += there
+        elif here and there:
+            problems.append(f"{folder / here[0]}: is one of several for the same pair: {' '.join(here + there)}")
         else:
-            alone += here + there
-    return with_label, with_image, alone
-
-
-def left_out(folder, entry, others):
-    """The end of a line that says how many files of one's own folder belong to no split."""
-    patterns = " ".join(entry.images.replace("<split>", text) for text in entry.splits.values())
-    regex = re.compile("|".join(as_regex(pattern).pattern for pattern in patterns.split()))
-    return and_without(folder, [name for name in others if not regex.fullmatch(name)])
+            problems += [f"{folder / name}: has no partner" for name in here + there]
+    return with_label, with_image, problems
 
 
 def and_without(folder, names):
@@ -926,37 +859,27 @@ def and_without(folder, names):
     return f"; {len(names)} other files there are left out, such as {folder / names[0]}" if names else ""
 
 
-def preflight_command(part, entry, root):
-    """The command that looks through a dataset, as a shell takes it."""
-    classes = f" --classes {entry.num_classes}" if part == "folder" and entry.num_classes else ""
-    return f"python data.py --data {part} --root {shlex.quote(str(root))}{classes}"
-
-
-def voc_samples(part, entry, folder, split):
+def voc_samples(entry, folder, lists):
     """The samples that VOC's lists name: JPEGImages/NAME.jpg and Annotations/NAME.xml in the folder of the year."""
     samples = []
-    for text in entry.splits[split].split():  # as VOC2007/trainval
+    for text in lists.split():  # as VOC2007/trainval
         year = folder / Path(text).parent
         file = year / f"ImageSets/Main/{Path(text).name}.txt"
         if not file.is_file():
-            raise UserError(f"--data {part}: {file} is not there")
-        names = file.read_text(errors="replace").split()
-        if not names:
-            raise UserError(f"{file}: names no image")
-        for name in names:
+            raise UserError(f"{file} is not there")
+        for name in file.read_text().split():
             samples.append(Sample(entry, year / f"JPEGImages/{name}.jpg", year / f"Annotations/{name}.xml"))
-    qsd.say(f"{part} {split}: {len(samples)} images in {folder}")
     return samples
 
 
-def gather(name, root, split, labelled, cache=0, classes=0):
+def gather(name, root, split, labelled, classes=0):
     """All samples of a name like gtav+synthia, each tile, each corruption; UserError where a file lacks its partner."""
     samples = []
     for part, entry in entries(name, classes, labelled).items():
-        found, alone = listing(part, entry, root, split, labelled, cache)
-        if alone:
-            raise UserError(f"{alone[0]}: has no partner ({len(alone)} such files in {part} {split}); list them with "
-                            f"{preflight_command(part, entry, root)}")
+        found, problems = listing(part, entry, root, split, labelled)
+        if problems:
+            raise UserError(f"{problems[0]} ({len(problems)} such files in {part} {split}); "
+                            "python data.py with the same --data, --root and --classes lists them")
         if entry.tile or entry.corrupted:
             found = list(itertools.chain.from_iterable(map(pieces, found)))
         samples.append(found)
@@ -986,7 +909,6 @@ class Scenes(torch.utils.data.Dataset):
         self.labelled = labelled
         self.training = training
         self.seed = 0  # set by loader
-        self.unreadable = torch.frombuffer(mmap.mmap(-1, len(samples)), dtype=torch.bool)  # known to all workers
         entry = samples[0].entry
         self.boxes = entry.boxes
         self.classes = entry.classes
@@ -1004,7 +926,8 @@ class Scenes(torch.utils.data.Dataset):
             label = sample.read_label()
             if not self.boxes and label.shape != image.shape[1:]:
                 if not sample.entry.resize_label:
-                    raise UserError(mismatch(sample, image, label))
+                    raise UserError(f"{sample.label}: {label.shape[1]}x{label.shape[0]}, but its image is "
+                                    f"{image.shape[2]}x{image.shape[1]}")
                 label = resize_label(label, image.shape[1:])
         if self.transform:
             with torch.random.fork_rng(devices=[]):
@@ -1015,25 +938,16 @@ class Scenes(torch.utils.data.Dataset):
         return image.contiguous(), draw
 
     def read(self, index):
-        """The sample at index with its image; while training the next that can be read."""
-        while True:
-            sample = self.samples[index]
+        """The sample at index with its image; while training the next one that can be read, of TRIES at most."""
+        for i in range(index, index + TRIES):
+            sample = self.samples[i % len(self)]
             try:
-                if not self.unreadable[index]:
-                    return sample, sample.read_image()
+                return sample, sample.read_image()
             except UserError as error:
                 if not self.training:
                     raise
-                self.unreadable[index] = True
-                count = int(self.unreadable.sum())
-                print(f"{error}: another image takes its place, {count} so far", file=sys.stderr)
-                if count > BAD_SHARE * len(self):
-                    raise UserError(f"{error}, like {count} of {len(self)} training images: too many") from None
-            index = (index + 1) % len(self)
-
-
-def mismatch(sample, image, label):
-    return f"{sample.label}: {label.shape[1]}x{label.shape[0]}, but its image is {image.shape[2]}x{image.shape[1]}"
+                print(f"{error}: the next image takes its place", file=sys.stderr)
+        raise UserError(f"{sample.image}: cannot be read as an image, like {TRIES - 1} before it: too many")
 
 
 ORDER, ERASED_BOX, ERASED_PIXELS, MASKS = range(1, 5)  # each use of a draw's number has random numbers of its own
@@ -1044,15 +958,15 @@ def mix(*numbers):
     return int(np.random.SeedSequence(numbers).generate_state(1)[0])
 
 
-def images(name, root, transform=None, split="train", cache=0):
-    """Images without labels, for distillation and for figures; `cache` is the short side of a stored set."""
-    return Scenes(gather(name, root, split, False, cache), transform, labelled=False, training=split == "train")
+def images(name, root, transform=None, split="train"):
+    """Images without labels, for distillation and for figures."""
+    return Scenes(gather(name, root, split, False), transform, labelled=False, training=split == "train")
 
 
 LABEL_SEED = 0  # of the subset that labels="1/16" takes: the same images in every run
 
 
-def scenes(name, root, split="train", transform=None, labels="1", classes=0, cache=0):
+def scenes(name, root, split="train", transform=None, labels="1", classes=0):
     """Images with labels; labels="1/16" keeps a fixed random subset, `classes` is the number of classes of "folder"."""
     try:
         share = Fraction(labels)
@@ -1060,7 +974,7 @@ def scenes(name, root, split="train", transform=None, labels="1", classes=0, cac
         share = 0
     if not 0 < share <= 1:
         raise UserError(f"--labels {labels}: a fraction like 1/16 was expected")
-    samples = gather(name, root, split, True, cache, classes)
+    samples = gather(name, root, split, True, classes)
     order = torch.randperm(len(samples), generator=torch.Generator().manual_seed(LABEL_SEED))
     count = max(1, round(share * len(samples)))
     kept = sorted(order[:count].tolist())
@@ -1116,9 +1030,11 @@ def loader(dataset, batch, workers=0, **order):
 
 
 def outlast_signals(worker):
-    """Keep a loading process alive until the training one has finished its step: signals often reach both."""
+    """Keep a loading process alive until the training one has finished its step and saved: signals often reach both.
+
+    A second SIGTERM ends it, for that is how Python ends it when the training process has failed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda number, frame: signal.signal(number, signal.SIG_DFL))
 
 
 # --- Stage 1: crop, flip, RandAugment -------------------------------------------------------------------------------
@@ -1131,18 +1047,16 @@ def uniform(low, high):
     return low + (high - low) * torch.rand(()).item()
 
 
-def distill_transform(size, randaugment=True, scale=(0.08, 1), ratio=(3 / 4, 4 / 3), flip=0.5):
+def distill_transform(image, label=None, size=224, randaugment=True, scale=(0.08, 1), ratio=(3 / 4, 4 / 3), flip=0.5):
     """Augmentation of both distillation stages: random resized crop, flip, RandAugment; uint8 (3, size, size)."""
-    def transform(image, label=None):
-        box = RandomResizedCrop.get_params(image, scale, ratio)
-        image = TF.resized_crop(image, *box, [size, size], InterpolationMode.BICUBIC, antialias=True)
-        if chance(flip):
-            image = image.flip(2)
-        image = image.contiguous()
-        if randaugment:
-            image = rand_augment(image)
-        return image, label
-    return transform
+    box = RandomResizedCrop.get_params(image, scale, ratio)
+    image = TF.resized_crop(image, *box, [size, size], InterpolationMode.BICUBIC, antialias=True)
+    if chance(flip):
+        image = image.flip(2)
+    image = image.contiguous()
+    if randaugment:
+        image = rand_augment(image)
+    return image, label
 
 
 def rand_augment(image, ops=2, p=0.5, magnitude=9, std=0.5):
@@ -1170,7 +1084,7 @@ def warp(image, a=1.0, b=0.0, c=0.0, d=0.0, e=1.0, f=0.0):
     return out[0].add_(fill).round_().clamp_(0, 255).to(torch.uint8)
 
 
-def shift(image, dx, dy):
+def shift(image, dx=0, dy=0):
     """Output pixel (x, y) shows input (x + dx, y + dy), in whole pixels: half a pixel off at most, 30 x faster."""
     pad = [max(-dx, 0), max(-dy, 0), max(dx, 0), max(dy, 0)]  # left, top, right, bottom
     padded = TF.pad(image, pad, fill=list(FILL))
@@ -1186,17 +1100,6 @@ def rotate(image, signed):
     return warp(image, cos, -sin, x - cos * x + sin * y, sin, cos, y - sin * x - cos * y)
 
 
-def sharpen(image, factor):
-    """Pillow's sharpness: away from the image smoothed by (1 1 1, 1 5 1, 1 1 1) / 13, borders kept."""
-    x = image.float()
-    inner = x[:, 1:-1, 1:-1]
-    three_rows = x[:, :-2] + x[:, 1:-1] + x[:, 2:]
-    nine = three_rows[:, :, :-2] + three_rows[:, :, 1:-1] + three_rows[:, :, 2:]
-    smooth = (nine + 4 * inner).div_(13).round_()
-    inner.copy_(smooth.lerp(inner, factor))
-    return x.clamp_(0, 255).to(torch.uint8)
-
-
 def strength(signed):
     """A factor that changes nothing at 1; the level leads away from 1 ("increasing")."""
     return max(0.1, 1 + 0.9 * signed)
@@ -1204,20 +1107,20 @@ def strength(signed):
 
 RAND_AUGMENT = (  # each operation takes an image, a level in 0..1, and the level with a random sign
     lambda image, level, signed: rotate(image, signed),
-    lambda image, level, signed: image & (0xF0 << int(4 * level) & 0xFF),   # posterize: 4 bits stay at level 0, 0 at 1
-    lambda image, level, signed: torch.where(image < 256 - int(256 * level), image, 255 - image),   # solarize
-    lambda image, level, signed: torch.where(image < 128, image + int(110 * level), image),         # solarize, add
+    lambda image, level, signed: TF.posterize(image, bits=4 - int(4 * level)),
+    lambda image, level, signed: TF.solarize(image, threshold=256 - int(256 * level)),
+    lambda image, level, signed: torch.where(image < 128, image + int(110 * level), image),     # solarize, add
     lambda image, level, signed: TF.autocontrast(image),
     lambda image, level, signed: TF.equalize(image),
-    lambda image, level, signed: 255 - image,                                                       # invert
+    lambda image, level, signed: TF.invert(image),
     lambda image, level, signed: TF.adjust_saturation(image, strength(signed)),
     lambda image, level, signed: TF.adjust_contrast(image, strength(signed)),
     lambda image, level, signed: TF.adjust_brightness(image, strength(signed)),
-    lambda image, level, signed: sharpen(image, strength(signed)),
-    lambda image, level, signed: warp(image, b=0.3 * signed),                                       # shear x
-    lambda image, level, signed: warp(image, d=0.3 * signed),                                       # shear y
-    lambda image, level, signed: shift(image, round(0.45 * signed * image.shape[2]), 0),            # translate x
-    lambda image, level, signed: shift(image, 0, round(0.45 * signed * image.shape[1])),            # translate y
+    lambda image, level, signed: TF.adjust_sharpness(image, strength(signed)),
+    lambda image, level, signed: warp(image, b=0.3 * signed),                                   # shear x
+    lambda image, level, signed: warp(image, d=0.3 * signed),                                   # shear y
+    lambda image, level, signed: shift(image, dx=round(0.45 * signed * image.shape[2])),
+    lambda image, level, signed: shift(image, dy=round(0.45 * signed * image.shape[1])),
 )
 
 
@@ -1269,29 +1172,26 @@ def uniform_noise(draws, N, seed):
 
 # --- Stage 2: image and label together ------------------------------------------------------------------------------
 
-def segment_transform(size=512, cat_max_ratio=0.75, flip=0.5):
+def segment_transform(image, label, size=512, cat_max_ratio=0.75, flip=0.5):
     """Random scale, crop, flip, colours, and padding to (size, size), as the official mmsegmentation pipeline does."""
-    short_edges = [size * tenths // 10 for tenths in range(5, 21)]  # 0.5, 0.6, .. 2.0 sizes
-    long_edge = 4 * size  # at most
-
-    def transform(image, label):
-        height, width = label.shape
-        short_edge = short_edges[torch.randint(len(short_edges), ()).item()]
-        scale = min(short_edge / min(height, width), long_edge / max(height, width))
-        scaled = (max(1, round(height * scale)), max(1, round(width * scale)))
-        image = resize(image, scaled)
-        label = resize_label(label, scaled)
-        rows, columns = varied_crop(label, size, cat_max_ratio)
-        image = distort(image[:, rows, columns])
-        label = label[rows, columns]
-        if chance(flip):
-            image = image.flip(2)
-            label = label.flip(1)
-        pad = [0, 0, size - label.shape[1], size - label.shape[0]]  # left, top, right, bottom
-        image = TF.pad(image, pad, fill=list(FILL))
-        label = TF.pad(label[None], pad, fill=IGNORE)[0]
-        return image, label
-    return transform
+    height, width = label.shape
+    tenths = 5 + torch.randint(16, ()).item()
+    short_edge = size * tenths // 10    # 0.5, 0.6, .. 2.0 sizes
+    long_edge = 4 * size                # at most
+    scale = min(short_edge / min(height, width), long_edge / max(height, width))
+    scaled = (max(1, round(height * scale)), max(1, round(width * scale)))
+    image = resize(image, scaled)
+    label = resize_label(label, scaled)
+    rows, columns = varied_crop(label, size, cat_max_ratio)
+    image = distort(image[:, rows, columns])
+    label = label[rows, columns]
+    if chance(flip):
+        image = image.flip(2)
+        label = label.flip(1)
+    pad = [0, 0, size - label.shape[1], size - label.shape[0]]  # left, top, right, bottom
+    image = TF.pad(image, pad, fill=list(FILL))
+    label = TF.pad(label[None], pad, fill=IGNORE)[0]
+    return image, label
 
 
 def varied_crop(label, size, cat_max_ratio, tries=10):
@@ -1354,22 +1254,19 @@ def detect_transform(image, label, size, visible=0.3):
     return image, label
 
 
-def eval_transform(name):
+def eval_transform(image, label, name):
     """Official test size of a dataset for the image; the label keeps its own (Mapillary's is halved)."""
-    (entry,) = entries(name).values()
-
-    def transform(image, label):
-        if entry.eval_half:
-            half = (image.shape[1] // 2, image.shape[2] // 2)
-            image = resize(image, half, InterpolationMode.BICUBIC, antialias=True)
-            label = resize_label(label, half)
-        if entry.eval_size:
-            height, width = image.shape[1:]
-            long_edge, short_edge = entry.eval_size
-            scale = min(long_edge / max(height, width), short_edge / min(height, width))
-            image = resize(image, (round(height * scale), round(width * scale)))
-        return image, label
-    return transform
+    entry = DATASETS[name]
+    if entry.eval_half:
+        half = (image.shape[1] // 2, image.shape[2] // 2)
+        image = resize(image, half, InterpolationMode.BICUBIC, antialias=True)
+        label = resize_label(label, half)
+    if entry.eval_size:
+        height, width = image.shape[1:]
+        long_edge, short_edge = entry.eval_size
+        scale = min(long_edge / max(height, width), short_edge / min(height, width))
+        image = resize(image, (round(height * scale), round(width * scale)))
+    return image, label
 
 
 # --- Corruptions: an unseen domain for detectors --------------------------------------------------------------------
@@ -1446,95 +1343,67 @@ def clouds(height, width, decay, generator):
 
 def in_parallel(job, items, workers, title):
     """Results of job(item) in order, behind a bar."""
-    if workers:
-        pool = ProcessPoolExecutor(workers, initializer=begin_worker)
-        try:
-            yield from tqdm(pool.map(job, items, chunksize=8), title, len(items))
-        finally:
-            pool.shutdown(cancel_futures=True)
-    else:
+    if not workers:
         yield from tqdm(map(job, items), title, len(items))
+        return
+    with ProcessPoolExecutor(workers, initializer=torch.set_num_threads, initargs=[1]) as pool:
+        yield from tqdm(pool.map(job, items, chunksize=8), title, len(items))
 
 
-def begin_worker():
-    """One thread for each process; Ctrl-C is the business of the one that began it."""
-    torch.set_num_threads(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
-class Finding(NamedTuple):
-    """What opening a sample's files showed."""
-    problem: str = None  # what is wrong, in a line
-    oddity: str = None  # what is odd, but known of this dataset
-    counts: np.ndarray = np.zeros(256, np.int64)  # pixels of each label value, or objects of each class
-
-
-def check_sample(sample):
-    """Open both files of a sample."""
+def check(sample):
+    """Read a sample as training does: what is wrong, in a line, and how many pixels or objects each class has."""
+    labelled = bool(sample.entry.classes)
+    counts = np.zeros(256, np.int64)
     try:
-        image = sample.read_image()
-        if not sample.label and not sample.entry.generate:
-            return Finding()
-        label = sample.read_label()
+        item = Scenes([sample], None, labelled, training=False)[0]
     except UserError as error:
-        return Finding(problem=str(error))
-    values = objects_of(label)[:, 4].int() if sample.entry.boxes else label.flatten()
-    counts = np.bincount(values.numpy(), minlength=256)
-    if sample.entry.boxes or label.shape == image.shape[1:]:
-        return Finding(counts=counts)
-    if sample.entry.resize_label:
-        return Finding(oddity=f"{mismatch(sample, image, label)}, will be resized", counts=counts)
-    return Finding(problem=mismatch(sample, image, label), counts=counts)
+        return str(error), counts
+    if labelled:
+        label = item[1]
+        values = objects_of(label)[:, 4].int() if sample.entry.boxes else label.flatten()
+        counts += np.bincount(values, minlength=256)
+    return None, counts
 
 
 def preflight(name, root, out=None, classes=0, workers=0):
     """Open every file of every split that is there and print what was found; returns the number of problems."""
-    if out and Path(out).suffix.lower() not in SUFFIXES:
-        raise UserError(f"--out {out}: a picture's name ends in one of {' '.join(sorted(SUFFIXES))}")
     count = 0
     shown = []
-    counts = np.zeros(256, np.int64)
+    total = np.zeros(256, np.int64)
     for part, entry in entries(name, classes).items():
-        for split in splits_at_hand(entry, root):
-            samples, alone = listing(part, entry, root, split, bool(entry.labels))
-            findings = list(in_parallel(check_sample, samples, workers, f"{part} {split}"))
-            problems = [f"{file}: has no partner, or several" for file in alone]
-            problems += [finding.problem for finding in findings if finding.problem]
-            oddities = [finding.oddity for finding in findings if finding.oddity]
-            kind = "pairs" if entry.classes else "images"
-            print(f"{part} {split}: {len(samples)} {kind}, {len(problems)} problems")
-            for line in problems + oddities:
+        at_hand = [split for split, text in entry.splits.items()
+                   if entry.generate or find(locate(root, entry), entry.images, text)[0]]
+        for split in at_hand or [*entry.splits][:1]:    # if none is there, listing says what is missing
+            samples, problems = listing(part, entry, root, split, bool(entry.labels))
+            good = []
+            findings = in_parallel(check, samples, workers, f"{part} {split}")
+            for (problem, counts), sample in zip(findings, samples):
+                if problem:
+                    problems.append(problem)
+                else:
+                    good.append(sample)
+                total += counts
+            print(f"{part} {split}: {len(samples)} {'pairs' if entry.classes else 'images'}, {len(problems)} problems")
+            for line in problems:
                 print(f"  {line}")
             count += len(problems)
-            counts += sum(finding.counts for finding in findings)
-            good = [sample for sample, finding in zip(samples, findings) if not finding.problem]
             shown += good[::max(1, math.ceil(len(good) / 4))]  # 4 at most, evenly
-    print_shares(entry.classes, counts, "objects" if entry.boxes else "pixels")
+    print_shares(entry.classes, total, "objects" if entry.boxes else "pixels")
     if out and shown:
-        overview(shown).save(out)
+        blocks = [picture_of(sample) for sample in shown]
+        TF.to_pil_image(make_grid(blocks, nrow=4, padding=10, pad_value=255)).save(out)
     return count
-
-
-def splits_at_hand(entry, root):
-    """The splits that have images; if none has, the first, so that listing says what is missing."""
-    if entry.generate:
-        return list(entry.splits)
-    folder = locate(root, entry)
-    found = [split for split, text in entry.splits.items() if len(find(folder, entry.images, text)[0])]
-    return found or list(entry.splits)[:1]
 
 
 def print_shares(classes, counts, what):
     """A line for each class's share of the pixels or objects; of a set without labels nothing."""
-    named = {name: counts[number] for number, name in enumerate(classes)}
-    named["ignored"] = counts[IGNORE]
-    total = sum(named.values())
-    if not total:
+    names = [*classes, "ignored"]
+    counts = [*counts[:len(classes)], counts[IGNORE]]
+    if not sum(counts):
         return
-    width = max(map(len, named))
     print(f"share of the {what}, %")
-    for name, count in named.items():
-        print(f"  {name:{width}} {100 * count / total:6.2f}")
+    for name, count in zip(names, counts):
+        print(f"  {name:{max(map(len, names))}} {100 * count / sum(counts):6.2f}")
 
 
 def palette(colors):
@@ -1543,35 +1412,15 @@ def palette(colors):
     return np.array([*colors, *black], np.uint8)
 
 
-def overview(samples, width=300, gap=10):
-    """Picture of some samples, each image above its label or with its boxes, four in a row."""
-    blocks = [picture_of(sample, width) for sample in samples]
-    columns = min(4, len(blocks))
-    lines = math.ceil(len(blocks) / columns)
-    height = max(block.height for block in blocks)
-    sheet = Image.new("RGB", (columns * (width + gap) + gap, lines * (height + gap) + gap), "white")
-    for i, block in enumerate(blocks):
-        x = gap + i % columns * (width + gap)
-        y = gap + i // columns * (height + gap)
-        sheet.paste(block, (x, y))
-    return sheet
-
-
-def picture_of(sample, width):
-    """A sample's image, and below it its label in the classes' colours, or on it its boxes."""
+def picture_of(sample, size=(300, 225)):
+    """A sample's image above its label, or with its boxes on it, each fitted into a size (width, height)."""
     entry = sample.entry
     image = sample.read_image()
-    if entry.boxes:
-        return Image.fromarray(label_picture(sample.read_label(), image, entry.classes, entry.colors, width))
-    image = Image.fromarray(image.permute(1, 2, 0).numpy())
-    height = min(max(1, round(width * image.height / image.width)), 3 * width)  # a narrow strip is not drawn in full
-    if not entry.classes:
-        return image.resize((width, height))
-    label = Image.fromarray(palette(entry.colors)[sample.read_label().numpy()])
-    both = Image.new("RGB", (width, 2 * height))
-    both.paste(image.resize((width, height)), (0, 0))
-    both.paste(label.resize((width, height), Image.Resampling.NEAREST), (0, height))
-    return both
+    pictures = [] if entry.boxes else [image.permute(1, 2, 0).numpy()]
+    if entry.classes:
+        pictures.append(label_picture(sample.read_label(), image, entry.classes, entry.colors))
+    fitted = [ImageOps.pad(Image.fromarray(picture), size, Image.Resampling.NEAREST) for picture in pictures]
+    return torch.cat([TF.pil_to_tensor(picture) for picture in fitted], 1)
 
 
 def label_picture(label, image, classes, colors, width=300, scored=False):

@@ -147,7 +147,7 @@ def main(argv=None):
 
     # the images, the two encoders, the objective between them
     torch.manual_seed(cfg.seed)
-    transform = data.distill_transform(cfg.size, cfg.randaugment)
+    transform = partial(data.distill_transform, size=cfg.size, randaugment=cfg.randaugment)
     dataset = None if only_timed else data.images(cfg.data, cfg.root, transform)
     load_vit = partial(qsd.load_vit, img_size=cfg.size, patch_size=cfg.patch)
     teacher = load_vit(cfg.teacher, pretrained=not only_timed, offset=cfg.hub_offset).to(run.device)

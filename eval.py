@@ -261,7 +261,7 @@ def val_split(name, cfg, title="", saved=None):
     if not alike:
         raise UserError(f"--data {name} has the {len(classes)} classes {', '.join(classes)}, but {title} was "
                         f"trained on {len(known)} others")
-    return data.scenes(name, cfg.root, "val", data.eval_transform(name))
+    return data.scenes(name, cfg.root, "val", partial(data.eval_transform, name=name))
 
 
 def show(rows, columns):

@@ -946,7 +946,7 @@ def main(argv=None):
 
     # the labelled images, the encoder and its decoder
     torch.manual_seed(cfg.seed)
-    transform = data.segment_transform(cfg.size, cat_max_ratio=cfg.cat_max_ratio)
+    transform = partial(data.segment_transform, size=cfg.size, cat_max_ratio=cfg.cat_max_ratio)
     if cfg.decoder == "boxes":
         transform = partial(data.detect_transform, size=cfg.size)
     dataset = data.scenes(cfg.data, cfg.root, cfg.split, transform, cfg.labels, cfg.classes)
