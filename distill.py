@@ -7,8 +7,7 @@
 With N GPUs write `torchrun --standalone --nproc_per_node=N` for `python`. Proxy stage and source stage are this same
 script, --stage picks the preset. The same command resumes.
 
-In this order: the constants, the step from images to gradients, and then what every training script here shares: Run,
-flags, processes, costs. The last part times a step (--bench).
+Above stand the constants and the step from images to gradients, below what segment.py shares: Run, flags, processes.
 """
 import argparse
 import dataclasses
@@ -276,9 +275,7 @@ class Run:
                 part.load_state_dict(saved[name])
             self.ledger = saved["ledger"]
         if saved and first:
-            header, *lines = self.log.read_text().splitlines(keepends=True)
-            kept = [line for line in lines if step_of(line) <= self.ledger["steps"]]
-            write(self.log, header + "".join(kept))
+            os.truncate(self.log, saved["log_bytes"])
         elif first:
             header = dict(config=dataclasses.asdict(self.cfg), command=" ".join(sys.argv), torch=torch.__version__,
                           torchvision=torchvision.__version__, python=sys.version.split()[0],
@@ -358,8 +355,8 @@ class Run:
         if stop:
             largest(0)                      # together: torchrun would kill a process that still saves
             if rank() == 0:
-                self.bar.write(f"stopped by signal {stop:.0f} after step {self.ledger['steps']}; the same command goes on "
-                               "from there", file=sys.stderr)
+                told = f"stopped by signal {stop:.0f} after step {self.ledger['steps']}; the same command goes on from there"
+                self.bar.write(told, file=sys.stderr)
             sys.exit(128 + int(stop))
 
     def report(self):
@@ -390,7 +387,7 @@ class Run:
         self.saved = time.time()
         if rank() == 0:
             states = {name: part.state_dict() for name, part in self.parts.items()}
-            save(self.last, states | dict(ledger=self.ledger))
+            save(self.last, states | dict(ledger=self.ledger, log_bytes=self.log.stat().st_size))
 
     def finish(self, checkpoint):
         """Write the run's result and delete what resuming needed."""
@@ -429,19 +426,11 @@ def check_folder(cfg):
         stored = json.loads(file.readline())["config"]
     before = dataclasses.asdict(type(cfg)()) | stored
     differing = []
-    for name, value in dataclasses.asdict(cfg).items():
+    for name, value in vars(cfg).items():
         if value != before[name] and name not in FREE:
             differing.append(f"{name} {before[name]} -> {value}")
     if differing:
         raise UserError(f"--out {out} holds a run with other constants ({', '.join(differing)}); choose another --out")
-
-
-def step_of(line):
-    """The step that a line of a log is about; infinite for a line that a kill has cut off."""
-    try:
-        return json.loads(line)["step"]
-    except ValueError:
-        return math.inf
 
 
 def save(path, checkpoint):
@@ -517,10 +506,7 @@ def number(text, kind):
 def changed(cfg):
     """What preset and command line set over a Config's defaults, as text."""
     defaults = type(cfg)()
-    differing = []
-    for name, value in dataclasses.asdict(cfg).items():
-        if value != getattr(defaults, name):
-            differing.append(f"{name} {value}")
+    differing = [f"{name} {value}" for name, value in vars(cfg).items() if value != getattr(defaults, name)]
     return ", ".join(differing) or "nothing"
 
 
@@ -539,18 +525,13 @@ def cli(main):
 
 # --- Processes: one, or as many as torchrun starts ------------------------------------------------------------------
 
-# fp32 products on CUDA, as of stage 2 and evaluation: "high" is TF32, which tensor cores have, "highest" is fp32
-# proper, which they have not. QSD's logits bear it: under autocast their queries have bf16's 7 bits, and TF32 has 10.
-FP32_PRODUCTS = "high"
-
-
 def launch():
     """Join the processes that torchrun started; a lone process needs no group, and no network. Returns the device."""
     device = torch.device("cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
-        torch.set_float32_matmul_precision(FP32_PRODUCTS)
+        torch.set_float32_matmul_precision("high")      # TF32, whose 10 bits QSD's logits bear: in bf16 they have 7
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
         patience = datetime.timedelta(hours=1)                      # with one that downloads, or lists a slow disk
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=patience)
@@ -594,16 +575,10 @@ def device_name(device):
     return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
 
 
-def precision_on(precision, device):
-    """What --precision means on this device: auto is bf16 on CUDA and fp32 on a CPU."""
-    if precision == "auto":
-        return "bf16" if device.type == "cuda" else "fp32"
-    return precision
-
-
 def autocast(precision, device):
-    """The context of --precision on this device."""
-    precision = precision_on(precision, device)
+    """The context of --precision on this device: auto is bf16 on CUDA and fp32 on a CPU."""
+    if precision == "auto":
+        precision = "bf16" if device.type == "cuda" else "fp32"
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
     return torch.autocast(device.type, dtype, enabled=precision != "fp32")
 
@@ -636,16 +611,14 @@ def dry_run(learner, losses_of_two_images):
 
 def parse_budget(text, steps_per_epoch):
     """A budget as (unit, amount): "600" and "300ep" in steps, "2h" and "30m" in seconds, "3e18flop" in flops."""
+    units = {"": ("steps", 1), "ep": ("steps", steps_per_epoch), "flop": ("flops", 1),
+             "h": ("seconds", 3600), "m": ("seconds", 60), "s": ("seconds", 1)}
     match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?(?:e[0-9]+)?)(ep|h|m|s|flop|)", text)
     if not match or not 0 < float(match[1]) < math.inf:
         raise UserError(f"--budget {text} is not one of 600 (steps), 300ep, 2h, 30m, 45s, 3e18flop")
-    amount = float(match[1])
-    if match[2] == "flop":
-        return "flops", amount
-    if match[2] in ("h", "m", "s"):
-        return "seconds", amount * {"h": 3600, "m": 60, "s": 1}[match[2]]
-    steps = amount * steps_per_epoch if match[2] == "ep" else amount
-    return "steps", max(1, round(steps))
+    unit, worth = units[match[2]]
+    amount = float(match[1]) * worth
+    return unit, max(1, round(amount)) if unit == "steps" else amount
 
 
 def passes_of(batch, micro, world, pairs=True):
@@ -722,12 +695,9 @@ def bench(cfg, run, learner, run_teacher, losses_of, optimizer, flops):
     seconds(step, learner, optimizer, images)                       # warms up, compiles
     times = [seconds(step, learner, optimizer, images) for _ in range(5)]
     whole = statistics.median(times)
-    matrix = torch.randn(2 * [8192 if device.type == "cuda" else 1024], device=device)
-    with run.autocast:
-        rate = 2 * len(matrix) ** 3 / min(seconds(torch.mm, matrix, matrix) for _ in range(6))
-    print(f"{device_name(device)}, {precision_on(cfg.precision, device)}, {cfg.size} px, patch {cfg.patch}, {B} images "
-          f"a step: {B / whole:.2f} images/s [{B / max(times):.2f}..{B / min(times):.2f}], "
-          f"{B / whole * flops / 1e12:.3g} TFLOP/s, {B / whole * flops / rate:.0%} of a matrix product's")
+    print(f"{device_name(device)}, --precision {cfg.precision}, {cfg.size} px, patch {cfg.patch}, {B} images a step: "
+          f"{B / whole:.2f} images/s [{B / max(times):.2f}..{B / min(times):.2f}], "
+          f"{B / whole * flops / 1e12:.3g} TFLOP/s")
 
     x = data.normalize(images.to(device), learner.student.mean, learner.student.std)
     with run.autocast, torch.no_grad():

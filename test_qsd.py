@@ -2443,7 +2443,7 @@ def test_the_bench_prints_speed_parts_and_ratio_of_a_step_and_writes_nothing(tmp
     monkeypatch.chdir(tmp_path)
     distill.main("--data toy --bench official --micro 2 --student_depth 1".split())
     speed, parts, ratio = capsys.readouterr().out.splitlines()[-3:]
-    images, tflops = re.search(r" fp32, 64 px, patch 8, 2 images a step: (\S+) images/s \[\S+], (\S+) TFLOP/s", speed).groups()
+    images, tflops = re.search(r" --precision auto, 64 px, patch 8, 2 images a step: (\S+) images/s \[\S+], (\S+) TFLOP/s", speed).groups()
     assert 1e3 * float(tflops) / float(images) == pytest.approx(0.176, rel=0.03)    # GFLOP an image
     shares = [int(share) for share in re.findall(r"(-?\d+)%", parts)]
     assert len(shares) == 3 and sum(shares) == pytest.approx(100, abs=2)
