@@ -3400,7 +3400,7 @@ def test_ap_equals_the_slow_loop_of_voc_with_difficult_objects_duplicates_and_em
         encoder = SimpleNamespace(mean=(0, 0, 0), std=(1 / 255,) * 3)           # "normalised", an image is its number
         monkeypatch.setattr(evaluation, "find_objects", lambda model, x, side: [
             torch.from_numpy(images[round(number.item())][0]) for number in x[:, 0, 0, 0]])
-        found = evaluation.evaluate_boxes(SimpleNamespace(encoder=encoder), dataset, 1, CPU, batch=2)
+        found = evaluation.evaluate_boxes(SimpleNamespace(encoder=encoder), dataset, 1, ONE_BY_ONE, CPU)
         expected = [slow_ap([(f.tolist(), o.tolist()) for f, o in images], k) for k in range(4)]
         assert found.tolist() == pytest.approx(expected, nan_ok=True)
         aps += expected[:3]
