@@ -2411,7 +2411,7 @@ def test_on_cuda_evaluation_leaves_no_tensor_behind(fake_cuda, monkeypatch):
         return torch.zeros(K, K, dtype=torch.int64, device=pred.device)
     monkeypatch.setattr(evaluation, "confusion", confusion)
     monkeypatch.setattr(evaluation, "check_finite", lambda scores: None)    # fake tensors have no values
-    evaluation.evaluate(light_segmenter(), data.scenes("toy"), 64, fake_cuda)
+    evaluation.evaluate(light_segmenter(), data.scenes("toy"), 64, ONE_BY_ONE, fake_cuda)
     assert compared == [(fake_cuda, fake_cuda, True)]
 
 
