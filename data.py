@@ -939,14 +939,15 @@ class Scenes(torch.utils.data.Dataset):
 
     def read(self, index):
         """The sample at index with its image; while training the next one that can be read, of TRIES at most."""
-        for i in range(index, index + TRIES):
-            sample = self.samples[i % len(self)]
+        for _ in range(TRIES):
+            sample = self.samples[index]
             try:
                 return sample, sample.read_image()
             except UserError as error:
                 if not self.training:
                     raise
                 print(f"{error}: the next image takes its place", file=sys.stderr)
+            index = (index + 1) % len(self)
         raise UserError(f"{sample.image}: cannot be read as an image, like {TRIES - 1} before it: too many")
 
 
