@@ -572,6 +572,28 @@ def test_a_students_and_other_layouts_give_their_encoder(small):
     more = {"rope.freqs_cos": cls, "blocks.0.attn.rope.freqs_cos": cls, "lm_head.bias": cls}
     state = vit.state_dict() | more | {"mask_token": vit.mask_token[None]}
     assert load("eva02_B_pt_in21k_p14", {"module": state}, vit) == vit.config   # the file's name tells the statistics
+    inside = {f"backbone.{key}": p for key, p in vit.state_dict().items()}
+    assert load("gkd", {"state_dict": inside}, vit)["mean"] == qsd.IMAGENET["mean"]         # as the authors normalise
+
+
+class Trap:
+    """Pickled, it makes a folder when it is read by pickle."""
+
+    def __reduce__(self):
+        return os.mkdir, ("trap",)
+
+
+@pytest.mark.parametrize("new", [True, False])                                  # files of torch 1.6 or later
+def test_objects_beside_the_tensors_of_a_checkpoint_are_passed_over_and_run_nothing(new, small):
+    objects = dict(trap=Trap(), args=argparse.Namespace(lr=0.1, out=Path("x")), epoch=np.float64(3), log=np.ones(3),
+                   count=Counter("aab"), last=deque([1, 2], maxlen=2), names={1, 2}, device=torch.device("cpu"))
+    parameters = {key: torch.nn.Parameter(p) for key, p in small.state_dict().items()}
+    torch.save(objects | dict(state_dict=parameters), "small.pth", _use_new_zipfile_serialization=new)
+    loaded = qsd.load_vit("small.pth")
+    torch.testing.assert_close(dict(loaded.state_dict()), dict(small.state_dict()), rtol=0, atol=0)
+    assert not Path("trap").exists()
+    torch.load("small.pth", weights_only=False)                                 # the file was dangerous
+    assert Path("trap").exists()
 
 
 class Trap:
