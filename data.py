@@ -6,7 +6,6 @@ A domain is a row of DATASETS; sources join with "+" (gtav+synthia). Check a dow
     python data.py --data gtav --root /data --out gtav.png  # opens every file; exit status 1 if something is wrong
 """
 import argparse
-import hashlib
 import itertools
 import math
 import os
@@ -87,18 +86,6 @@ def map_tiff(path):
             np.save(file, read_rgb(path))
         os.replace(unfinished, unpacked)
     return np.load(unpacked, mmap_mode="c")
-
-
-def fingerprint(path, *more):
-    """A text that changes with a file's size, with some of its bytes (all, up to 64 KB) and with `more`."""
-    digest = hashlib.sha256(repr(more).encode())
-    with open(path, "rb") as file:
-        size = file.seek(0, os.SEEK_END)
-        digest.update(str(size).encode())
-        for i in range(16):
-            file.seek(max(0, min(i * size // 16, size - 4096)))
-            digest.update(file.read(4096))
-    return digest.hexdigest()
 
 
 def resize(image, size, mode=InterpolationMode.BILINEAR, antialias=False):
@@ -852,11 +839,6 @@ def paired(folder, images, regex, labels, labels_regex):
         else:
             problems += [f"{folder / name}: has no partner" for name in here + there]
     return with_label, with_image, problems
-
-
-def and_without(folder, names):
-    """The end of a line on a folder's images: how many other files below it are left out, with an example."""
-    return f"; {len(names)} other files there are left out, such as {folder / names[0]}" if names else ""
 
 
 def voc_samples(entry, folder, lists):
