@@ -64,13 +64,13 @@ class Config(qsd.LossConfig):
     hub_offset: float = 0.0         # of a DINOv2 teacher's resized pos_embed; official: 0.1 in the proxy stage, else 0
     randaugment: bool = True        # official, in both stages
     erase: float = 0.25             # probability of RandomErasing
-    repeats: int = 3                # times that an image comes in a row (repeated augmentation, official); 1: none
+    repeats: int = 3                # an epoch is a third of the images, each three times in a row (official); 1: none
     workers: int = 8                # image-loading processes per training process; 0: load in the training process
     # optimiser
     batch: int = 128                # global, whatever the number of processes (proxy 512)
     micro: int = 64                 # most images of one forward pass; the rest is gradient accumulation
     budget: str = "300ep"           # 600 (steps), 300ep, 2h, 3e18flop; the schedule follows the fraction spent
-    lr: float = 5e-4                # peak
+    lr: float = 5e-4                # peak, at the batch that lr_rule says
     lr_rule: Literal["batch/512", "constant"] = "batch/512"  # official: lr x batch / 512; the paper's text: constant
     lr_min: float = 1e-5            # the cosine's end
     warmup: float = 0.0             # fraction of the budget; official 0, Proteus 5 of 100 epochs
@@ -157,7 +157,6 @@ def main(argv=None):
     if cfg.keep_heads:
         qsd.load_heads(objective, heads, cfg.student)
     learner = Learner(student, objective)
-    run_teacher = teacher.run                                       # the name that losses_of calls, compiled below
     N = (cfg.size // cfg.patch) ** 2
 
     def losses_of(model, images, draws):
@@ -171,7 +170,7 @@ def main(argv=None):
         noise = data.uniform_noise(draws, N, cfg.seed).to(run.device)   # (B, N), decides which patches to hide
         with run.autocast:
             with torch.no_grad():
-                t = run_teacher(data.renormalize(x, student, teacher), layers=objective.layers_t)
+                t = teacher.run(data.renormalize(x, student, teacher), layers=objective.layers_t)
                 t = qsd.normalize_targets(t, cfg.target_norm)       # cls (B, C_t), patches (B, N, C_t), outs
             return model(x, t, noise)
 
@@ -181,10 +180,10 @@ def main(argv=None):
         if "CC" not in os.environ and not any(map(shutil.which, ("cc", "gcc", "clang"))):
             raise UserError("--compile needs a C compiler: install gcc, or say --compile no")
         learner.compile(fullgraph=True)                             # one graph each, or an error: no silent slow path
-        run_teacher = torch.compile(teacher.run, fullgraph=True)
+        teacher.run = torch.compile(teacher.run, fullgraph=True)
     optimizer = torch.optim.AdamW(weight_decay_groups(learner, cfg.weight_decay), betas=(0.9, 0.999), fused=True)
     if only_timed:
-        bench(cfg, run, learner, run_teacher, losses_of, optimizer, flops)
+        bench(cfg, run, learner, teacher, losses_of, optimizer, flops)
         return
     run.start(learner, optimizer, dataset, flops, tokens=N, repeats=cfg.repeats)
 
@@ -291,7 +290,7 @@ class Run:
         if threading.current_thread() is threading.main_thread():   # no other thread may have handlers
             for number in (signal.SIGTERM, signal.SIGINT):
                 self.handlers[number] = signal.signal(number, lambda received, frame: self.caught.append(received))
-        self.saved = time.time()
+        self.saved = time.monotonic()
         self.bar = tqdm(initial=self.ledger["steps"], desc=str(self.out), disable=rank() > 0, unit="step",
                         dynamic_ncols=True)
         self.batches = iter(self.loader)
@@ -307,11 +306,11 @@ class Run:
     def steps(self):
         """For each step the list of its micro-batches, until the budget is spent."""
         while self.fraction < 1:
-            self.began = time.time()
+            self.began = time.monotonic()
             self.losses = {}
             self.left = self.passes                                 # micro-batches of this step still to come
             micro_batches = [next(self.batches) for _ in range(self.passes)]
-            self.waited = time.time() - self.began
+            self.waited = time.monotonic() - self.began
             yield micro_batches
 
     @property
@@ -343,14 +342,14 @@ class Run:
 
     def after(self):
         """What a step leaves behind: ledger, log, now and then last.pt; after a signal the process ends here."""
-        stop, seconds = largest(max(self.caught, default=0), time.time() - self.began)     # for all processes alike
+        stop, seconds = largest(max(self.caught, default=0), time.monotonic() - self.began)     # for all processes alike
         for name, amount in dict(self.per_step, seconds=seconds, waited=self.waited).items():
             self.ledger[name] += amount
         self.bar.total = max(round(self.ledger["steps"] / self.fraction), self.ledger["steps"])
         self.bar.update()
         if self.ledger["steps"] % self.cfg.log_every == 0 or self.fraction >= 1:
             self.report()
-        if stop or time.time() - self.saved > 60 * self.cfg.save_minutes:
+        if stop or time.monotonic() - self.saved > 60 * self.cfg.save_minutes:
             self.save()
         if stop:
             largest(0)                      # together: torchrun would kill a process that still saves
@@ -384,7 +383,7 @@ class Run:
     def save(self):
         """Write last.pt, from which the same command goes on."""
         self.check_weights()
-        self.saved = time.time()
+        self.saved = time.monotonic()
         if rank() == 0:
             states = {name: part.state_dict() for name, part in self.parts.items()}
             save(self.last, states | dict(ledger=self.ledger, log_bytes=self.log.stat().st_size))
@@ -668,7 +667,7 @@ class OfficialLearner(Learner):
         return (W @ head.phi(v_s)).to(v_t.dtype)
 
 
-def bench(cfg, run, learner, run_teacher, losses_of, optimizer, flops):
+def bench(cfg, run, learner, teacher, losses_of, optimizer, flops):
     """Print images/s, FLOP/s and what a step's time is spent on; --bench official: beside the authors' step."""
     default = qsd.LossConfig(dcd_pool=cfg.dcd_pool)
     changed_loss = [name for name, value in vars(default).items() if getattr(cfg, name) != value]
@@ -701,10 +700,10 @@ def bench(cfg, run, learner, run_teacher, losses_of, optimizer, flops):
 
     x = data.normalize(images.to(device), learner.student.mean, learner.student.std)
     with run.autocast, torch.no_grad():
-        teacher = statistics.median(seconds(run_teacher, x) for _ in range(3)) / whole
+        of_teacher = statistics.median(seconds(teacher.run, x) for _ in range(3)) / whole
     forward = statistics.median(seconds(losses_of, learner, images, torch.arange(B)) for _ in range(3)) / whole
-    print(f"of a step: teacher {teacher:.0%}, student with heads and losses {forward - teacher:.0%}, backward pass and "
-          f"optimiser {1 - forward:.0%}")
+    print(f"of a step: teacher {of_teacher:.0%}, student with heads and losses {forward - of_teacher:.0%}, backward pass "
+          f"and optimiser {1 - forward:.0%}")
     if device.type == "cuda":
         print(f"peak memory {torch.cuda.max_memory_allocated() / 2 ** 30:.2f} GiB")
 
