@@ -342,7 +342,8 @@ class Run:
 
     def after(self):
         """What a step leaves behind: ledger, log, now and then last.pt; after a signal the process ends here."""
-        stop, seconds = largest(max(self.caught, default=0), time.monotonic() - self.began)     # for all processes alike
+        seconds = time.monotonic() - self.began
+        stop, seconds = largest(max(self.caught, default=0), seconds)   # all processes take the same decisions
         for name, amount in dict(self.per_step, seconds=seconds, waited=self.waited).items():
             self.ledger[name] += amount
         self.bar.total = max(round(self.ledger["steps"] / self.fraction), self.ledger["steps"])
@@ -354,8 +355,8 @@ class Run:
         if stop:
             largest(0)                      # together: torchrun would kill a process that still saves
             if rank() == 0:
-                told = f"stopped by signal {stop:.0f} after step {self.ledger['steps']}; the same command goes on from there"
-                self.bar.write(told, file=sys.stderr)
+                self.bar.write(f"stopped by signal {stop:.0f} after step {self.ledger['steps']}; the same command goes on",
+                               file=sys.stderr)
             sys.exit(128 + int(stop))
 
     def report(self):
@@ -702,8 +703,8 @@ def bench(cfg, run, learner, teacher, losses_of, optimizer, flops):
     with run.autocast, torch.no_grad():
         of_teacher = statistics.median(seconds(teacher.run, x) for _ in range(3)) / whole
     forward = statistics.median(seconds(losses_of, learner, images, torch.arange(B)) for _ in range(3)) / whole
-    print(f"of a step: teacher {of_teacher:.0%}, student with heads and losses {forward - of_teacher:.0%}, backward pass "
-          f"and optimiser {1 - forward:.0%}")
+    print(f"of a step: teacher {of_teacher:.0%}, student with heads and losses {forward - of_teacher:.0%}, "
+          f"backward pass and optimiser {1 - forward:.0%}")
     if device.type == "cuda":
         print(f"peak memory {torch.cuda.max_memory_allocated() / 2 ** 30:.2f} GiB")
 
