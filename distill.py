@@ -355,8 +355,8 @@ class Run:
         if stop:
             largest(0)                      # together: torchrun would kill a process that still saves
             if rank() == 0:
-                self.bar.write(f"stopped by signal {stop:.0f} after step {self.ledger['steps']}; the same command goes on",
-                               file=sys.stderr)
+                told = f"stopped by signal {stop:.0f} after step {self.ledger['steps']}"
+                self.bar.write(f"{told}; the same command goes on", file=sys.stderr)
             sys.exit(128 + int(stop))
 
     def report(self):
