@@ -1529,7 +1529,6 @@ def export(checkpoint, path):
     model, saved = segment.load_segmenter(checkpoint)
     if saved["config"]["decoder"] == "boxes":
         raise UserError(f"--export {path}: writes the scores of pixels, but {checkpoint} finds boxes")
-    model.frozen = False  # nothing is trained here, so the encoder needs no gradient mode of its own in the program
     eager = Scores(model)
     size = saved["config"]["size"]
     about = dict(classes=saved["classes"], colors=saved["colors"], mean=model.encoder.mean, std=model.encoder.std,

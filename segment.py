@@ -12,7 +12,7 @@ import warnings
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import numpy as np
 import torch
@@ -34,14 +34,12 @@ from qsd import UserError
 def pyramid(outs, grid):
     """Four block outputs become maps of 4, 2, 1 and 0.5 times the token grid, the earliest block the finest map.
 
-    outs 4 x (B, N, C), not normalised; grid (h, w), h w = N -> 4 x (B, C, ., .). Bilinear, without parameters, as in
-    the official code.
+    outs 4 x (B, N, C), not normalised; grid (h, w), h w = N -> 4 x (B, C, ., .). As in the official code.
     """
     maps = []
     for x, scale in zip(outs, (4, 2, 1, 0.5), strict=True):
         x = x.transpose(1, 2).unflatten(2, grid)  # (B, C, h, w)
-        size = [max(1, int(scale * side)) for side in grid]
-        maps.append(resize(x, size))
+        maps.append(resize(x, [max(1, int(scale * side)) for side in grid]))
     return maps
 
 
@@ -78,33 +76,20 @@ def sample(x, points):
     return F.grid_sample(x, points, align_corners=False)[..., 0]
 
 
-# Initial weights as mmdet draws them; each function returns its module.
-
-def xavier_uniform(layer):
-    nn.init.xavier_uniform_(layer.weight)
-    nn.init.zeros_(layer.bias)
-    return layer
-
-
-def caffe2_xavier(layer):
-    nn.init.kaiming_uniform_(layer.weight, a=1)  # uniform within sqrt(3 / fan_in)
-    if layer.bias is not None:
-        nn.init.zeros_(layer.bias)
-    return layer
+def drawn(module, draw, zero_biases=True):
+    """The module with initial weights as mmdet draws them."""
+    for parameter in module.parameters():
+        if parameter.ndim > 1:
+            draw(parameter)
+        elif zero_biases:
+            nn.init.zeros_(parameter)
+    return module
 
 
-def feed_forward(width, hidden):
-    ffn = nn.Sequential(nn.Linear(width, hidden), nn.ReLU(), nn.Linear(hidden, width))
-    nn.init.xavier_normal_(ffn[0].weight)
-    nn.init.xavier_normal_(ffn[2].weight)
-    return ffn
-
-
-def attention(width, heads):
-    layer = nn.MultiheadAttention(width, heads, batch_first=True)  # its biases start at 0
-    nn.init.xavier_normal_(layer.in_proj_weight)  # q, k and v as one matrix (3 width, width)
-    nn.init.xavier_normal_(layer.out_proj.weight)
-    return layer
+zeros = partial(drawn, draw=nn.init.zeros_)
+xavier_uniform = partial(drawn, draw=nn.init.xavier_uniform_)
+xavier_normal = partial(drawn, draw=nn.init.xavier_normal_, zero_biases=False)
+caffe2_xavier = partial(drawn, draw=partial(nn.init.kaiming_uniform_, a=1))  # uniform within sqrt(3 / fan_in)
 
 
 # --- Pixel decoder: the levels learn from each other -----------------------------------------------------------------
@@ -121,11 +106,8 @@ class DeformableAttention(nn.Module):
         self.points = points
         self.value_proj = xavier_uniform(nn.Linear(width, width))
         self.output_proj = xavier_uniform(nn.Linear(width, width))
-        self.attention_weights = nn.Linear(width, heads * levels * points)
-        self.sampling_offsets = nn.Linear(width, heads * levels * points * 2)
-        nn.init.zeros_(self.attention_weights.weight)
-        nn.init.zeros_(self.attention_weights.bias)
-        nn.init.zeros_(self.sampling_offsets.weight)
+        self.attention_weights = zeros(nn.Linear(width, heads * levels * points))
+        self.sampling_offsets = zeros(nn.Linear(width, heads * levels * points * 2))
 
         # At first head h looks in the direction 2 pi h / heads, its points 1, 2, .. pixels away, all with equal weight.
         angle = 2 * math.pi * torch.arange(heads) / heads
@@ -161,13 +143,12 @@ class DeformableLayer(nn.Module):
     def __init__(self, width, heads, ffn):
         super().__init__()
         self.self_attn = DeformableAttention(width, heads)
-        self.norm1 = nn.LayerNorm(width)
-        self.ffn = feed_forward(width, ffn)
-        self.norm2 = nn.LayerNorm(width)
+        self.ffn = xavier_normal(nn.Sequential(nn.Linear(width, ffn), nn.ReLU(), nn.Linear(ffn, width)))
+        self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(2))
 
     def forward(self, x, pos, sizes):
-        x = self.norm1(x + self.self_attn(x + pos, x, sizes))
-        return self.norm2(x + self.ffn(x))
+        x = self.norms[0](x + self.self_attn(x + pos, x, sizes))
+        return self.norms[1](x + self.ffn(x))
 
 
 class PixelDecoder(nn.Module):
@@ -180,10 +161,9 @@ class PixelDecoder(nn.Module):
         super().__init__()
         self.deform = kind == "deform"
         finest = caffe2_xavier(nn.Conv2d(dim, width, 1, bias=False))
-        self.laterals = nn.ModuleList([nn.Sequential(finest, nn.GroupNorm(32, width))])
-        for _ in range(3):
-            conv = xavier_uniform(nn.Conv2d(dim, width, 1))
-            self.laterals.append(nn.Sequential(conv, nn.GroupNorm(32, width)))
+        self.lateral = nn.Sequential(finest, nn.GroupNorm(32, width))
+        convs = [xavier_uniform(nn.Conv2d(dim, width, 1)) for _ in range(3)]  # finer ones first
+        self.input_convs = nn.ModuleList(nn.Sequential(conv, nn.GroupNorm(32, width)) for conv in convs[::-1])
         if self.deform:
             self.level_encoding = nn.Embedding(3, width)
             self.layers = nn.ModuleList(DeformableLayer(width, heads, ffn) for _ in range(layers))
@@ -194,12 +174,13 @@ class PixelDecoder(nn.Module):
         self.embed = nn.Sequential(smooth, nn.GroupNorm(32, width), nn.ReLU(), pixels)
 
     def forward(self, feats):
-        finest, *maps = [lateral(x) for lateral, x in zip(self.laterals, feats, strict=True)]
-        maps = maps[::-1]  # coarsest first
+        finest = self.lateral(feats[0])
+        maps = [conv(x) for conv, x in zip(self.input_convs, feats[:0:-1], strict=True)]  # coarsest first
         if self.deform:
             maps = self.attend(maps)
         else:
-            maps = self.add_top_down(maps)
+            for i in (1, 2):
+                maps[i] = maps[i] + resize(maps[i - 1], maps[i].shape[-2:])
         return maps, self.embed(finest + resize(maps[2], finest.shape[-2:]))
 
     def attend(self, maps):
@@ -214,12 +195,6 @@ class PixelDecoder(nn.Module):
         parts = x.transpose(1, 2).split([h * w for h, w in sizes], 2)
         return [part.unflatten(2, size) for part, size in zip(parts, sizes)]
 
-    def add_top_down(self, maps):
-        coarse, middle, fine = maps
-        middle = middle + resize(coarse, middle.shape[-2:])
-        fine = fine + resize(middle, fine.shape[-2:])
-        return [coarse, middle, fine]
-
 
 # --- Mask classification ---------------------------------------------------------------------------------------------
 
@@ -232,34 +207,18 @@ class MaskLayer(nn.Module):
     def __init__(self, width, heads, ffn):
         super().__init__()
         self.heads = heads
-        self.cross_attn = attention(width, heads)
-        self.norm1 = nn.LayerNorm(width)
-        self.self_attn = attention(width, heads)
-        self.norm2 = nn.LayerNorm(width)
-        self.ffn = feed_forward(width, ffn)
-        self.norm3 = nn.LayerNorm(width)
+        self.cross_attn = xavier_normal(nn.MultiheadAttention(width, heads, batch_first=True))
+        self.self_attn = xavier_normal(nn.MultiheadAttention(width, heads, batch_first=True))
+        self.ffn = xavier_normal(nn.Sequential(nn.Linear(width, ffn), nn.ReLU(), nn.Linear(ffn, width)))
+        self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(3))
 
     def forward(self, x, pos, tokens, tokens_pos, hidden):
         hidden = hidden.repeat_interleave(self.heads, 0)  # (B heads, Q, N)
         read, _ = self.cross_attn(x + pos, tokens + tokens_pos, tokens, attn_mask=hidden, need_weights=False)
-        x = self.norm1(x + read)
+        x = self.norms[0](x + read)
         heard, _ = self.self_attn(x + pos, x + pos, x, need_weights=False)
-        x = self.norm2(x + heard)
-        return self.norm3(x + self.ffn(x))
-
-
-def outside(masks):
-    """Which tokens each query may not read: those outside its mask, unless that is empty. Logits (B, Q, N) -> bool."""
-    out = masks.detach() < 0
-    return out & ~out.all(-1, keepdim=True)
-
-
-class Targets(NamedTuple):
-    """What a batch of labels asks for: one mask per class present; images with fewer than S classes are padded."""
-    classes: torch.Tensor  # (B, S) int64: the classes present, in ascending order, then the padding
-    counts: list           # of B numbers: how many classes are present
-    real: torch.Tensor     # (B, S, 1) bool: False for the padding
-    masks: torch.Tensor    # (B, S, H, W) float: 1 inside the class, 0 outside and where the label is 255 (official)
+        x = self.norms[1](x + heard)
+        return self.norms[2](x + self.ffn(x))
 
 
 class MaskDecoder(nn.Module):
@@ -267,22 +226,25 @@ class MaskDecoder(nn.Module):
 
     feats 4 x (B, dim, ., .) -> a dict: logits (R, B, Q, K+1), and the masks as two factors, embed (R, B, Q, width) and
     pixels (B, width, h, w), which are multiplied out only where they are used. The queries are read out R = L + 1
-    times: at first and after each of the L layers. The defaults are a light decoder; the paper's has width=256,
-    queries=100, layers=9, heads=8, ffn=2048, pixel="deform". UserError where sizes do not fit together.
+    times: at first and after each of the L layers. The defaults are a light decoder; Config has the paper's.
     """
+    # Mask2Former's constants
+    ce_weight = 2      # of the three losses
+    bce_weight = 5
+    dice_weight = 5
+    no_object = 0.1    # weight of a query without a mask in the cross-entropy
+    oversample = 3     # candidates per point
+    importance = 0.75  # share of the points that are the most uncertain candidates
+
     def __init__(self, dim, num_classes, width=64, queries=32, layers=3, heads=4, ffn=256,
-                 pixel="fpn", pixel_layers=6, pixel_ffn=1024, points=12544, oversample=3, importance=0.75,
-                 no_object=0.1, weights=(2, 5, 5)):
+                 pixel="fpn", pixel_layers=6, pixel_ffn=1024, points=12544):
         super().__init__()
         if width % 32 or width % heads:
             raise UserError(f"--width {width}: GroupNorm wants a multiple of 32, and attention one of --heads {heads}")
         if queries < num_classes:
             raise UserError(f"{queries} queries for {num_classes} classes: each class needs a query of its own")
         self.num_classes = num_classes
-        self.points = points          # on which masks are compared
-        self.oversample = oversample  # candidates per point
-        self.importance = importance  # share of the points that are the most uncertain candidates
-        self.weights = weights        # of cross-entropy, BCE and dice
+        self.points = points  # on which masks are compared
         self.pixel_decoder = PixelDecoder(dim, width, pixel, pixel_layers, heads, pixel_ffn)
         self.layers = nn.ModuleList(MaskLayer(width, heads, ffn) for _ in range(layers))
         self.query_feat = nn.Embedding(queries, width)
@@ -292,8 +254,6 @@ class MaskDecoder(nn.Module):
         self.cls_embed = nn.Linear(width, num_classes + 1)
         self.mask_embed = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(),
                                         nn.Linear(width, width))
-        class_weight = torch.tensor([1.0] * num_classes + [no_object])
-        self.register_buffer("class_weight", class_weight, persistent=False)
 
     def forward(self, feats):
         maps, pixels = self.pixel_decoder(feats)
@@ -310,22 +270,19 @@ class MaskDecoder(nn.Module):
         states = [self.post_norm(x)]
         for i, layer in enumerate(self.layers):
             tokens, pos, small = levels[i % 3]  # the three coarser levels in turn, coarsest first
-            hidden = outside(self.mask_embed(states[-1]) @ small)  # (B, Q, N)
+            hidden = (self.mask_embed(states[-1]) @ small).detach() < 0  # (B, Q, N)
+            hidden = hidden & ~hidden.all(-1, keepdim=True)  # an empty mask hides nothing
             x = layer(x, self.query_embed.weight, tokens, pos, hidden)
             states.append(self.post_norm(x))
         states = torch.stack(states)  # (R, B, Q, width)
         return {"logits": self.cls_embed(states), "embed": self.mask_embed(states), "pixels": pixels}
 
-    def scores(self, outputs, size=None):
-        """Semantic scores (B, K, h, w), or at `size`: where its mask is, each query votes for its classes.
-
-        "No object" is left out, so the scores of a pixel need not sum to 1.
-        """
+    def scores(self, outputs, size):
+        """Scores (B, K, H, W) at `size`: where its mask is, each query votes for classes, but not for "no object"."""
         with torch.autocast(outputs["pixels"].device.type, enabled=False):
             embed = outputs["embed"][-1].float()  # (B, Q, width)
             masks = torch.einsum("bqc,bchw->bqhw", embed, outputs["pixels"].float())
-            if size:
-                masks = resize(masks, size)
+            masks = resize(masks, size)
             votes = outputs["logits"][-1].float().softmax(-1)[..., :-1]  # (B, Q, K)
             return torch.einsum("bqk,bqhw->bkhw", votes, masks.sigmoid())
 
@@ -336,90 +293,37 @@ class MaskDecoder(nn.Module):
         device, draws the points. divisors: what to divide by (see divisors_of) where this is only a part of the batch.
         """
         with torch.autocast(label.device.type, enabled=False):
-            logits = outputs["logits"].float()
-            embed = outputs["embed"].float()
-            pixels = outputs["pixels"].float()
-            wanted = self.targets(label)
-            num_masks = sum(wanted.counts) if divisors is None else divisors[0]
+            logits, embed, pixels = [outputs[name].float() for name in ("logits", "embed", "pixels")]
+            classes, real, masks = self.targets(label)
+            num_masks = int(real.sum()) if divisors is None else divisors[0]
+            cost = self.matching_cost(logits, embed, pixels, classes, masks, generator)
+            query_of_mask, class_of_query = self.match(cost, classes, real)
 
-            query_of_mask, class_of_query = self.match(logits, embed, pixels, wanted, generator)
-            ce = self.class_loss(logits, class_of_query, num_masks)  # (R,)
+            R, B, Q = class_of_query.shape
+            weight = logits.new_ones(self.num_classes + 1)
+            weight[-1] = self.no_object
+            ce = F.cross_entropy(logits.flatten(0, 2), class_of_query.flatten(), weight, reduction="none").view(R, -1)
+            ce = ce.sum(1) / (num_masks + weight[-1] * (B * Q - num_masks))  # (R,)
+
             matched = query_of_mask[..., None].expand(-1, -1, -1, embed.shape[-1])  # (R, B, S, width)
-            bce, dice = self.mask_losses(embed.gather(2, matched), pixels, wanted, generator)  # (B, S, R) each
-            bce = (bce * wanted.real).sum((0, 1)) / max(num_masks, 1)  # (R,)
-            dice = (dice * wanted.real).sum((0, 1)) / max(num_masks, 1)  # (R,)
-
-            w_ce, w_bce, w_dice = self.weights
-            total = w_ce * ce.sum() + w_bce * bce.sum() + w_dice * dice.sum()
+            bce, dice = self.mask_losses(embed.gather(2, matched), pixels, masks, generator)  # (B, S, R) each
+            bce = (bce * real[..., None]).sum((0, 1)) / max(num_masks, 1)  # (R,)
+            dice = (dice * real[..., None]).sum((0, 1)) / max(num_masks, 1)  # (R,)
+            total = self.ce_weight * ce.sum() + self.bce_weight * bce.sum() + self.dice_weight * dice.sum()
             return {"loss": total, "ce": ce[-1].detach(), "bce": bce[-1].detach(), "dice": dice[-1].detach()}
 
     def targets(self, label):
-        """The Targets of a label (B, H, W): one mask for each class present."""
+        """The classes present (B, S), ascending; which are no padding (B, S); their masks (B, S, H, W), 0 at label 255."""
         K = self.num_classes
-        void = label == IGNORE
         present = torch.zeros(len(label), K + 1, dtype=torch.bool, device=label.device)  # void counts as class K here
-        present = present.scatter(1, label.masked_fill(void, K).flatten(1), True)[:, :K]
-        counts = present.sum(1).tolist()
-        order = present.int().argsort(dim=1, descending=True, stable=True)  # those present come first
-        classes = order[:, :max(1, *counts)]  # (B, S)
-        real = present.gather(1, classes)[..., None]
+        present = present.scatter(1, label.masked_fill(label == IGNORE, K).flatten(1), True)[:, :K]
+        S = max(1, int(present.sum(1).max()))
+        classes = present.int().argsort(dim=1, descending=True, stable=True)[:, :S]  # those present come first
         masks = label[:, None] == classes[..., None, None]
-        return Targets(classes, counts, real, masks.float())
-
-    def class_loss(self, logits, class_of_query, num_masks):
-        """Cross-entropy of each read-out, (R,), a query without a mask weighted less.
-
-        logits (R, B, Q, K+1); class_of_query (R, B, Q), K = no object; num_masks: masks in the batch.
-        """
-        R, B, Q = class_of_query.shape
-        ce = F.cross_entropy(logits.flatten(0, 2), class_of_query.flatten(), reduction="none").view(R, B * Q)
-        weight = self.class_weight[class_of_query].flatten(1)  # (R, B Q)
-        total_weight = num_masks + self.class_weight[-1] * (B * Q - num_masks)  # a query with a mask weighs 1
-        return (ce * weight).sum(1) / total_weight
-
-    def mask_losses(self, embed, pixels, wanted, generator=None):
-        """BCE and dice between the matched queries' masks and their targets, (B, S, R) each.
-
-        embed (R, B, S, width): the query matched to each mask of `wanted`; pixels (B, width, h, w).
-        """
-        R, B, S, _ = embed.shape
-        h, w = pixels.shape[-2:]
-        H, W = wanted.masks.shape[-2:]
-        x = embed.permute(1, 2, 0, 3).flatten(1, 2) @ pixels.flatten(2)  # (B, S R, h w), mask logits
-        x = x.view(B * S * R, 1, h, w)
-        if self.points >= H * W:  # every pixel is a point
-            x = resize(x, (H, W)).view(B, S, R, -1)
-            t = wanted.masks.view(B, S, 1, -1)
-        else:
-            points = self.uncertain_points(x, generator)  # (B S R, P, 2)
-            x = sample(x, points).view(B, S, R, -1)
-            t = sample(wanted.masks.view(B * S, 1, H, W), points.view(B * S, -1, 2)).view_as(x)
-
-        p = x.sigmoid()  # (B, S, R, P)
-        bce = (F.softplus(x) - t * x).mean(-1)  # of a logit x
-        dice = 1 - (2 * (t * p).sum(-1) + 1) / (p.sum(-1) + t.sum(-1) + 1)
-        return bce, dice
+        return classes, present.gather(1, classes), masks.float()
 
     @torch.no_grad()
-    def match(self, logits, embed, pixels, wanted, generator=None):
-        """Give each class present a query of its own, at least total cost.
-
-        -> query_of_mask (R, B, S), and class_of_query (R, B, Q), K = no object. The costs of all read-outs and images
-        are computed and fetched together.
-        """
-        cost = self.matching_cost(logits, embed, pixels, wanted, generator).cpu().numpy()
-        classes = wanted.classes.cpu().numpy()
-        R, B, Q = logits.shape[:3]
-        query_of_mask = np.zeros((R, *classes.shape), dtype=np.int64)
-        class_of_query = np.full((R, B, Q), self.num_classes)
-        for r, b in np.ndindex(R, B):
-            count = wanted.counts[b]
-            queries = hungarian(cost[r, b, :count])
-            query_of_mask[r, b, :count] = queries
-            class_of_query[r, b, queries] = classes[b, :count]
-        return torch.from_numpy(query_of_mask).to(pixels.device), torch.from_numpy(class_of_query).to(pixels.device)
-
-    def matching_cost(self, logits, embed, pixels, wanted, generator=None):
+    def matching_cost(self, logits, embed, pixels, classes, masks, generator=None):
         """The loss that each query would have with each mask, (R, B, S, Q); points are shared by an image's masks."""
         B, _, h, w = pixels.shape
         R, _, Q, _ = logits.shape
@@ -428,26 +332,60 @@ class MaskDecoder(nn.Module):
         else:
             points = torch.rand(B, self.points, 2, generator=generator, device=pixels.device)
         x = embed.transpose(0, 1).flatten(1, 2) @ sample(pixels, points)  # (B, R Q, P), mask logits
-        t = sample(wanted.masks, points).transpose(1, 2)  # (B, P, S)
+        t = sample(masks, points).transpose(1, 2)  # (B, P, S)
 
         # As in mask_losses, but for all pairs of a query and a mask: (B, R Q, S).
         p = x.sigmoid()
         bce = (F.softplus(x).sum(-1, keepdim=True) - x @ t) / x.shape[-1]
         dice = 1 - (2 * p @ t + 1) / (p.sum(-1, keepdim=True) + t.sum(1, keepdim=True) + 1)
         probability = logits.softmax(-1).transpose(0, 1).flatten(1, 2)  # (B, R Q, K+1)
-        named = probability.gather(2, wanted.classes[:, None].expand_as(bce))
-
-        w_ce, w_bce, w_dice = self.weights
-        cost = w_ce * -named + w_bce * bce + w_dice * dice
+        named = probability.gather(2, classes[:, None].expand_as(bce))
+        cost = self.ce_weight * -named + self.bce_weight * bce + self.dice_weight * dice
         cost = cost.nan_to_num()  # a diverged step is skipped by its gradients, whatever it is matched to
         return cost.view(B, R, Q, -1).permute(1, 0, 3, 2)
 
+    def match(self, cost, classes, real):
+        """Give each class present a query of its own, at least total cost (R, B, S, Q).
+
+        -> query_of_mask (R, B, S), and class_of_query (R, B, Q), K = no object.
+        """
+        R, B, S, Q = cost.shape
+        query_of_mask = np.zeros((R, B, S), dtype=np.int64)
+        class_of_query = np.full((R, B, Q), self.num_classes)
+        costs, classes, real = [x.cpu().numpy() for x in (cost, classes, real)]
+        for r, b in np.ndindex(R, B):
+            queries = hungarian(costs[r, b, real[b]])
+            query_of_mask[r, b, real[b]] = queries
+            class_of_query[r, b, queries] = classes[b, real[b]]
+        return torch.from_numpy(query_of_mask).to(cost.device), torch.from_numpy(class_of_query).to(cost.device)
+
+    def mask_losses(self, embed, pixels, masks, generator=None):
+        """BCE and dice between the masks (B, S, H, W) and those of the queries matched to them, (B, S, R) each.
+
+        embed (R, B, S, width) and pixels (B, width, h, w): factors of the queries' masks.
+        """
+        R, B, S, _ = embed.shape
+        H, W = masks.shape[-2:]
+        x = embed.permute(1, 2, 0, 3).flatten(1, 2) @ pixels.flatten(2)  # (B, S R, h w), mask logits
+        x = x.view(B * S * R, 1, *pixels.shape[-2:])
+        if self.points >= H * W:  # every pixel is a point
+            x = resize(x, (H, W)).view(B, S, R, -1)
+            t = masks.view(B, S, 1, -1)
+        else:
+            points = self.uncertain_points(x, generator)  # (B S R, P, 2)
+            x = sample(x, points).view(B, S, R, -1)
+            t = sample(masks.view(B * S, 1, H, W), points.view(B * S, -1, 2)).view_as(x)
+
+        p = x.sigmoid()  # (B, S, R, P)
+        bce = (F.softplus(x) - t * x).mean(-1)  # of a logit x
+        dice = 1 - (2 * (t * p).sum(-1) + 1) / (p.sum(-1) + t.sum(-1) + 1)
+        return bce, dice
+
     @torch.no_grad()
     def uncertain_points(self, x, generator=None):
-        """Points for masks x (n, 1, h, w) -> (n, P, 2): most lie where the mask is uncertain, its logit nearest 0.
+        """Points (n, P, 2) for masks x (n, 1, h, w), most of them where the logit is near 0 (PointRend, 2020).
 
-        A share `importance` are the most uncertain of `oversample` P candidates, the others lie anywhere
-        (Kirillov et al., PointRend, 2020).
+        A share `importance` are the most uncertain of `oversample` P candidates, the others lie anywhere.
         """
         candidates = self.oversample * self.points
         hard = int(self.importance * self.points)
@@ -465,54 +403,42 @@ def hungarian(cost):
     """
     cost = np.asarray(cost, dtype=np.float64)
     n, m = cost.shape
-
-    # Prices u, v with cost - u - v >= 0 everywhere, and = 0 on all assigned pairs, prove an assignment cheapest.
-    u = cost.min(1)
-    v = np.zeros(m)
+    price = np.zeros(m)  # less its column's price, each assigned pair is a cheapest of its row
     col_of = np.full(n, -1)  # -1: not assigned
     row_of = np.full(m, -1)
     liked, first = np.unique(cost.argmin(1), return_index=True)
     col_of[first] = liked  # the first row that likes a column best has it
     row_of[liked] = first
 
-    # Each of the other rows: Dijkstra over the costs less prices, from this row to the nearest free column.
+    # Each of the other rows: Dijkstra from this row to the nearest free column.
     for start in np.flatnonzero(col_of < 0):
-        length = np.full(m, np.inf)  # of the shortest path known to each column
-        parent = np.full(m, start)   # the row from which it is reached
+        length = cost[start] - price  # of the shortest path known to each column
+        parent = np.full(m, start)    # the row from which it is reached
         done = np.zeros(m, dtype=bool)
-        row = start
-        path = 0.0
-        while row >= 0:
-            through = path + cost[row] - u[row] - v
+        col = length.argmin()
+        while (row := row_of[col]) >= 0:
+            done[col] = True
+            more = cost[row] - price
+            through = length[col] + (more - more[col])
             closer = (through < length) & ~done
             length[closer] = through[closer]
             parent[closer] = row
             col = np.where(done, np.inf, length).argmin()
-            path = length[col]
-            row = row_of[col]
-            done[col] = row >= 0  # the free column, where the path ends, keeps its price
-        u[start] += path
-        u[row_of[done]] += path - length[done]
-        v[done] -= path - length[done]
-        while row != start:  # back along the path, each row takes the column that was reached from it
-            row = parent[col]
-            row_of[col] = row
-            col_of[row], col = col, col_of[row]
+        price[done] += length[done] - length[col]
+        while col >= 0:  # back along the path, each row takes the column that was reached from it
+            row_of[col] = parent[col]
+            col_of[parent[col]], col = col, col_of[parent[col]]
     return col_of
 
 
 def divisors_of(labels):
-    """What the losses of one part of a step are divided by: [masks, pixels] of the step's average part.
+    """What the losses of a micro-batch are divided by: the masks and labelled pixels of the step's average one.
 
-    labels: this process's parts, each (B, H, W). There is a mask for each class present in an image; pixels labelled
-    255 do not count. The mean of the parts' losses, over all parts and processes, is the loss of the whole batch.
+    labels: this process's micro-batches, each (B, H, W). So the mean of their losses is the loss of the whole batch.
     """
-    masks = 0
-    pixels = 0
-    for part in labels:
-        pixels += int((part != IGNORE).sum())
-        for label in part:
-            masks += len(label[label != IGNORE].unique())
+    images = torch.cat(labels)
+    masks = sum(len(label[label != IGNORE].unique()) for label in images)
+    pixels = int((images != IGNORE).sum())
     device = "cuda" if torch.cuda.is_available() and distill.world_size() > 1 else "cpu"  # a lone process need not wait
     total = distill.summed(torch.tensor([masks, pixels], dtype=torch.float64, device=device))
     return (total / distill.world_size() / len(labels)).tolist()
@@ -530,11 +456,8 @@ class PixelClassifier(nn.Module):
         pixels = int((label != IGNORE).sum()) if divisors is None else divisors[1]
         return {"loss": ce / max(pixels, 1)}
 
-    def scores(self, outputs, size=None):
-        logits = outputs.float()
-        if size:
-            logits = resize(logits, size)
-        return logits.softmax(1)
+    def scores(self, outputs, size):
+        return resize(outputs.float(), size).softmax(1)
 
 
 class Linear(PixelClassifier):
@@ -555,24 +478,19 @@ class Linear(PixelClassifier):
 class SemFPN(PixelClassifier):
     """Panoptic FPN's semantic branch (Kirillov et al., 2019), as in the supplement's Table 7.
 
-    A top-down pyramid of `width`, then per level 3x3 convolutions of `channels`, doubling the size after each until
-    all levels have the finest size. 384 and 256 give 11.2 M parameters on ViT-S as in the paper, 11.8 M on ViT-B
-    (paper 13.3 M); the usual 256 and 128 would give 4.4 M.
+    A top-down pyramid, then per level 3x3 convolutions, doubling the size after each up to the finest. These widths
+    give 11.2 M parameters on ViT-S as in the paper, 11.8 M on ViT-B (paper 13.3 M); the usual 256 and 128 4.4 M.
     """
     def __init__(self, dim, num_classes, width=384, channels=256):
         super().__init__()
         self.laterals = nn.ModuleList(nn.Conv2d(dim, width, 1) for _ in range(4))
         self.outputs = nn.ModuleList(nn.Conv2d(width, width, 3, padding=1) for _ in range(4))
-        counts = (1, 1, 2, 3)  # convolutions of each level, the finest first
-        self.towers = nn.ModuleList(self.build_tower(width, channels, count) for count in counts)
+        self.towers = nn.ModuleList()
+        for count in (1, 1, 2, 3):  # convolutions of each level, the finest first
+            convs = [nn.Conv2d(dim, channels, 3, padding=1, bias=False) for dim in [width, channels, channels][:count]]
+            blocks = [nn.Sequential(conv, nn.GroupNorm(32, channels), nn.ReLU()) for conv in convs]
+            self.towers.append(nn.ModuleList(blocks))
         self.classify = nn.Conv2d(channels, num_classes, 1)
-
-    def build_tower(self, width, channels, count):
-        convs = []
-        for i in range(count):
-            dim = channels if i else width
-            convs.append(nn.Conv2d(dim, channels, 3, padding=1, bias=False))
-        return nn.ModuleList(nn.Sequential(conv, nn.GroupNorm(32, channels), nn.ReLU()) for conv in convs)
 
     def forward(self, feats):
         maps = [lateral(x) for lateral, x in zip(self.laterals, feats, strict=True)]
@@ -600,10 +518,8 @@ class BoxDecoder(nn.Module):
     """
     def __init__(self, dim, num_classes, patch=16, width=256, ffn=1024, rois=512, proposals=1000):
         super().__init__()
-        if patch % 4:
-            raise UserError(f"--patch {patch}: the finest map of --decoder boxes wants a multiple of 4")
-        if width % 32:
-            raise UserError(f"--width {width}: GroupNorm wants a multiple of 32")
+        if patch not in (4, 8, 16, 32) or width % 32:  # torchvision takes strides for powers of two
+            raise UserError(f"--decoder boxes wants a --patch of 4, 8, 16 or 32, not {patch}, and --width 32, 64, ...")
         self.patch = patch
         self.lateral = nn.Sequential(nn.Conv2d(dim, width, 1), nn.GroupNorm(32, width))
         twice = partial(nn.ConvTranspose2d, width, width, kernel_size=2, stride=2)
@@ -638,7 +554,7 @@ class BoxDecoder(nn.Module):
             _, losses = self.both_stages(maps, None, targets)
         return losses | {"loss": sum(losses.values())}
 
-    def scores(self, maps, size=None):
+    def scores(self, maps, size):
         """The objects found in each image of size (H, W), [(D, 6)], best first: box in pixels, class, score."""
         found, _ = self.both_stages(maps, size)
         return [torch.column_stack([image["boxes"], image["labels"] - 1, image["scores"]]) for image in found]
@@ -663,11 +579,9 @@ class Config(qsd.LossConfig):
     # what is trained
     data: str = "gtav"              # a name of data.DATASETS, or several joined with +; picks a preset
     root: str = "data"              # the folder that holds the data sets
-    split: str = "train"            # the images trained on
     labels: str = "1"               # share of the labelled images: 1, 1/4, 1/8, 1/16 (Table 3), a fixed subset
     classes: int = 0                # number of classes of your own folder; 0 = as the data set says
     encoder: str = "dinov2_vits14"  # a name of qsd.ENCODERS or a checkpoint, usually distill.py's student.pt
-    pretrained: bool = True         # no: the encoder starts from random weights
     depth: int | None = None        # only the encoder's first k blocks
     freeze: bool = True             # the paper's stage 2; no: the encoder is trained, too (a row of Table 5)
     out: str = "runs/segment"       # log.jsonl, last.pt, segmenter.pt
@@ -723,8 +637,7 @@ PRESETS = dict.fromkeys(data.TOY_SOURCES, TOY) | {"toy-wide": WIDE, "toy-boxes":
 
 def preset(given):
     """What --data changes in the defaults: the row of PRESETS for its first name; given: the flags as a dict."""
-    first = given.get("data", Config.data).split("+")[0]
-    return PRESETS.get(first, {})
+    return PRESETS.get(given.get("data", Config.data).split("+")[0], {})
 
 
 # --- Encoder and decoder together ------------------------------------------------------------------------------------
@@ -734,31 +647,18 @@ class Segmenter(nn.Module):
 
     def __init__(self, encoder, decoder, frozen=True, blocks="four"):
         super().__init__()
-        self.encoder = encoder
+        self.encoder = encoder.requires_grad_(not frozen)
         self.decoder = decoder
-        self.frozen = frozen
         self.layers = qsd.feature_layers(encoder.depth) if blocks == "four" else [encoder.depth - 1] * 4
-        encoder.requires_grad_(not frozen)
 
     def forward(self, x):
-        return self.decoder(self.features(x))
+        return self.run(x)[1]
 
-    def features(self, x):
-        """The four maps that the decoder reads, 4 x (B, C, ., .); a frozen encoder builds no graph."""
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
-            return pyramid(self.encoder.blocks_out(x, self.layers), self.token_grid(x))
-
-    def tokens_and_outputs(self, x, layers):
+    def run(self, x, layers=()):
         """One pass for two losses: the encoder's (cls, patches, outs of `layers`), and the decoder's outputs."""
-        layers = list(layers)
-        cls, patches, outs = self.encoder.run(x, layers=layers + self.layers)
-        maps = pyramid(outs[len(layers):], self.token_grid(x))
+        cls, patches, outs = self.encoder.run(x, layers=[*layers, *self.layers])
+        maps = pyramid(outs[len(layers):], qsd.grid_of(x.shape[2:], self.encoder.patch_size))
         return (cls, patches, outs[:len(layers)]), self.decoder(maps)
-
-    def token_grid(self, x):
-        """Patches along (height, width) of images x."""
-        patch = self.encoder.patch_size
-        return x.shape[2] // patch, x.shape[3] // patch
 
 
 def build_decoder(dim, num_classes, cfg):
@@ -782,8 +682,7 @@ def load_segmenter(path, device="cpu"):
     try:
         if "classes" not in saved:
             saved = from_mmsegmentation(path, saved.get("state_dict", saved))
-        known = {name: value for name, value in saved["config"].items() if hasattr(Config, name)}
-        cfg = Config(**known)
+        cfg = Config(**{name: value for name, value in saved["config"].items() if hasattr(Config, name)})
         encoder = qsd.ViT(**saved["encoder"])
         decoder = build_decoder(encoder.embed_dim, len(saved["classes"]), cfg)
         model = Segmenter(encoder, decoder, blocks=cfg.blocks)
@@ -797,20 +696,15 @@ def load_segmenter(path, device="cpu"):
 
 # What mmdet's Mask2Former calls a part of a parameter's name, and what it is called here.
 MMDET_NAMES = {
+    "decode_head.": "decoder.",
     "transformer_decoder.": "",
     "pixel_decoder.encoder.": "pixel_decoder.",
-    "lateral_convs.0.": "laterals.0.",
-    "input_convs.2.": "laterals.1.",  # mmdet counts from the coarsest map
-    "input_convs.1.": "laterals.2.",
-    "input_convs.0.": "laterals.3.",
+    "lateral_convs.0.": "lateral.",
     "output_convs.0.": "embed.",
     "mask_feature.": "embed.3.",
     ".conv.": ".0.",
     ".gn.": ".1.",
     "_attn.attn.": "_attn.",
-    ".norms.0.": ".norm1.",
-    ".norms.1.": ".norm2.",
-    ".norms.2.": ".norm3.",
     ".ffn.layers.0.0.": ".ffn.0.",
     ".ffn.layers.1.": ".ffn.2.",
 }
@@ -820,32 +714,26 @@ RELEASED_CLASSES = {19: "cityscapes", 6: "potsdam-rgb"}  # number of classes: th
 def from_mmsegmentation(path, state):
     """What a segmenter.pt would hold, from mmsegmentation's state dict; UserError or KeyError where that is another.
 
-    The sizes follow from the shapes of the tensors. These do not say what the classes mean: 19 are taken to be those of
-    Cityscapes, 6 those of Potsdam, others get numbers.
+    The sizes follow from its shapes. What the classes mean does not: see RELEASED_CLASSES; others get numbers.
     """
     if not any(str(key).startswith("decode_head.") for key in state):
         raise UserError(f"{path}: neither a segmenter.pt of this project nor a checkpoint of mmsegmentation")
-    decoder = {}
-    for key, tensor in state.items():
-        part, _, name = key.partition(".")
-        if part == "decode_head":
-            for theirs, ours in MMDET_NAMES.items():
-                name = name.replace(theirs, ours)
-            decoder[name] = tensor
-        elif part != "backbone":
-            raise UserError(f"{path}: {key} has no place in a segmenter")
     encoder = qsd.load_vit(path)  # reads what lies under backbone.
+    model = {f"encoder.{key}": tensor for key, tensor in encoder.state_dict().items()}
+    for key, tensor in state.items():
+        for theirs, ours in MMDET_NAMES.items():
+            key = key.replace(theirs, ours)
+        if not key.startswith("backbone."):
+            model[key] = tensor
 
-    queries, width = decoder["query_feat.weight"].shape
-    num_classes = len(decoder["cls_embed.weight"]) - 1
-    places = len(decoder["pixel_decoder.layers.0.self_attn.attention_weights.weight"])  # heads x 3 levels x 4 points
-    layers = {name.split(".")[1] for name in decoder if name.startswith("layers.")}
+    queries, width = model["decoder.query_feat.weight"].shape
+    num_classes = len(model["decoder.cls_embed.weight"]) - 1
+    places = len(model["decoder.pixel_decoder.layers.0.self_attn.attention_weights.weight"])  # heads x levels x points
+    layers = {key.split(".")[2] for key in model if key.startswith("decoder.layers.")}
     name = RELEASED_CLASSES.get(num_classes, "folder")
     entry = data.entries(name, num_classes if name == "folder" else 0)[name]
     cfg = Config(data=name, size=encoder.config["img_size"], patch=encoder.patch_size, width=width, queries=queries,
-                 heads=places // 12, ffn=len(decoder["layers.0.ffn.0.weight"]), decoder_layers=len(layers))
-    model = {f"encoder.{key}": tensor for key, tensor in encoder.state_dict().items()}
-    model |= {f"decoder.{key}": tensor for key, tensor in decoder.items()}
+                 heads=places // 12, ffn=len(model["decoder.layers.0.ffn.0.weight"]), decoder_layers=len(layers))
     return dict(model=model, encoder=encoder.config, config=asdict(cfg), released=True, ledger=[],
                 classes=list(entry.classes), colors=[list(color) for color in entry.colors])
 
@@ -864,31 +752,22 @@ class Learner(nn.Module):
     def forward(self, x, label, generator, divisors, t=None, noise=None, teacher_scores=None):
         """The losses of normalised images x (B, 3, H, W) and their labels, as a dict; "loss" is minimised.
 
-        generator and divisors as in MaskDecoder.loss. t and noise: the teacher's tokens and the random numbers of the
-        objective; teacher_scores (B, K, H, W): what a teacher with a decoder says of each pixel.
+        generator and divisors as in MaskDecoder.loss; t, noise: as in the objective; teacher_scores (B, K, H, W).
         """
         decoder = self.segmenter.decoder
-        if self.objective is None:
-            outputs = self.segmenter(x)
-        else:
-            s, outputs = self.segmenter.tokens_and_outputs(x, self.objective.layers_s)
+        s, outputs = self.segmenter.run(x, self.objective.layers_s if self.objective else ())
         losses = decoder.loss(outputs, label, generator, divisors)                              # Eq. 6
-
-        if self.objective is not None:
+        if self.objective:
             distilled = self.objective(self.segmenter.encoder, x, s, t, noise)
             losses["kd"] = self.cfg.kd * self.objective.weight * distilled["loss"]
         if teacher_scores is not None:
-            student_scores = decoder.scores(outputs, x.shape[2:])
-            losses["kd_logits"] = self.cfg.kd_logits * divergence(teacher_scores, student_scores)
+            losses["kd_logits"] = self.cfg.kd_logits * divergence(teacher_scores, decoder.scores(outputs, x.shape[2:]))
         losses["loss"] = losses["loss"] + losses.get("kd", 0) + losses.get("kd_logits", 0)      # Eq. 3
         return losses
 
 
 def divergence(teacher_scores, student_scores):
-    """Hinton's logit distillation at temperature 1: the KL divergence of the classes (B, K, H, W), mean over pixels.
-
-    Scores need not sum to 1: they are taken as probabilities, none of them 0.
-    """
+    """Hinton's logit distillation at temperature 1: KL divergence of class scores (B, K, H, W), made to sum to 1."""
     teacher_scores = teacher_scores.clamp(min=1e-6)
     student_scores = student_scores.clamp(min=1e-6)
     p_t = teacher_scores / teacher_scores.sum(1, keepdim=True)
@@ -896,29 +775,21 @@ def divergence(teacher_scores, student_scores):
     return (p_t * (p_t / p_s).log()).sum(1).mean()
 
 
-EMBEDDINGS = ("decoder.query_feat", "decoder.query_embed", "decoder.level_embed")  # of the mask decoder
-
-
 def parameter_groups(learner, cfg):
     """AdamW's groups: the encoder at lr_backbone, all else at lr.
 
-    As in the official code all of the encoder decays, and all else but norms and EMBEDDINGS; biases do decay.
+    Officially the encoder decays as a whole, all else but norms and the embeddings outside the pixel decoder.
     """
-    spared = set()
-    for name, module in learner.named_modules():
-        if isinstance(module, (nn.LayerNorm, nn.GroupNorm)) or name.endswith(EMBEDDINGS):
-            spared.update(module.parameters())
-
     groups = {}
-    for name, p in learner.named_parameters():
-        if not p.requires_grad:
-            continue
-        in_encoder = name.startswith("segmenter.encoder.")
+    for name, module in learner.named_modules():
+        in_encoder = name.startswith("segmenter.encoder")
         lr = cfg.lr_backbone if in_encoder else cfg.lr
-        weight_decay = cfg.weight_decay if in_encoder or p not in spared else 0.0
-        if (lr, weight_decay) not in groups:
-            groups[lr, weight_decay] = {"params": [], "lr": lr, "peak": lr, "weight_decay": weight_decay}
-        groups[lr, weight_decay]["params"].append(p)
+        spared = isinstance(module, (nn.LayerNorm, nn.GroupNorm, nn.Embedding)) and not name.endswith("level_encoding")
+        weight_decay = 0.0 if spared and not in_encoder else cfg.weight_decay
+        for parameter in module.parameters(recurse=False):
+            if parameter.requires_grad:
+                group = dict(params=[], lr=lr, peak=lr, weight_decay=weight_decay)
+                groups.setdefault((lr, weight_decay), group)["params"].append(parameter)
     return list(groups.values())
 
 
@@ -933,8 +804,6 @@ def check_flags(cfg):
         raise UserError(f"--teacher {cfg.teacher} teaches nothing: add --kd 1 or --kd_logits 1")
     if not cfg.kd and cfg.loss != Config.loss:
         raise UserError(f"--loss {cfg.loss} distils nothing: add --kd 1")
-    if cfg.kd_logits and cfg.decoder == "boxes":
-        raise UserError("--kd_logits compares the classes of pixels; --decoder boxes has --kd")
 
 
 def main(argv=None):
@@ -949,21 +818,18 @@ def main(argv=None):
     transform = partial(data.segment_transform, size=cfg.size, cat_max_ratio=cfg.cat_max_ratio)
     if cfg.decoder == "boxes":
         transform = partial(data.detect_transform, size=cfg.size)
-    dataset = data.scenes(cfg.data, cfg.root, cfg.split, transform, cfg.labels, cfg.classes)
+    dataset = data.scenes(cfg.data, cfg.root, "train", transform, cfg.labels, cfg.classes)
     if dataset.boxes != (cfg.decoder == "boxes"):
         raise UserError(f"--decoder {cfg.decoder}: --data {cfg.data} labels {'boxes' if dataset.boxes else 'pixels'}")
     load_vit = partial(qsd.load_vit, img_size=cfg.size, patch_size=cfg.patch)
-    encoder = load_vit(cfg.encoder, depth=cfg.depth, pretrained=cfg.pretrained)
+    encoder = load_vit(cfg.encoder, depth=cfg.depth)
     decoder = build_decoder(encoder.embed_dim, dataset.num_classes, cfg)
     segmenter = Segmenter(encoder, decoder, cfg.freeze, cfg.blocks).to(run.device)
     ancestors, _ = qsd.ledger_and_heads(cfg.encoder)
     N = (cfg.size // cfg.patch) ** 2
 
-    # the teachers of the one-stage baselines: an encoder, whose tokens the student imitates, and a whole segmenter,
-    # whose class scores it imitates
-    teacher = None
-    objective = None
-    teacher_segmenter = None
+    # the teachers of the one-stage baselines: an encoder to imitate in its tokens, a segmenter in its class scores
+    teacher = objective = teacher_segmenter = None
     if cfg.kd:
         teacher = load_vit(cfg.teacher).to(run.device).eval().requires_grad_(False)
         objective = qsd.build_objective(encoder, teacher, cfg).to(run.device)
@@ -978,9 +844,7 @@ def main(argv=None):
         x = data.normalize(images.to(run.device, non_blocking=True), encoder.mean, encoder.std)
         label = label.to(run.device, non_blocking=True)
         generator = torch.Generator(run.device).manual_seed(data.mix(cfg.seed, POINTS, draws[0].item()))
-        t = None
-        noise = None
-        teacher_scores = None
+        t = noise = teacher_scores = None
         with run.autocast:
             with torch.no_grad():
                 if cfg.kd:
