@@ -313,7 +313,7 @@ class MaskDecoder(nn.Module):
             return {"loss": total, "ce": ce[-1].detach(), "bce": bce[-1].detach(), "dice": dice[-1].detach()}
 
     def targets(self, label):
-        """The classes present (B, S), ascending; which are no padding (B, S); their masks (B, S, H, W), 0 at label 255."""
+        """Classes present (B, S), ascending; which are no padding (B, S); their masks (B, S, H, W), 0 at label 255."""
         K = self.num_classes
         present = torch.zeros(len(label), K + 1, dtype=torch.bool, device=label.device)  # void counts as class K here
         present = present.scatter(1, label.masked_fill(label == IGNORE, K).flatten(1), True)[:, :K]

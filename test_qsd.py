@@ -1510,33 +1510,34 @@ def test_parameters_are_those_of_the_paper():
     assert millions == pytest.approx([19.9, 20.4, 11.2], abs=0.15)  # 41.9, 106.8, 33.2 M with ViT-S, -B, -S
 
 
+DRAWS = {  # names of mask decoder parameters: how their weight is drawn, with which bound or deviation
+    r"layers\.0\.\w+_attn\.in_proj": ("normal", math.sqrt(2 / (4 * 256))),  # one matrix (3 width, width)
+    r"layers\.0\.\w+_attn\.out_proj": ("normal", math.sqrt(2 / (2 * 256))),
+    r"layers\.0\.ffn": ("normal", math.sqrt(2 / (256 + 2048))),
+    r"pixel_decoder\.layers\.0\.ffn": ("normal", math.sqrt(2 / (256 + 1024))),
+    r"mask_embed|cls_embed": ("uniform", 256 ** -0.5),
+    r"pixel_decoder\.lateral\.0": ("uniform", math.sqrt(3 / 384)),
+    r"pixel_decoder\.embed\.0": ("uniform", math.sqrt(3 / (9 * 256))),
+    r"pixel_decoder\.embed\.3": ("uniform", math.sqrt(3 / 256)),
+    r"pixel_decoder\.input_convs\.\d\.0": ("uniform", math.sqrt(6 / (384 + 256))),
+    r"pixel_decoder\.layers\.0\.self_attn\.(value|output)_proj": ("uniform", math.sqrt(6 / (2 * 256))),
+    r"pixel_decoder\.layers\.0\.self_attn\.(attention_weights|sampling_offsets)": ("uniform", 0)}
+
+
 def test_initial_weights_are_drawn_as_mmdet_draws_them():
     decoder = MaskDecoder(384, 19, width=256, queries=100, layers=1, ffn=2048, pixel="deform", pixel_layers=1)
-    state = decoder.state_dict()
-    expected = {  # {names: how a weight of them is drawn, and the bound or the deviation of the draw}
-        r"layers\.0\.\w+_attn\.in_proj": ("normal", math.sqrt(2 / (4 * 256))),  # one matrix (3 width, width)
-        r"layers\.0\.\w+_attn\.out_proj": ("normal", math.sqrt(2 / (2 * 256))),
-        r"layers\.0\.ffn": ("normal", math.sqrt(2 / (256 + 2048))),
-        r"pixel_decoder\.layers\.0\.ffn": ("normal", math.sqrt(2 / (256 + 1024))),
-        r"mask_embed|cls_embed": ("uniform", 256 ** -0.5),
-        r"pixel_decoder\.lateral\.0": ("uniform", math.sqrt(3 / 384)),
-        r"pixel_decoder\.embed\.0": ("uniform", math.sqrt(3 / (9 * 256))),
-        r"pixel_decoder\.embed\.3": ("uniform", math.sqrt(3 / 256)),
-        r"pixel_decoder\.input_convs\.\d\.0": ("uniform", math.sqrt(6 / (384 + 256))),
-        r"pixel_decoder\.layers\.0\.self_attn\.(value|output)_proj": ("uniform", math.sqrt(6 / (2 * 256))),
-        r"pixel_decoder\.layers\.0\.self_attn\.(attention_weights|sampling_offsets)": ("uniform", 0)}
-    biased = r"ffn|mask_embed|cls_embed|sampling_offsets"  # whose biases do not start at 0
-    for names, (draw, size) in expected.items():
-        found = {name: value for name, value in state.items() if re.match(names, name)}
+    for names, (draw, size) in DRAWS.items():
+        found = {name: p for name, p in decoder.named_parameters() if re.match(names, name)}
         assert found
-        for name, value in found.items():
+        for name, p in found.items():
             if name.endswith("bias"):
-                assert bool(value.any()) == bool(re.search(biased, name)), name
-                continue
-            assert value.std().item() == pytest.approx(size if draw == "normal" else size / math.sqrt(3), rel=0.03), name
-            assert value.abs().max() > 3 * size if draw == "normal" else value.abs().max() <= size, name
+                assert bool(p.any()) == bool(re.search("ffn|mask_embed|cls_embed|sampling_offsets", name)), name
+            elif draw == "normal":
+                assert p.std().item() == pytest.approx(size, rel=0.03) and p.abs().max() > 3 * size, name
+            else:
+                assert p.std().item() == pytest.approx(size / math.sqrt(3), rel=0.03) and p.abs().max() <= size, name
     start = decoder.pixel_decoder.layers[0].self_attn.sampling_offsets.bias.view(4, 3, 4, 2)
-    assert torch.allclose(start[[0, 1], 1, 2], torch.tensor([[3.0, 0], [0, 3]]), atol=1e-6)  # the third points of two heads
+    torch.testing.assert_close(start[:2, 1, 2], torch.tensor([[3.0, 0], [0, 3]]))  # the third points of two heads
 
 
 # --- The segmenter ----------------------------------------------------------------------------------------------------
