@@ -1315,6 +1315,13 @@ def test_hungarian_finds_the_cheapest_assignment_of_all():
             assert len(columns) == n == len(set(columns))
             best = min(cost[range(n), choice].sum() for choice in itertools.permutations(range(m), n))
             assert cost[range(n), columns].sum() == pytest.approx(best, rel=1e-9)
+    for _ in range(100):  # larger, with a known optimum: no entry is below its prices, a hidden assignment costs them
+        u, v, hidden = rng.random(20), rng.random(20), rng.permutation(20)
+        cost = u[:, None] + v + rng.random((20, 20))
+        cost[range(20), hidden] = u + v[hidden]
+        columns = hungarian(cost)
+        assert len(set(columns)) == 20
+        assert cost[range(20), columns].sum() == pytest.approx(u.sum() + v.sum(), rel=1e-9)
 
 
 def slow_mask_losses(x, t):
