@@ -14,7 +14,6 @@ import signal
 import sys
 import zlib
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import lru_cache, partial
@@ -53,10 +52,7 @@ def read_image(path, mapped=True, upright=False):
     upright: turned as its EXIF data say that the camera was held. TIFFs are mapped into memory if `mapped`: a crop
     then reads its own rows only."""
     try:
-        if mapped and path.suffix.lower() in (".tif", ".tiff"):
-            pixels = map_tiff(path)
-        else:
-            pixels = read_rgb(path, upright)
+        pixels = map_tiff(path) if mapped and path.suffix.lower() in (".tif", ".tiff") else read_rgb(path, upright)
         return torch.from_numpy(pixels).permute(2, 0, 1)
     except BROKEN as error:
         raise UserError(f"{path}: cannot be read as an image ({error})") from None
@@ -72,9 +68,7 @@ def read_rgb(path, upright=False):
             if image.mode == "F" or values.min() < 0 or values.max() > 65535:
                 raise ValueError(f"values from {values.min()} to {values.max()}, of which none is known to be white")
             image = Image.fromarray(((values.astype(np.uint32) * 255 + 32767) // 65535).astype(np.uint8))
-        if image.mode != "RGB":     # else convert would copy the pixels once more
-            image = image.convert("RGB")
-        return np.array(image)
+        return np.array(image.convert("RGB"))
 
 
 def map_tiff(path):
@@ -88,23 +82,13 @@ def map_tiff(path):
     return np.load(unpacked, mmap_mode="c")
 
 
-def resize(image, size, mode=InterpolationMode.BILINEAR, antialias=False):
-    """Resize (3, H, W) to size (height, width); without antialias as mmsegmentation does."""
-    return TF.resize(image, list(size), mode, antialias=antialias)
-
-
-LABEL_RESIZE = InterpolationMode.NEAREST_EXACT  # the image's pixel centres; official: NEAREST, up to half a pixel off
-
-
 def resize_label(label, size):
-    """Resize (H, W) to size (height, width): the nearest pixel's class."""
-    return TF.resize(label[None], list(size), LABEL_RESIZE)[0]
+    """Resize (H, W) to size (height, width): the class at each pixel's centre; official: up to half a pixel off."""
+    return TF.resize(label[None], size, InterpolationMode.NEAREST_EXACT)[0]
 
 
 def crop(image, box):
-    """The part of (3, H, W) inside the box (left, top, right, bottom); all of it if box is None."""
-    if box is None:
-        return image
+    """The part of (3, H, W) inside the box (left, top, right, bottom)."""
     left, top, right, bottom = box
     return image[:, top:bottom, left:right]
 
@@ -159,20 +143,15 @@ def cityscapes_label(path):
 
 
 def synthia_label(path):
-    """The class is the first channel of a 16-bit PNG."""
-    values = np.asarray(open_label(path))[..., 0]
-    return checked(path, SYNTHIA_IDS[values], values)
-
-
-def open_label(path):
-    """A label file as Pillow opens it, but of 16-bit colours with the low bytes: it would take the high ones, zeros."""
+    """The class is the first channel of a 16-bit PNG: its low bytes, where Pillow would take the high ones, zeros."""
     image = Image.open(path)
     if image.format == "PNG":
         image.tile = [(codec, box, start, mode.replace("RGB;16B", "RGB;16L")) for codec, box, start, mode in image.tile]
-    return image
+    values = np.asarray(image)[..., 0]
+    return checked(path, SYNTHIA_IDS[values], values)
 
 
-def isprs_label(path, box=None):
+def isprs_label(path, box=(0, 0, None, None)):
     """Six colours, and black for void; channels are cut at 127 because tiles 4_12 and 6_7 hold shades of them."""
     rgb = crop(read_image(path), box).numpy()
     red, green, blue = rgb > 127
@@ -345,59 +324,54 @@ class ToyCanvas:
     def one_of(self, *kinds):
         return kinds[int(self.between(0, len(kinds)))]
 
-    def new_object(self, kind, distance):
-        """The number of a new object, which the pen draws over those before it."""
+    def draw(self, shape, kind, distance, *corners):
+        """Draw a new object over those before it; shape: a method of the pen."""
         self.kinds.append(kind)
         self.distances.append(distance)
-        return len(self.kinds) - 1
-
-    def rectangle(self, kind, distance, left, top, right, bottom):
-        self.pen.rectangle([left, top, right, bottom], fill=self.new_object(kind, distance))
-
-    def ellipse(self, kind, distance, left, top, right, bottom):
-        self.pen.ellipse([left, top, right, bottom], fill=self.new_object(kind, distance))
-
-    def polygon(self, kind, distance, *corners):
-        self.pen.polygon(corners, fill=self.new_object(kind, distance))
+        shape(corners, fill=len(self.kinds) - 1)
 
     def thing(self, kind, x, y, s, distance):
         """A thing that stands at (x, y), of size s in pixels."""
+        draw = self.draw
+        rectangle = self.pen.rectangle
+        ellipse = self.pen.ellipse
         if kind == CAR:
-            self.rectangle(CAR, distance, x - s, y - .55 * s, x + s, y)
-            self.polygon(CAR, distance, (x - .7 * s, y - .5 * s), (x - .4 * s, y - s),
-                         (x + .4 * s, y - s), (x + .7 * s, y - .5 * s))
+            draw(rectangle, CAR, distance, (x - s, y - .55 * s), (x + s, y))
+            draw(self.pen.polygon, CAR, distance, (x - .7 * s, y - .5 * s), (x - .4 * s, y - s),
+                 (x + .4 * s, y - s), (x + .7 * s, y - .5 * s))
         elif kind == POLE:
-            self.rectangle(POLE, distance, x, y - 3.2 * s, x + .35 * s, y)
+            draw(rectangle, POLE, distance, (x, y - 3.2 * s), (x + .35 * s, y))
             if self.rng.random() < .6:  # a sign or a lamp on top
-                self.rectangle(POLE, distance, x - .4 * s, y - 3.6 * s, x + .7 * s, y - 2.7 * s)
+                draw(rectangle, POLE, distance, (x - .4 * s, y - 3.6 * s), (x + .7 * s, y - 2.7 * s))
         elif kind == PERSON:
-            self.rectangle(PERSON, distance, x - .4 * s, y - 1.4 * s, x + .4 * s, y)
-            self.ellipse(PERSON, distance, x - .35 * s, y - 2.1 * s, x + .35 * s, y - 1.3 * s)
+            draw(rectangle, PERSON, distance, (x - .4 * s, y - 1.4 * s), (x + .4 * s, y))
+            draw(ellipse, PERSON, distance, (x - .35 * s, y - 2.1 * s), (x + .35 * s, y - 1.3 * s))
         elif kind == VEGETATION:
-            self.ellipse(VEGETATION, distance, x - .8 * s, y - 2 * s, x + .8 * s, y)
+            draw(ellipse, VEGETATION, distance, (x - .8 * s, y - 2 * s), (x + .8 * s, y))
         elif kind == BUILDING:
             height = self.between(1., 2.6) * s
-            self.rectangle(BUILDING, distance, x - s, y - height, x + s, y)
+            draw(rectangle, BUILDING, distance, (x - s, y - height), (x + s, y))
 
 
 def toy_layout(rng, jumble=False):
     """Draw one scene: object number per pixel (64, 64), and per object its class and distance (0 near, 1 far)."""
     canvas = ToyCanvas(rng)
-    if jumble:
-        draw_jumble(canvas)
-    else:
-        draw_street(canvas)
+    draw = draw_jumble if jumble else draw_street
+    draw(canvas)
     return np.array(canvas.map), np.array(canvas.kinds), np.array(canvas.distances)
 
 
 def draw_jumble(canvas):
     """A scene of the proxy set: the same kinds of things, but no street; anything anywhere at any size."""
     between = canvas.between
+    draw = canvas.draw
+    pen = canvas.pen
 
     # Two grounds of any classes share the image; a slanted border divides them.
     grounds = (SKY, BUILDING, VEGETATION, ROAD, PAVEMENT)
-    canvas.rectangle(canvas.one_of(*grounds), 1, 0, 0, 64, 64)
-    canvas.polygon(canvas.one_of(*grounds), between(0, 1), (0, between(0, 64)), (64, between(0, 64)), (64, 64), (0, 64))
+    draw(pen.rectangle, canvas.one_of(*grounds), 1, (0, 0), (64, 64))
+    draw(pen.polygon, canvas.one_of(*grounds), between(0, 1),
+         (0, between(0, 64)), (64, between(0, 64)), (64, 64), (0, 64))
 
     # Four to ten things lie before them.
     for _ in range(int(between(4, 11))):
@@ -408,6 +382,8 @@ def draw_jumble(canvas):
 def draw_street(canvas):
     """A street that leads to a vanishing point on the horizon, with things on it and beside it."""
     between = canvas.between
+    draw = canvas.draw
+    pen = canvas.pen
     horizon = between(18, 30)
     vanish = between(16, 48)
 
@@ -421,11 +397,11 @@ def draw_street(canvas):
     left = between(-14, 14)
     right = between(50, 78)
     ground = VEGETATION if canvas.rng.random() < .4 else PAVEMENT
-    canvas.rectangle(ground, .5, 0, horizon, 64, 64)
+    draw(pen.rectangle, ground, .5, (0, horizon), (64, 64))
     right_curb = right + between(8, 24)
     left_curb = left - between(8, 24)
-    canvas.polygon(PAVEMENT, .5, (vanish - 4, horizon), (vanish + 4, horizon), (right_curb, 64), (left_curb, 64))
-    canvas.polygon(ROAD, .5, (vanish - 2, horizon), (vanish + 2, horizon), (right, 64), (left, 64))
+    draw(pen.polygon, PAVEMENT, .5, (vanish - 4, horizon), (vanish + 4, horizon), (right_curb, 64), (left_curb, 64))
+    draw(pen.polygon, ROAD, .5, (vanish - 2, horizon), (vanish + 2, horizon), (right, 64), (left, 64))
 
     # Cars drive on the road, other things stand beside it, from far (nearness 0) to near (nearness 1).
     count = int(between(2, 6))
@@ -540,17 +516,11 @@ class Dataset:
     tile: int = None            # images are cut into tiles of this side
     resize_label: bool = False  # labels of another size than their image are known to occur: resized, no error
     generate: Callable = None   # scene number -> image uint8 (H, W, 3) and a label like decode's: a set without files
-    own: bool = False           # one's own pictures: upright as their EXIF data say, and what is left out is named
-    converted: tuple = ()       # ends of names of files that converters write beside the labels: no labels of this set
+    own: bool = False           # one's own pictures, which stand upright as their EXIF data say
     boxes: bool = False         # labels are boxes; of a set with files, "splits" name VOC's lists of images
     corrupted: bool = False     # every image comes in all CORRUPTIONS at all severities
 
-    @property
-    def num_classes(self):
-        return len(self.classes)
 
-
-CONVERTED = ("_labelTrainIds",)
 TRAIN = {"train": "train"}
 TRAIN_VAL = {"train": "train", "val": "val"}
 POTSDAM = {"train": "{2_10,2_11,2_12,3_10,3_11,3_12,4_10,4_11,4_12,5_10,5_11,5_12,"
@@ -567,17 +537,10 @@ voc = Dataset("VOCdevkit", "VOC2007/JPEGImages/*", splits=VOC, decode=voc_boxes,
               colors=(*CITYSCAPES_COLORS, (255, 140, 0)))
 
 
-def acdc(condition):
-    """One of the four conditions of ACDC, each a domain."""
-    return street("acdc", f"rgb_anon/{condition}/<split>/*/*_rgb_anon",
-                  f"gt/{condition}/<split>/*/*_gt_labelTrainIds gt/{condition}/<split>/*/*_gt_labelIds",
-                  TRAIN_VAL, cityscapes_label, eval_size=(960, 540))
-
-
-def toy(domain, jumble=False, train=0, val=0):
-    """A toy domain with so many scenes for training and for evaluation."""
-    splits = {"train": range(train), "val": range(10 ** 6, 10 ** 6 + val)}
-    splits = {split: numbers for split, numbers in splits.items() if numbers}
+def toy(domain, jumble=False, **counts):
+    """A toy domain with so many scenes for training and for evaluation: train=1000, val=100."""
+    first = dict(train=0, val=10 ** 6)
+    splits = {split: range(first[split], first[split] + count) for split, count in counts.items()}
     return Dataset("toy", splits=splits, classes=TOY_CLASSES, colors=TOY_COLORS,
                    generate=partial(toy_scene, domain, jumble=jumble))
 
@@ -592,8 +555,8 @@ DATASETS = {
     # ImageNet, or any folder of images
     "imagenet": Dataset("imagenet", "<split>/{**/}* {**/}*", splits=TRAIN_VAL, own=True),
     # synthetic streets
-    "gtav": street("gtav", "images/*", "labels/*", TRAIN, cityscapes_label, resize_label=True, converted=CONVERTED),
-    "synthia": street("synthia", "**/RGB/*", "**/GT/LABELS/*", TRAIN, synthia_label, converted=CONVERTED),
+    "gtav": street("gtav", "images/*", "labels/*", TRAIN, cityscapes_label, resize_label=True),
+    "synthia": street("synthia", "**/RGB/*", "**/GT/LABELS/*", TRAIN, synthia_label),
     "urbansyn": street("urbansyn", "rgb/**/rgb_*", "ss/**/ss_*", TRAIN, partial(by_value, table=URBANSYN_IDS)),
     # real streets
     "cityscapes": street("cityscapes", "leftImg8bit/<split>/*/*_leftImg8bit",
@@ -605,7 +568,10 @@ DATASETS = {
     "mapillary": street("mapillary", "<split>/images/*", "<split>/v1.2/labels/* <split>/labels/*",
                         {"train": "training", "val": "validation"}, partial(by_value, table=MAPILLARY_IDS),
                         eval_size=(1024, 512), eval_half=True),
-    **{f"acdc-{condition}": acdc(condition) for condition in ("night", "snow", "fog", "rain")},
+    **{f"acdc-{weather}": street("acdc", f"rgb_anon/{weather}/<split>/*/*_rgb_anon",
+                                 f"gt/{weather}/<split>/*/*_gt_labelTrainIds gt/{weather}/<split>/*/*_gt_labelIds",
+                                 TRAIN_VAL, cityscapes_label, eval_size=(960, 540))
+       for weather in ("night", "snow", "fog", "rain")},
     # from the air
     "potsdam-rgb": isprs("potsdam", "**/top_potsdam_<split>_RGB", "**/top_potsdam_<split>_label_noBoundary", POTSDAM),
     "potsdam-irrg": isprs("potsdam", "**/top_potsdam_<split>_IRRG", "**/top_potsdam_<split>_label_noBoundary", POTSDAM),
@@ -658,7 +624,7 @@ class Sample(NamedTuple):
     entry: Dataset
     image: object           # Path, or the number of a generated scene
     label: object = None    # Path
-    box: tuple = None       # (left, top, right, bottom) of a tile
+    box: tuple = (0, 0, None, None)     # (left, top, right, bottom) of a tile
     corruption: tuple = None    # a key of CORRUPTIONS and a severity, 1 to 5
 
     def read_image(self):
@@ -673,7 +639,7 @@ class Sample(NamedTuple):
         """uint8 (H, W) of class numbers and 255, or boxes; UserError names a file that is broken or holds others."""
         if self.entry.generate:
             return torch.from_numpy(self.entry.generate(self.image)[1])
-        tile = [self.box] if self.box else []
+        tile = [self.box] if self.entry.tile else []
         try:
             return torch.from_numpy(self.entry.decode(self.label, *tile))
         except UserError:
@@ -691,18 +657,15 @@ def entries(name, classes=0, labelled=True):
                 raise UserError(f"--data {part}: not one of {' '.join(DATASETS)}")
             if classes and (part != "folder" or not 0 < classes <= UNKNOWN):
                 raise UserError(f"--classes {classes}: is for --data folder, and at most {UNKNOWN}")
-            found[part] = numbered_classes(DATASETS[part], classes) if classes else DATASETS[part]
+            found[part] = DATASETS[part]
+            if classes:  # they have numbers for names and bright colours
+                colors = np.random.default_rng(0).integers(40, 256, (classes, 3)).tolist()
+                decode = partial(by_value, table=lookup_table(range(classes)))
+                found[part] = replace(found[part], decode=decode, classes=tuple(map(str, range(classes))),
+                                      colors=tuple(map(tuple, colors)))
     if labelled and len({entry.classes for entry in found.values()}) > 1:
         raise UserError(f"--data {name}: these sets have different classes")
     return found
-
-
-def numbered_classes(entry, classes):
-    """The row for one's own images with so many classes, which have numbers for names and bright colours."""
-    colors = np.random.default_rng(0).integers(40, 256, (classes, 3)).tolist()
-    table = lookup_table(range(classes))
-    return replace(entry, decode=partial(by_value, table=table), classes=tuple(map(str, range(classes))),
-                   colors=tuple(map(tuple, colors)))
 
 
 def locate(root, entry):
@@ -723,67 +686,49 @@ class Samples:
 
     Names are kept as one array: a million Python texts would take 700 MB, and each loading process would copy them."""
 
-    def __init__(self, entry, folder, images, labels):
+    def __init__(self, entry, folder, names):
         self.entry = entry
         self.folder = folder
-        self.images = np.array([os.fsencode(name) for name in images])
-        self.labels = np.array([os.fsencode(name) for name in labels])  # of the same length and order, or empty
+        self.names = np.array([list(map(os.fsencode, row)) for row in names])   # rows (image,) or (image, label)
 
     def __len__(self):
-        return len(self.images)
+        return len(self.names)
 
     def __getitem__(self, i):
-        image = self.folder / os.fsdecode(self.images[i])
-        label = self.folder / os.fsdecode(self.labels[i]) if len(self.labels) else None
-        return Sample(self.entry, image, label)
+        return Sample(self.entry, *[self.folder / os.fsdecode(name) for name in self.names[i]])
 
 
-def find(folder, patterns, text, skipped=()):
+def find(folder, patterns, text, part=None):
     """The names of the files below a folder by the first pattern that matches any, and its regular expression.
 
-    `text` stands for <split>; files whose name without suffix ends in one of `skipped` are passed over."""
-    for pattern in patterns.replace("<split>", text).split():
-        regex = as_regex(pattern)
+    `text` stands for <split>. Where none matches, UserError if `part` is given, the set's name."""
+    patterns = patterns.replace("<split>", text).split()
+    for pattern in patterns:
+        regex = re.escape(pattern).replace(r"\{", "(").replace(r"\}", ")").replace(",", "|")
+        regex = regex.replace(r"\*\*/", "(?:.*/)?").replace(r"\*", "([^/]*)")
+        if not pattern.endswith("TrainIds"):
+            regex += "(?<!_labelTrainIds)"  # which converters write beside the labels
+        regex = re.compile(f"{regex}(?i:{'|'.join(map(re.escape, SUFFIXES))})")
         top = re.split(r"[*{]", pattern)[0].rpartition("/")[0]  # the folder below which all its files lie
         names = [name for name in files_below(folder, top) if regex.fullmatch(name)]
-        names = [name for name in names if not os.path.splitext(name)[0].endswith(skipped)]
         if names:
             return names, regex
+    if part:
+        raise UserError(f"--data {part}: {folder} holds no files like {' or '.join(patterns)}")
     return [], None
 
 
-def find_some(part, folder, patterns, text, skipped=()):
-    """What `find` returns; UserError where no file matches."""
-    names, regex = find(folder, patterns, text, skipped)
-    if not names:
-        looked_for = patterns.replace("<split>", text).replace(" ", " or ")
-        raise UserError(f"--data {part}: {folder} holds no files like {looked_for}")
-    return names, regex
-
-
-def files_below(folder, top=""):
-    """All files below folder / top that are not hidden, as texts below folder, sorted; links are followed."""
-    for parent, folders, names in os.walk(folder / top, onerror=refuse, followlinks=True):
-        folders[:] = sorted(name for name in folders if not name.startswith((".", "__MACOSX")))
-        below = os.path.relpath(parent, folder)
-        for name in sorted(names):
-            if not name.startswith("."):
-                yield name if below == "." else f"{below}/{name}"
-
-
-def refuse(error):
-    """A folder that is not there has no files; one that may not be listed would hide those it has."""
-    if isinstance(error, PermissionError):
-        raise error
-
-
-def as_regex(pattern):
-    """A pattern of DATASETS as a regular expression, whose groups are the texts for "*" and "{}"."""
-    regex = re.escape(pattern)
-    regex = regex.replace(r"\{", "(").replace(r"\}", ")").replace(",", "|")
-    regex = regex.replace(r"\*\*/", "(?:.*/)?").replace(r"\*", "([^/]*)")
-    suffix = "|".join(map(re.escape, SUFFIXES))
-    return re.compile(f"{regex}(?i:{suffix})")
+def files_below(folder, below=""):
+    """All files below folder / below that are not hidden, as texts below folder, sorted; links are followed."""
+    if not Path(folder, below).is_dir():
+        return
+    visible = [item for item in os.scandir(folder / below) if not item.name.startswith((".", "__MACOSX"))]
+    for item in sorted(visible, key=lambda item: (item.is_dir(), item.name)):
+        name = f"{below}/{item.name}" if below else item.name
+        if item.is_dir():
+            yield from files_below(folder, name)
+        else:
+            yield name
 
 
 def tile_boxes(width, height, side):
@@ -797,60 +742,58 @@ def listing(part, entry, root, split, labelled):
     """The samples of one dataset, and a line on each image or label that is no part of a pair."""
     if split not in entry.splits:
         raise UserError(f"--data {part}: has no {split} split, only {' '.join(entry.splits)}")
-    if entry.generate:
-        return [Sample(entry, number) for number in entry.splits[split]], []
-    if labelled and not entry.decode:
-        missing = "say how many --classes" if part == "folder" else "has no labels"
-        raise UserError(f"--data {part}: {missing}")
-    folder = locate(root, entry)
     text = entry.splits[split]
     problems = []
+    if entry.generate:
+        return [Sample(entry, number) for number in text], problems
+    if labelled and not entry.decode:
+        raise UserError(f"--data {part}: {'say how many --classes' if part == 'folder' else 'has no labels'}")
+    folder = locate(root, entry)
     if entry.boxes:
         samples = voc_samples(entry, folder, text)
+    elif labelled:
+        images = find(folder, entry.images, text, part)
+        labels = find(folder, entry.labels, text, part)
+        pairs, problems = paired(folder, images, labels)
+        samples = Samples(entry, folder, pairs)
     else:
-        images, regex = find_some(part, folder, entry.images, text)
-        labels = []
-        if labelled:
-            labels, labels_regex = find_some(part, folder, entry.labels, text, entry.converted)
-            images, labels, problems = paired(folder, images, regex, labels, labels_regex)
-        samples = Samples(entry, folder, images, labels)
+        names, _ = find(folder, entry.images, text, part)
+        samples = Samples(entry, folder, zip(names))
     qsd.say(f"{part} {split}: {len(samples)} images in {folder}")
     return samples, problems
 
 
-def paired(folder, images, regex, labels, labels_regex):
-    """Of two lists of names: the images with one label each, those labels, and a line on each of the others.
+def paired(folder, images, labels):
+    """The pairs (image, label) among what `find` returned for both, and a line on each name that is in none.
 
     An image and a label are a pair where "*" and "{}" stood for the same texts."""
     groups = {}     # {those texts: ([images], [labels])}
-    for name in images:
-        groups.setdefault(regex.fullmatch(name).groups(), ([], []))[0].append(name)
-    for name in labels:
-        groups.setdefault(labels_regex.fullmatch(name).groups(), ([], []))[1].append(name)
-    with_label = []
-    with_image = []
+    for side, (names, regex) in enumerate((images, labels)):
+        for name in names:
+            groups.setdefault(regex.fullmatch(name).groups(), ([], []))[side].append(name)
+    pairs = []
     problems = []
     for _, (here, there) in sorted(groups.items()):
         if len(here) == len(there) == 1:
-            with_label += here
-            with_image += there
+            pairs.append(here + there)
         elif here and there:
             problems.append(f"{folder / here[0]}: is one of several for the same pair: {' '.join(here + there)}")
         else:
             problems += [f"{folder / name}: has no partner" for name in here + there]
-    return with_label, with_image, problems
+    return pairs, problems
 
 
 def voc_samples(entry, folder, lists):
     """The samples that VOC's lists name: JPEGImages/NAME.jpg and Annotations/NAME.xml in the folder of the year."""
     samples = []
-    for text in lists.split():  # as VOC2007/trainval
-        year = folder / Path(text).parent
-        file = year / f"ImageSets/Main/{Path(text).name}.txt"
+    for text in lists.split():
+        year, part = text.split("/")    # as VOC2007/trainval
+        file = folder / year / f"ImageSets/Main/{part}.txt"
         if not file.is_file():
             raise UserError(f"{file} is not there")
         for name in file.read_text().split():
-            samples.append(Sample(entry, year / f"JPEGImages/{name}.jpg", year / f"Annotations/{name}.xml"))
+            image = folder / year / f"JPEGImages/{name}.jpg"
+            samples.append(Sample(entry, image, folder / year / f"Annotations/{name}.xml"))
     return samples
 
 
@@ -865,7 +808,7 @@ def gather(name, root, split, labelled, classes=0):
         if entry.tile or entry.corrupted:
             found = list(itertools.chain.from_iterable(map(pieces, found)))
         samples.append(found)
-    return samples[0] if len(samples) == 1 else ConcatDataset(samples)
+    return ConcatDataset(samples)
 
 
 def pieces(sample):
@@ -895,7 +838,7 @@ class Scenes(torch.utils.data.Dataset):
         self.boxes = entry.boxes
         self.classes = entry.classes
         self.colors = entry.colors
-        self.num_classes = entry.num_classes
+        self.num_classes = len(entry.classes)
 
     def __len__(self):
         return len(self.samples)
@@ -951,10 +894,7 @@ LABEL_SEED = 0  # of the subset that labels="1/16" takes: the same images in eve
 
 def scenes(name, root, split="train", transform=None, labels="1", classes=0):
     """Images with labels; labels="1/16" keeps a fixed random subset, `classes` is the number of classes of "folder"."""
-    try:
-        share = Fraction(labels)
-    except (ValueError, ZeroDivisionError):
-        share = 0
+    share = Fraction(labels) if re.fullmatch(r"\d*\.?\d+|\d+/[1-9]\d*", labels) else 0
     if not 0 < share <= 1:
         raise UserError(f"--labels {labels}: a fraction like 1/16 was expected")
     samples = gather(name, root, split, True, classes)
@@ -1156,14 +1096,14 @@ def uniform_noise(draws, N, seed):
 # --- Stage 2: image and label together ------------------------------------------------------------------------------
 
 def segment_transform(image, label, size=512, cat_max_ratio=0.75, flip=0.5):
-    """Random scale, crop, flip, colours, and padding to (size, size), as the official mmsegmentation pipeline does."""
+    """Random scale (without antialiasing), crop, flip, colours, padding to (size, size): mmsegmentation's pipeline."""
     height, width = label.shape
     tenths = 5 + torch.randint(16, ()).item()
     short_edge = size * tenths // 10    # 0.5, 0.6, .. 2.0 sizes
     long_edge = 4 * size                # at most
     scale = min(short_edge / min(height, width), long_edge / max(height, width))
     scaled = (max(1, round(height * scale)), max(1, round(width * scale)))
-    image = resize(image, scaled)
+    image = TF.resize(image, scaled, antialias=False)
     label = resize_label(label, scaled)
     rows, columns = varied_crop(label, size, cat_max_ratio)
     image = distort(image[:, rows, columns])
@@ -1242,13 +1182,13 @@ def eval_transform(image, label, name):
     entry = DATASETS[name]
     if entry.eval_half:
         half = (image.shape[1] // 2, image.shape[2] // 2)
-        image = resize(image, half, InterpolationMode.BICUBIC, antialias=True)
+        image = TF.resize(image, half, InterpolationMode.BICUBIC, antialias=True)
         label = resize_label(label, half)
     if entry.eval_size:
         height, width = image.shape[1:]
         long_edge, short_edge = entry.eval_size
         scale = min(long_edge / max(height, width), short_edge / min(height, width))
-        image = resize(image, (round(height * scale), round(width * scale)))
+        image = TF.resize(image, (round(height * scale), round(width * scale)), antialias=False)
     return image, label
 
 
@@ -1324,28 +1264,17 @@ def clouds(height, width, decay, generator):
 
 # --- Preflight: python data.py --data gtav --root /data -------------------------------------------------------------
 
-def in_parallel(job, items, workers, title):
-    """Results of job(item) in order, behind a bar."""
-    if not workers:
-        yield from tqdm(map(job, items), title, len(items))
-        return
-    with ProcessPoolExecutor(workers, initializer=torch.set_num_threads, initargs=[1]) as pool:
-        yield from tqdm(pool.map(job, items, chunksize=8), title, len(items))
-
-
 def check(sample):
     """Read a sample as training does: what is wrong, in a line, and how many pixels or objects each class has."""
-    labelled = bool(sample.entry.classes)
-    counts = np.zeros(256, np.int64)
+    entry = sample.entry
     try:
-        item = Scenes([sample], None, labelled, training=False)[0]
+        item = Scenes([sample], None, bool(entry.classes), training=False)[0]
     except UserError as error:
-        return str(error), counts
-    if labelled:
-        label = item[1]
-        values = objects_of(label)[:, 4].int() if sample.entry.boxes else label.flatten()
-        counts += np.bincount(values, minlength=256)
-    return None, counts
+        return str(error), 0
+    if not entry.classes:
+        return None, 0
+    values = objects_of(item[1])[:, 4].int() if entry.boxes else item[1].flatten()
+    return None, np.bincount(values, minlength=256)
 
 
 def preflight(name, root, out=None, classes=0, workers=0):
@@ -1358,35 +1287,26 @@ def preflight(name, root, out=None, classes=0, workers=0):
                    if entry.generate or find(locate(root, entry), entry.images, text)[0]]
         for split in at_hand or [*entry.splits][:1]:    # if none is there, listing says what is missing
             samples, problems = listing(part, entry, root, split, bool(entry.labels))
+            findings = DataLoader(samples, batch_size=None, num_workers=workers, collate_fn=check)
             good = []
-            findings = in_parallel(check, samples, workers, f"{part} {split}")
-            for (problem, counts), sample in zip(findings, samples):
+            for sample, (problem, counts) in zip(samples, tqdm(findings, f"{part} {split}")):
                 if problem:
                     problems.append(problem)
                 else:
                     good.append(sample)
                 total += counts
+            count += len(problems)
+            shown += good[::max(1, math.ceil(len(good) / 4))]  # 4 at most, evenly
             print(f"{part} {split}: {len(samples)} {'pairs' if entry.classes else 'images'}, {len(problems)} problems")
             for line in problems:
                 print(f"  {line}")
-            count += len(problems)
-            shown += good[::max(1, math.ceil(len(good) / 4))]  # 4 at most, evenly
-    print_shares(entry.classes, total, "objects" if entry.boxes else "pixels")
+    if total.any():
+        print(f"share of the {'objects' if entry.boxes else 'pixels'}, %")
+        for number, kind in [*enumerate(entry.classes), (IGNORE, "ignored")]:
+            print(f"  {kind:16} {100 * total[number] / total.sum():6.2f}")
     if out and shown:
-        blocks = [picture_of(sample) for sample in shown]
-        TF.to_pil_image(make_grid(blocks, nrow=4, padding=10, pad_value=255)).save(out)
+        TF.to_pil_image(make_grid([*map(picture_of, shown)], nrow=4, padding=10, pad_value=255)).save(out)
     return count
-
-
-def print_shares(classes, counts, what):
-    """A line for each class's share of the pixels or objects; of a set without labels nothing."""
-    names = [*classes, "ignored"]
-    counts = [*counts[:len(classes)], counts[IGNORE]]
-    if not sum(counts):
-        return
-    print(f"share of the {what}, %")
-    for name, count in zip(names, counts):
-        print(f"  {name:{max(map(len, names))}} {100 * count / sum(counts):6.2f}")
 
 
 def palette(colors):

@@ -793,7 +793,7 @@ def test_every_value_or_colour_of_a_label_file_is_the_documented_class_or_refuse
 
 def test_the_rows_of_the_papers_tables_have_their_domains_classes_colours_and_tiles():
     for name, entry in data.DATASETS.items():
-        assert entry.num_classes == len(entry.classes) == len(entry.colors) == len(set(entry.colors)), name
+        assert len(entry.classes) == len(entry.colors) == len(set(entry.colors)), name
     weather = "acdc-night acdc-snow acdc-fog acdc-rain".split()
     assert data.SETTINGS["gtav"] == ("gtav", ("cityscapes", "bdd100k", "mapillary"))
     assert data.SETTINGS["gtav-acdc"] == ("gtav", (*weather,)) and data.SETTINGS["cityscapes"][1] == (*weather,)
@@ -1093,7 +1093,7 @@ def smooth_image(height, width):
     return (60 * x.sin() + 60 * y.cos() + 128).round().to(torch.uint8)
 
 
-def drawn(low, high):
+def uniform(low, high):
     return low + (high - low) * torch.rand(()).item()
 
 
@@ -1110,14 +1110,14 @@ def test_distillation_crops_flips_and_augments_as_in_the_recipe(monkeypatch):
         torch.manual_seed(seed)
         top, left, height, width = RandomResizedCrop.get_params(image, (0.08, 1.0), (3 / 4, 4 / 3))
         expected = to_pil_image(image[:, top:top + height, left:left + width]).resize((32, 32), Image.BICUBIC)
-        if drawn(0, 1) < 0.5:
+        if uniform(0, 1) < 0.5:
             expected = expected.transpose(Image.FLIP_LEFT_RIGHT)
         assert (found.int() - pil_to_tensor(expected).int()).abs().max() <= 2
         for _ in range(2):
             number = torch.randint(15, ()).item()
-            if drawn(0, 1) < 0.5:
+            if uniform(0, 1) < 0.5:
                 level = min(9 + 0.5 * torch.randn(()).item(), 10) / 10
-                assert calls.pop(0) == (number, level, level if drawn(0, 1) < 0.5 else -level)
+                assert calls.pop(0) == (number, level, level if uniform(0, 1) < 0.5 else -level)
         assert not calls
     data.distill_transform(image, size=32, randaugment=False)
     assert not calls
@@ -1166,7 +1166,7 @@ def test_segmentation_scales_crops_flips_and_pads_image_and_label_together_as_in
             if max((part == c).sum() / (part < 255).sum() for c in range(3)) < 0.75:
                 break
         image = 255 - image[:, top:top + 32, left:left + 32]
-        if drawn(0, 1) < 0.5:
+        if uniform(0, 1) < 0.5:
             image = image.flip(2)
             part = part.flip(1)
         beyond = (0, 32 - part.shape[1], 0, 32 - part.shape[0])
@@ -1186,13 +1186,13 @@ def test_distortion_changes_brightness_contrast_saturation_and_hue_half_the_time
         torch.manual_seed(seed)
         assert torch.equal(data.distort(image, 32, (0.5, 1.5), (0.5, 1.5), 18), found)  # to the grey level
         torch.manual_seed(seed)
-        shift = drawn(-32, 32) if drawn(0, 1) < 0.5 else 0
-        contrast = drawn(0, 1) < 0.5
-        first = drawn(0, 1) < 0.5
-        gain = drawn(0.5, 1.5) if contrast and first else 1
-        factor = drawn(0.5, 1.5) if drawn(0, 1) < 0.5 else 1
-        turn = drawn(-0.1, 0.1) if drawn(0, 1) < 0.5 else 0
-        last_gain = drawn(0.5, 1.5) if contrast and not first else 1
+        shift = uniform(-32, 32) if uniform(0, 1) < 0.5 else 0
+        contrast = uniform(0, 1) < 0.5
+        first = uniform(0, 1) < 0.5
+        gain = uniform(0.5, 1.5) if contrast and first else 1
+        factor = uniform(0.5, 1.5) if uniform(0, 1) < 0.5 else 1
+        turn = uniform(-0.1, 0.1) if uniform(0, 1) < 0.5 else 0
+        last_gain = uniform(0.5, 1.5) if contrast and not first else 1
         colors = np.clip(np.clip(image.flatten(1).T.numpy() + shift, 0, 255) * gain, 0, 255)
         colors = np.array([in_hsv(color, factor, turn) for color in colors])
         assert np.abs(found.flatten(1).T.numpy() - np.clip(colors * last_gain, 0, 255)).max() < 6
