@@ -72,11 +72,17 @@ def read_rgb(path, upright=False):
 
 
 def map_tiff(path):
-    """Map a TIFF as uint8 (H, W, 3) from a copy that is unpacked beside it once, and again when the TIFF is newer."""
+    """Map a TIFF as uint8 (H, W, 3) from a copy that is unpacked beside it once, and again when the TIFF is newer.
+
+    Where nothing can be written it is read without a copy."""
     unpacked = path.with_name(f"{path.name}.npy")
     if not unpacked.exists() or unpacked.stat().st_mtime < path.stat().st_mtime:
         unfinished = path.with_name(f"{path.name}.{os.getpid()}")   # other processes may unpack it just now
-        with open(unfinished, "wb") as file:
+        try:
+            file = open(unfinished, "wb")
+        except OSError:
+            return read_rgb(path)
+        with file:
             np.save(file, read_rgb(path))
         os.replace(unfinished, unpacked)
     return np.load(unpacked, mmap_mode="c")
