@@ -720,7 +720,10 @@ def find(folder, patterns, text, part=None):
         if names:
             return names, regex
     if part:
-        raise UserError(f"--data {part}: {folder} holds no files like {' or '.join(patterns)}")
+        there = [*files_below(folder, top)] or [*files_below(folder)]
+        instead = f"; there are {there[0]} and {len(there) - 1} others" if there else ""
+        raise UserError(f"--data {part}: {folder} holds no files like {' or '.join(patterns)}"
+                        f" ({' '.join(sorted(SUFFIXES))}){instead}")
     return [], None
 
 
