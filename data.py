@@ -625,6 +625,9 @@ SETTINGS = {  # labelled source -> domains of the table row
 
 # --- Finding the files ----------------------------------------------------------------------------------------------
 
+LABEL_FOLDER = re.compile(r"(?i)(^|/)(gt|gts|gtfine|gts?_[^/]*|[^/]*labels[^/]*|masks|annotations)/")
+
+
 class Sample(NamedTuple):
     """One image with its label: where they lie, and how they are read."""
     entry: Dataset
@@ -760,14 +763,15 @@ def listing(part, entry, root, split, labelled):
     folder = locate(root, entry)
     if entry.boxes:
         samples = voc_samples(entry, folder, text)
-    elif labelled:
-        images = find(folder, entry.images, text, part)
-        labels = find(folder, entry.labels, text, part)
-        pairs, problems = paired(folder, images, labels)
-        samples = Samples(entry, folder, pairs)
     else:
-        names, _ = find(folder, entry.images, text, part)
-        samples = Samples(entry, folder, zip(names))
+        found, regex = find(folder, entry.images, text, part)
+        images = [name for name in found if not LABEL_FOLDER.search(name)] or found
+        if len(images) < len(found):
+            qsd.say(f"{part} {split}: {len(found) - len(images)} files lie in folders of labels and are no images of the set")
+        rows = zip(images)
+        if labelled:
+            rows, problems = paired(folder, (images, regex), find(folder, entry.labels, text, part))
+        samples = Samples(entry, folder, rows)
     qsd.say(f"{part} {split}: {len(samples)} images in {folder}")
     return samples, problems
 
@@ -785,10 +789,10 @@ def paired(folder, images, labels):
     for _, (here, there) in sorted(groups.items()):
         if len(here) == len(there) == 1:
             pairs.append(here + there)
-        elif here and there:
-            problems.append(f"{folder / here[0]}: is one of several for the same pair: {' '.join(here + there)}")
-        else:
-            problems += [f"{folder / name}: has no partner" for name in here + there]
+        for names, partners in ((here, there), (there, here)):
+            several = f"has {len(partners)} partners: {' and '.join(partners)}"
+            problems += [f"{folder / name}: {several if partners else 'has no partner'}"
+                         for name in names if len(partners) != 1]
     return pairs, problems
 
 

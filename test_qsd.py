@@ -924,7 +924,7 @@ SEQ = "miccai_challenge_release_2/seq_5"
 WRONG_FILES = [  # set (with --classes) and split, the files of its folder, the one line
     ("gtav train", "images/1.png=0 labels/1.png=!", "1.png: cannot be read as a label"),
     ("gtav train", f"{ONE} labels/2.png=7", r"labels/2.png: has no partner \(1 such files in gtav train\); python"),
-    ("gtav train", f"{ONE} images/1.jpg=0", r"images/1.jpg: is one of several for the same pair: images/1.jp"),
+    ("gtav train", f"{ONE} images/1.jpg=0", "labels/1.png: has 2 partners: images/1.jpg and images/1.png"),
     ("gtav train", "images/1.png=0", "--data gtav: .* holds no files like labels/"),
     ("gtav train", "labels/1.png=7", "--data gtav: .* holds no files like images/"),
     ("gtav val", ONE, "--data gtav: has no val split, only train"),
