@@ -39,6 +39,7 @@ from qsd import UserError
 IGNORE = 255                # label of a pixel that no loss and no metric sees
 UNKNOWN = 254               # a label value that the dataset's table does not name: always an error
 FILL = (124, 116, 104)      # the mean as a pixel, for what lies outside an image: 0 after normalisation
+DARK = 32                   # images whose values all lie below are no photographs: 12 bits in 16 look so
 TRIES = 10                  # as many training images in a row may be unreadable before a run stops
 SUFFIXES = {".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp"}
 BROKEN = (OSError, ValueError, SyntaxError, RuntimeError, Image.DecompressionBombError)  # what damaged files raise
@@ -123,7 +124,10 @@ def lookup_table(values, ignored=()):
 
 def by_value(path, table):
     """Class = table[value]; of a palette file the indices are the values, never the colours."""
-    values = np.asarray(Image.open(path))
+    image = Image.open(path)
+    if image.format == "JPEG":
+        raise UserError(f"{path}: is a JPEG, whose compression changes class numbers; save the labels as PNG")
+    values = np.asarray(image)
     if values.ndim != 2 or values.dtype != np.uint8:
         raise UserError(f"{path}: is {values.dtype} with shape {values.shape}, but one 8-bit channel was expected")
     return checked(path, table[values], values)
@@ -338,33 +342,33 @@ class ToyCanvas:
 
     def thing(self, kind, x, y, s, distance):
         """A thing that stands at (x, y), of size s in pixels."""
-        draw = self.draw
-        rectangle = self.pen.rectangle
-        ellipse = self.pen.ellipse
+        pen = self.pen
         if kind == CAR:
-            draw(rectangle, CAR, distance, (x - s, y - .55 * s), (x + s, y))
-            draw(self.pen.polygon, CAR, distance, (x - .7 * s, y - .5 * s), (x - .4 * s, y - s),
-                 (x + .4 * s, y - s), (x + .7 * s, y - .5 * s))
+            self.draw(pen.rectangle, CAR, distance, (x - s, y - .55 * s), (x + s, y))
+            self.draw(pen.polygon, CAR, distance, (x - .7 * s, y - .5 * s), (x - .4 * s, y - s),
+                      (x + .4 * s, y - s), (x + .7 * s, y - .5 * s))
         elif kind == POLE:
-            draw(rectangle, POLE, distance, (x, y - 3.2 * s), (x + .35 * s, y))
+            self.draw(pen.rectangle, POLE, distance, (x, y - 3.2 * s), (x + .35 * s, y))
             if self.rng.random() < .6:  # a sign or a lamp on top
-                draw(rectangle, POLE, distance, (x - .4 * s, y - 3.6 * s), (x + .7 * s, y - 2.7 * s))
+                self.draw(pen.rectangle, POLE, distance, (x - .4 * s, y - 3.6 * s), (x + .7 * s, y - 2.7 * s))
         elif kind == PERSON:
-            draw(rectangle, PERSON, distance, (x - .4 * s, y - 1.4 * s), (x + .4 * s, y))
-            draw(ellipse, PERSON, distance, (x - .35 * s, y - 2.1 * s), (x + .35 * s, y - 1.3 * s))
+            self.draw(pen.rectangle, PERSON, distance, (x - .4 * s, y - 1.4 * s), (x + .4 * s, y))
+            self.draw(pen.ellipse, PERSON, distance, (x - .35 * s, y - 2.1 * s), (x + .35 * s, y - 1.3 * s))
         elif kind == VEGETATION:
-            draw(ellipse, VEGETATION, distance, (x - .8 * s, y - 2 * s), (x + .8 * s, y))
+            self.draw(pen.ellipse, VEGETATION, distance, (x - .8 * s, y - 2 * s), (x + .8 * s, y))
         elif kind == BUILDING:
             height = self.between(1., 2.6) * s
-            draw(rectangle, BUILDING, distance, (x - s, y - height), (x + s, y))
+            self.draw(pen.rectangle, BUILDING, distance, (x - s, y - height), (x + s, y))
 
 
-def toy_layout(rng, jumble=False):
-    """Draw one scene: object number per pixel (64, 64), and per object its class and distance (0 near, 1 far)."""
+def toy_layout(domain, index, jumble=False):
+    """Draw one scene: object number per pixel (64, 64), per object its class and distance (0 near, 1 far); and the
+    random numbers that follow, for its look and its pixels."""
+    rng = np.random.Generator(np.random.PCG64([0, index, sum(domain.encode())]))
     canvas = ToyCanvas(rng)
     draw = draw_jumble if jumble else draw_street
     draw(canvas)
-    return np.array(canvas.map), np.array(canvas.kinds), np.array(canvas.distances)
+    return np.array(canvas.map), np.array(canvas.kinds), np.array(canvas.distances), rng
 
 
 def draw_jumble(canvas):
@@ -426,16 +430,10 @@ def draw_street(canvas):
         canvas.thing(kind, x, y, sizes[kind], distance=1 - nearness)
 
 
-def scene_rng(domain, index):
-    """The random numbers of a scene: its layout's, then its look's and its pixels'."""
-    return np.random.Generator(np.random.PCG64([0, index, sum(domain.encode())]))
-
-
 @lru_cache(maxsize=8192)  # a scene takes longer to draw than to train on
 def toy_scene(domain, index, jumble=False):
     """Image (64, 64, 3) uint8 and label (64, 64) uint8 of scene number `index`; domain: a key of LOOKS, or "wide"."""
-    rng = scene_rng(domain, index)
-    objects, kinds, distances = toy_layout(rng, jumble)
+    objects, kinds, distances, rng = toy_layout(domain, index, jumble)
     look = toy_look(rng, domain)
     label = kinds[objects]
     y, x = np.mgrid[:TOY_SIZE, :TOY_SIZE]
@@ -493,7 +491,7 @@ def toy_things(domain, index, least=12):
 
     One of which fewer than `least` pixels are visible is difficult."""
     image, _ = toy_scene(domain, index)
-    objects, kinds, distances = toy_layout(scene_rng(domain, index))  # that scene's layout again
+    objects, kinds, distances, _ = toy_layout(domain, index)  # that scene's layout again
     found = []
     for kind, distance in sorted(set(zip(kinds, distances))):  # only parts of one thing are equal in both
         y, x = np.nonzero((kinds[objects] == kind) & (distances[objects] == distance))
@@ -558,13 +556,10 @@ def toy_boxes(domain, corrupted=False, **counts):
 
 
 DATASETS = {
-    # ImageNet, or any folder of images
-    "imagenet": Dataset("imagenet", "<split>/{**/}* {**/}*", splits=TRAIN_VAL, own=True),
-    # synthetic streets
+    "imagenet": Dataset("imagenet", "<split>/{**/}* {**/}*", splits=TRAIN_VAL, own=True),  # or any folder of images
     "gtav": street("gtav", "images/*", "labels/*", TRAIN, cityscapes_label, resize_label=True),
     "synthia": street("synthia", "**/RGB/*", "**/GT/LABELS/*", TRAIN, synthia_label),
     "urbansyn": street("urbansyn", "rgb/**/rgb_*", "ss/**/ss_*", TRAIN, partial(by_value, table=URBANSYN_IDS)),
-    # real streets
     "cityscapes": street("cityscapes", "leftImg8bit/<split>/*/*_leftImg8bit",
                          "gtFine/<split>/*/*_gtFine_labelIds gtFine/<split>/*/*_gtFine_labelTrainIds",
                          TRAIN_VAL, cityscapes_label, eval_size=(1024, 512)),
@@ -578,12 +573,10 @@ DATASETS = {
                                  f"gt/{weather}/<split>/*/*_gt_labelTrainIds gt/{weather}/<split>/*/*_gt_labelIds",
                                  TRAIN_VAL, cityscapes_label, eval_size=(960, 540))
        for weather in ("night", "snow", "fog", "rain")},
-    # from the air
     "potsdam-rgb": isprs("potsdam", "**/top_potsdam_<split>_RGB", "**/top_potsdam_<split>_label_noBoundary", POTSDAM),
     "potsdam-irrg": isprs("potsdam", "**/top_potsdam_<split>_IRRG", "**/top_potsdam_<split>_label_noBoundary", POTSDAM),
     "vaihingen-irrg": isprs("vaihingen", "**/top_mosaic_09cm_area<split>", "**/top_mosaic_09cm_area<split>_noBoundary",
                             VAIHINGEN),
-    # surgery
     "endovis18": Dataset("endovis18", "**/<split>/left_frames/*", "**/<split>/labels/*", ENDOVIS,
                          partial(by_color, colors=ENDOVIS_COLORS, ignored=[ENDOVIS_PROBE]), ENDOVIS_CLASSES,
                          ENDOVIS_COLORS),
@@ -596,7 +589,6 @@ DATASETS = {
     "voc-corruptions": replace(voc, corrupted=True),
     # one's own images
     "folder": Dataset("folder", "images/<split>*", "masks/<split>*", {"train": "{train/,}", "val": "val/"}, own=True),
-    # the toy world
     "toy": toy("game", train=1000, val=100),
     **{f"toy-{look}": toy(look, val=100) for look in ("night", "fog", "snow", "rain")},
     "toy-arcade": toy("arcade", train=1000, val=100),
@@ -725,7 +717,7 @@ def find(folder, patterns, text, part=None):
     if part:
         there = [*files_below(folder, top)] or [*files_below(folder)]
         instead = f"; there are {there[0]} and {len(there) - 1} others" if there else ""
-        raise UserError(f"--data {part}: {folder} holds no files like {' or '.join(patterns)}"
+        raise UserError(f"--data {part}: {folder} holds no files like {' or '.join(patterns)} "
                         f" ({' '.join(sorted(SUFFIXES))}){instead}")
     return [], None
 
@@ -767,7 +759,7 @@ def listing(part, entry, root, split, labelled):
         found, regex = find(folder, entry.images, text, part)
         images = [name for name in found if not LABEL_FOLDER.search(name)] or found
         if len(images) < len(found):
-            qsd.say(f"{part} {split}: {len(found) - len(images)} files lie in folders of labels and are no images of the set")
+            qsd.say(f"{part} {split}: {len(found) - len(images)} files in folders of labels are taken for no images")
         rows = zip(images)
         if labelled:
             rows, problems = paired(folder, (images, regex), find(folder, entry.labels, text, part))
@@ -899,7 +891,7 @@ def mix(*numbers):
 
 def images(name, root, transform=None, split="train"):
     """Images without labels, for distillation and for figures."""
-    return Scenes(gather(name, root, split, False), transform, labelled=False, training=split == "train")
+    return looked_at(name, Scenes(gather(name, root, split, False), transform, False, training=split == "train"))
 
 
 LABEL_SEED = 0  # of the subset that labels="1/16" takes: the same images in every run
@@ -914,7 +906,41 @@ def scenes(name, root, split="train", transform=None, labels="1", classes=0):
     order = torch.randperm(len(samples), generator=torch.Generator().manual_seed(LABEL_SEED))
     count = max(1, round(share * len(samples)))
     kept = sorted(order[:count].tolist())
-    return Scenes([samples[i] for i in kept], transform, labelled=True, training=split == "train")
+    return looked_at(name, Scenes([samples[i] for i in kept], transform, True, training=split == "train"))
+
+
+def looked_at(name, dataset):
+    """The dataset; what can hardly be meant in a hundred of its samples is said before anybody trains on them."""
+    entry = dataset.samples[0].entry
+    if not entry.generate and (dataset.training or entry.own):
+        counts = np.zeros(256, np.int64)
+        brightest = 0
+        for i in range(0, len(dataset), math.ceil(len(dataset) / 100)):
+            if dataset.labelled:
+                counts += counts_of(dataset.samples[i].read_label(), entry)
+            if brightest < DARK:
+                brightest = dataset.read(i)[1].max().item()
+        for line in doubts(entry, counts, brightest):
+            qsd.say(f"--data {name}: {line} (among {min(len(dataset), 100)} images)")
+    return dataset
+
+
+def counts_of(label, entry):
+    """How many pixels or objects of a label have each of the 256 values."""
+    values = objects_of(label)[:, 4].int() if entry.boxes else label.flatten()
+    return np.bincount(values, minlength=256)
+
+
+def doubts(entry, counts, brightest):
+    """Lines on what can hardly be meant by labels of such counts and images up to that value; UserError if none can."""
+    if entry.own and counts[0] and counts[IGNORE] and not counts[1:IGNORE].any():
+        raise UserError("the masks hold 0 and 255 alone, and 255 is void: save what it stands for as class number 1")
+    missing = [kind for kind, count in zip(entry.classes, counts) if not count]
+    if counts.any() and (missing or counts[IGNORE] > counts.sum() / 2):
+        yield (f"{counts[IGNORE] / counts.sum():.0%} of the labels are void, and nothing is "
+               f"{', '.join(missing) or 'missing'}; are they numbered as this set is?")
+    if brightest < DARK:
+        yield f"nothing is brighter than {brightest} of 255; scale 12 bits in 16-bit files to all 16"
 
 
 # --- Which image when -----------------------------------------------------------------------------------------------
@@ -1278,21 +1304,19 @@ def clouds(height, width, decay, generator):
 # --- Preflight: python data.py --data gtav --root /data -------------------------------------------------------------
 
 def check(sample):
-    """Read a sample as training does: what is wrong, in a line, and how many pixels or objects each class has."""
+    """Read a sample as training does: what is wrong, in a line, counts_of its label, and the image's largest value."""
     entry = sample.entry
     try:
         item = Scenes([sample], None, bool(entry.classes), training=False)[0]
     except UserError as error:
-        return str(error), 0
-    if not entry.classes:
-        return None, 0
-    values = objects_of(item[1])[:, 4].int() if entry.boxes else item[1].flatten()
-    return None, np.bincount(values, minlength=256)
+        return str(error), 0, 0
+    return None, counts_of(item[1], entry) if entry.classes else 0, item[0].max().item()
 
 
 def preflight(name, root, out=None, classes=0, workers=0):
     """Open every file of every split that is there and print what was found; returns the number of problems."""
     count = 0
+    brightest = 0
     shown = []
     total = np.zeros(256, np.int64)
     for part, entry in entries(name, classes).items():
@@ -1302,12 +1326,13 @@ def preflight(name, root, out=None, classes=0, workers=0):
             samples, problems = listing(part, entry, root, split, bool(entry.labels))
             findings = DataLoader(samples, batch_size=None, num_workers=workers, collate_fn=check)
             good = []
-            for sample, (problem, counts) in zip(samples, tqdm(findings, f"{part} {split}")):
+            for sample, (problem, counts, largest) in zip(samples, tqdm(findings, f"{part} {split}")):
                 if problem:
                     problems.append(problem)
                 else:
                     good.append(sample)
                 total += counts
+                brightest = max(brightest, largest)
             count += len(problems)
             shown += good[::max(1, math.ceil(len(good) / 4))]  # 4 at most, evenly
             print(f"{part} {split}: {len(samples)} {'pairs' if entry.classes else 'images'}, {len(problems)} problems")
@@ -1317,6 +1342,8 @@ def preflight(name, root, out=None, classes=0, workers=0):
         print(f"share of the {'objects' if entry.boxes else 'pixels'}, %")
         for number, kind in [*enumerate(entry.classes), (IGNORE, "ignored")]:
             print(f"  {kind:16} {100 * total[number] / total.sum():6.2f}")
+    for line in doubts(entry, total, brightest):
+        print(line)
     if out and shown:
         TF.to_pil_image(make_grid([*map(picture_of, shown)], nrow=4, padding=10, pad_value=255)).save(out)
     return count
