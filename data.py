@@ -79,12 +79,13 @@ def map_tiff(path):
     unpacked = path.with_name(f"{path.name}.npy")
     if not unpacked.exists() or unpacked.stat().st_mtime < path.stat().st_mtime:
         unfinished = path.with_name(f"{path.name}.{os.getpid()}")   # other processes may unpack it just now
+        pixels = read_rgb(path)
         try:
             file = open(unfinished, "wb")
         except OSError:
-            return read_rgb(path)
+            return pixels
         with file:
-            np.save(file, read_rgb(path))
+            np.save(file, pixels)
         os.replace(unfinished, unpacked)
     return np.load(unpacked, mmap_mode="c")
 
@@ -188,20 +189,14 @@ def objects_of(label):
 
 def voc_boxes(path):
     """The objects of an annotation, whose pixels are numbered from 1, the last one included."""
-    annotation = ElementTree.parse(path)
-    width, height = [float(annotation.findtext(f"size/{side}", "")) for side in ("width", "height")]
     objects = []
-    for item in annotation.iterfind("object"):
-        name = item.findtext("name")
-        if name not in VOC_CLASSES:
-            raise UserError(f"{path}: holds an object of class {name}, which is not among the dataset's classes")
+    for item in ElementTree.parse(path).iterfind("object"):
         box = [float(item.findtext(f"bndbox/{border}", "")) for border in ("xmin", "ymin", "xmax", "ymax")]
         left, top, right, bottom = box  # of the item itself: a person's <part> has a bndbox, too
-        if not (0 < left <= right < width + 1 and 0 < top <= bottom < height + 1):
-            raise UserError(f"{path}: the box {box} of a {name} has no area, or exceeds the image")
-        objects.append([left - 1, top - 1, right, bottom, VOC_CLASSES.index(name), item.findtext("difficult") == "1"])
-    if not 0 < len(objects) <= OBJECTS:
-        raise UserError(f"{path}: holds {len(objects)} objects, but 1 to {OBJECTS} were expected")
+        if not (0 < left <= right and 0 < top <= bottom):
+            raise UserError(f"{path}: the box {box} has no area")
+        number = VOC_CLASSES.index(item.findtext("name"))
+        objects.append([left - 1, top - 1, right, bottom, number, item.findtext("difficult") == "1"])
     return as_label(objects)
 
 
@@ -253,7 +248,6 @@ ISPRS_CLASS_OF = np.array([IGNORE, 1, 3, 2, 5, UNKNOWN, 4, 0], np.uint8)  # at r
 # SYNTHIA and UrbanSyn are to GTAV; four others are never trained on. The wide world draws a random look for each image.
 # Coordinates are pixels of 64 x 64. Only rng.random() and exact arithmetic make a scene: the same on every machine.
 
-TOY_SIZE = 64
 TOY_CLASSES = ("sky", "building", "vegetation", "road", "pavement", "car", "pole", "person")
 SKY, BUILDING, VEGETATION, ROAD, PAVEMENT, CAR, POLE, PERSON = range(8)
 TOY_COLORS = ((70, 130, 180), (70, 70, 70), (107, 142, 35), (128, 64, 128), (244, 35, 232), (0, 0, 142), (220, 220, 0),
@@ -323,7 +317,7 @@ class ToyCanvas:
 
     def __init__(self, rng):
         self.rng = rng
-        self.map = Image.new("L", (TOY_SIZE, TOY_SIZE), 0)
+        self.map = Image.new("L", (64, 64), 0)
         self.pen = ImageDraw.Draw(self.map)
         self.kinds = [SKY]          # object 0 is the sky, and
         self.distances = [1.0]      # as far away as anything can be; 0 is near
@@ -436,7 +430,7 @@ def toy_scene(domain, index, jumble=False):
     objects, kinds, distances, rng = toy_layout(domain, index, jumble)
     look = toy_look(rng, domain)
     label = kinds[objects]
-    y, x = np.mgrid[:TOY_SIZE, :TOY_SIZE]
+    y, x = np.mgrid[:64, :64]
 
     # Materials: each object has its own shade of its class's colour, each class its pattern.
     fine = rng.random((64, 64)) - .5
@@ -718,7 +712,7 @@ def find(folder, patterns, text, part=None):
         there = [*files_below(folder, top)] or [*files_below(folder)]
         instead = f"; there are {there[0]} and {len(there) - 1} others" if there else ""
         raise UserError(f"--data {part}: {folder} holds no files like {' or '.join(patterns)} "
-                        f" ({' '.join(sorted(SUFFIXES))}){instead}")
+                        f"({' '.join(sorted(SUFFIXES))}){instead}")
     return [], None
 
 
@@ -894,16 +888,13 @@ def images(name, root, transform=None, split="train"):
     return looked_at(name, Scenes(gather(name, root, split, False), transform, False, training=split == "train"))
 
 
-LABEL_SEED = 0  # of the subset that labels="1/16" takes: the same images in every run
-
-
 def scenes(name, root, split="train", transform=None, labels="1", classes=0):
     """Images with labels; labels="1/16" keeps a fixed random subset, `classes` is the number of classes of "folder"."""
     share = Fraction(labels) if re.fullmatch(r"\d*\.?\d+|\d+/[1-9]\d*", labels) else 0
     if not 0 < share <= 1:
         raise UserError(f"--labels {labels}: a fraction like 1/16 was expected")
     samples = gather(name, root, split, True, classes)
-    order = torch.randperm(len(samples), generator=torch.Generator().manual_seed(LABEL_SEED))
+    order = torch.randperm(len(samples), generator=torch.Generator().manual_seed(0))     # the same in every run
     count = max(1, round(share * len(samples)))
     kept = sorted(order[:count].tolist())
     return looked_at(name, Scenes([samples[i] for i in kept], transform, True, training=split == "train"))
@@ -912,16 +903,26 @@ def scenes(name, root, split="train", transform=None, labels="1", classes=0):
 def looked_at(name, dataset):
     """The dataset; what can hardly be meant in a hundred of its samples is said before anybody trains on them."""
     entry = dataset.samples[0].entry
-    if not entry.generate and (dataset.training or entry.own):
-        counts = np.zeros(256, np.int64)
-        brightest = 0
-        for i in range(0, len(dataset), math.ceil(len(dataset) / 100)):
-            if dataset.labelled:
-                counts += counts_of(dataset.samples[i].read_label(), entry)
-            if brightest < DARK:
-                brightest = dataset.read(i)[1].max().item()
-        for line in doubts(entry, counts, brightest):
-            qsd.say(f"--data {name}: {line} (among {min(len(dataset), 100)} images)")
+    if entry.generate or not (dataset.training or entry.own):
+        return dataset
+    counts = np.zeros(256, np.int64)
+    brightest = 0
+    step = 1 if entry.tile else math.ceil(len(dataset) / 100)   # tiles that follow one another lie in one file
+    for i in range(0, len(dataset), step)[:100]:
+        if dataset.labelled:
+            counts += counts_of(dataset.samples[i].read_label(), entry)
+        if brightest < DARK:
+            brightest = max(brightest, dataset.read(i)[1].max().item())
+    if entry.own and counts[0] and counts[IGNORE] and not counts[1:IGNORE].any():
+        raise UserError(f"--data {name}: the labels hold 0 and 255 alone, and 255 is void; save what it marks as 1")
+    missing = [kind for kind, count in zip(entry.classes, counts) if not count]
+    void = counts[IGNORE] / max(1, counts.sum())
+    found = f"--data {name}: in {min(len(dataset), 100)} images looked at "
+    if dataset.labelled and (missing or void > 0.5):
+        qsd.say(f"{found}{void:.0%} is void, classes without a pixel: {', '.join(missing) or 'none'}; is the numbering "
+                "this set's?")
+    if brightest < DARK:
+        qsd.say(f"{found}nothing is brighter than {brightest} of 255: scale 12 bits in 16-bit files to all 16")
     return dataset
 
 
@@ -931,49 +932,26 @@ def counts_of(label, entry):
     return np.bincount(values, minlength=256)
 
 
-def doubts(entry, counts, brightest):
-    """Lines on what can hardly be meant by labels of such counts and images up to that value; UserError if none can."""
-    if entry.own and counts[0] and counts[IGNORE] and not counts[1:IGNORE].any():
-        raise UserError("the masks hold 0 and 255 alone, and 255 is void: save what it stands for as class number 1")
-    missing = [kind for kind, count in zip(entry.classes, counts) if not count]
-    if counts.any() and (missing or counts[IGNORE] > counts.sum() / 2):
-        yield (f"{counts[IGNORE] / counts.sum():.0%} of the labels are void, and nothing is "
-               f"{', '.join(missing) or 'missing'}; are they numbered as this set is?")
-    if brightest < DARK:
-        yield f"nothing is brighter than {brightest} of 255; scale 12 bits in 16-bit files to all 16"
-
-
 # --- Which image when -----------------------------------------------------------------------------------------------
 
-@dataclass
-class Draws:
-    """Batch sampler: this process's micro-batches of keys (index, draw), from a step on, forever.
+def batches(n, batch, seed=0, start_step=0, rank=0, world=1, accumulate=1, repeats=1):
+    """Yield this process's micro-batches of keys (index, draw), from a step on, forever.
 
-    Draw d of a run belongs to epoch d // n. An epoch is a permutation seeded by (seed, epoch) of which each image comes
-    `repeats` times in a row (repeated augmentation), cut to n draws. Step s takes draws [s batch, (s + 1) batch); each
-    process a contiguous share of them, in `accumulate` micro-batches: the same images at any number of processes.
-    world x accumulate divides the batch: see passes_of."""
-    n: int
-    batch: int
-    seed: int = 0
-    start_step: int = 0
-    rank: int = 0
-    world: int = 1
-    accumulate: int = 1
-    repeats: int = 1
+    Step s takes draws [s batch, (s + 1) batch); each process a contiguous share of them, in `accumulate` micro-batches:
+    the same images at any number of processes. world x accumulate divides the batch: see passes_of."""
+    share = batch // world
+    micro = share // accumulate
+    for step in itertools.count(start_step):
+        first = step * batch + rank * share
+        for start in range(first, first + share, micro):
+            yield [(image_of(draw, n, seed, repeats), draw) for draw in range(start, start + micro)]
 
-    def __iter__(self):
-        share = self.batch // self.world
-        micro = share // self.accumulate
-        for step in itertools.count(self.start_step):
-            first = step * self.batch + self.rank * share
-            for start in range(first, first + share, micro):
-                yield [(self.index(draw), draw) for draw in range(start, start + micro)]
 
-    def index(self, draw):
-        """The image of a draw."""
-        order = order_of_epoch(self.n, self.seed, draw // self.n)
-        return order[draw % self.n // self.repeats].item()
+def image_of(draw, n, seed=0, repeats=1):
+    """The index of a draw's image: draw d belongs to epoch d // n, a permutation seeded by (seed, epoch).
+
+    Each image of it comes `repeats` times in a row (repeated augmentation), until n draws are done."""
+    return order_of_epoch(n, seed, draw // n)[draw % n // repeats].item()
 
 
 @lru_cache(maxsize=1)
@@ -981,14 +959,14 @@ def order_of_epoch(n, seed, epoch):
     return torch.randperm(n, generator=torch.Generator().manual_seed(mix(seed, ORDER, epoch)))
 
 
-def loader(dataset, batch, workers=0, **order):
+def loader(dataset, batch, workers=0, seed=0, **order):
     """Endless batches (image uint8 (B, 3, H, W), [label int64 (B, H, W),] draw (B,)), B = batch/world/accumulate.
 
-    `order`: the constants of Draws that follow batch."""
-    draws = Draws(len(dataset), batch, **order)
-    dataset.seed = draws.seed
-    return DataLoader(dataset, batch_sampler=draws, num_workers=workers, pin_memory=torch.cuda.is_available(),
-                      prefetch_factor=4 if workers else None, worker_init_fn=outlast_signals)
+    `order`: the constants of `batches` that follow seed."""
+    dataset.seed = seed
+    return DataLoader(dataset, batch_sampler=batches(len(dataset), batch, seed, **order), num_workers=workers,
+                      pin_memory=torch.cuda.is_available(), prefetch_factor=4 if workers else None,
+                      worker_init_fn=outlast_signals)
 
 
 def outlast_signals(worker):
@@ -1304,19 +1282,18 @@ def clouds(height, width, decay, generator):
 # --- Preflight: python data.py --data gtav --root /data -------------------------------------------------------------
 
 def check(sample):
-    """Read a sample as training does: what is wrong, in a line, counts_of its label, and the image's largest value."""
+    """Read a sample as training does: what is wrong, in a line, and counts_of its label."""
     entry = sample.entry
     try:
         item = Scenes([sample], None, bool(entry.classes), training=False)[0]
     except UserError as error:
-        return str(error), 0, 0
-    return None, counts_of(item[1], entry) if entry.classes else 0, item[0].max().item()
+        return str(error), 0
+    return None, counts_of(item[1], entry) if entry.classes else 0
 
 
 def preflight(name, root, out=None, classes=0, workers=0):
     """Open every file of every split that is there and print what was found; returns the number of problems."""
     count = 0
-    brightest = 0
     shown = []
     total = np.zeros(256, np.int64)
     for part, entry in entries(name, classes).items():
@@ -1326,24 +1303,23 @@ def preflight(name, root, out=None, classes=0, workers=0):
             samples, problems = listing(part, entry, root, split, bool(entry.labels))
             findings = DataLoader(samples, batch_size=None, num_workers=workers, collate_fn=check)
             good = []
-            for sample, (problem, counts, largest) in zip(samples, tqdm(findings, f"{part} {split}")):
+            for sample, (problem, counts) in zip(samples, tqdm(findings, f"{part} {split}")):
                 if problem:
                     problems.append(problem)
                 else:
                     good.append(sample)
                 total += counts
-                brightest = max(brightest, largest)
             count += len(problems)
             shown += good[::max(1, math.ceil(len(good) / 4))]  # 4 at most, evenly
             print(f"{part} {split}: {len(samples)} {'pairs' if entry.classes else 'images'}, {len(problems)} problems")
             for line in problems:
                 print(f"  {line}")
+            if good:
+                looked_at(f"{part} {split}", Scenes(good, None, bool(entry.classes), training=True))
     if total.any():
         print(f"share of the {'objects' if entry.boxes else 'pixels'}, %")
         for number, kind in [*enumerate(entry.classes), (IGNORE, "ignored")]:
             print(f"  {kind:16} {100 * total[number] / total.sum():6.2f}")
-    for line in doubts(entry, total, brightest):
-        print(line)
     if out and shown:
         TF.to_pil_image(make_grid([*map(picture_of, shown)], nrow=4, padding=10, pad_value=255)).save(out)
     return count
