@@ -970,14 +970,16 @@ DOUBTS = [  # set, its files, what is said before training and by the preflight
      "in 3 images .* 67% is void, classes without a pixel: sidewalk, building, .*, bicycle; is the numbering this"),
     ("folder", "images/a.png=99 masks/a.png=0 images/b.png=99 masks/b.png=2", "0% is void, .* without a pixel: 1; is"),
     ("folder", "images/a.png=9 masks/a.png=0-1-2", "nothing is brighter than 9 of 255: scale 12 bits"),
+    ("folder", "images/a.png=99 masks/a.png=0-1-2-255", "62% is void, classes without a pixel: none; is"),
     ("folder", "images/a.png=99 masks/a.png=0-1-2", None)]
 
 
 @pytest.mark.parametrize("name, files, line", DOUBTS)
 def test_labels_and_images_that_can_hardly_be_meant_are_named_before_training(name, files, line, tmp_path, capsys):
-    save_files(tmp_path, files.replace("0-1-2", "0"))
-    if "0-1-2" in files:
-        Image.fromarray(np.uint8(6 * [[0, 0, 0, 1, 1, 2, 2, 255]])).save(tmp_path / "masks/a.png")
+    save_files(tmp_path, files)
+    for path, values in re.findall(r"(\S+)=(\d-\S+)", files):      # a label of several values, most of them the last
+        row = [*map(int, values.split("-"))]
+        Image.fromarray(np.uint8(6 * [row + (8 - len(row)) * row[-1:]])).save(tmp_path / path)
     classes = 3 if name == "folder" else 0
     for look in (data.scenes, partial(data.preflight, out=None)):
         look(name, tmp_path, classes=classes)
