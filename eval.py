@@ -21,7 +21,7 @@ import sys
 import time
 from collections import defaultdict
 from dataclasses import dataclass, field, replace
-from functools import cached_property, lru_cache, partial
+from functools import lru_cache, partial
 from itertools import chain
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -141,9 +141,8 @@ def starts(length, window, step):
 
 
 def check_finite(*scores):
-    for part in scores:
-        if not part.isfinite().all():
-            raise UserError("the segmenter's scores are not finite; use --precision fp32")
+    if not all(part.isfinite().all() for part in scores):
+        raise UserError("the segmenter's scores are not finite; use --precision fp32")
 
 
 def evaluate(model, dataset, window, cfg, device, title=""):
@@ -225,13 +224,10 @@ def evaluate_boxes(model, dataset, side, cfg, device, title=""):
 # --- What is measured ------------------------------------------------------------------------------------------------
 
 def measure(title, model, saved, cfg, device):
-    """{domain: mIoU in percent, or mean AP} of a segmenter on cfg.data; title: what an error calls it."""
-    ious = class_ious(title, model, saved, cfg, device)
-    return {name: values.nanmean().item() for name, values in ious.items()}
+    """{domain: IoU in percent of each class (K,), or AP} of a segmenter on cfg.data; NaN as iou says.
 
-
-def class_ious(title, model, saved, cfg, device):
-    """{domain: IoU in percent of each class (K,), or AP} of a segmenter on cfg.data; NaN as iou says."""
+    title: what an error calls the segmenter.
+    """
     window = cfg.window or saved["config"]["size"]
     ious = {}
     for name in data.entries(cfg.data):
@@ -255,10 +251,8 @@ def val_split(name, cfg, title="", saved=None):
         return data.scenes(name, cfg.root, "val", classes=len(saved["classes"]))
     classes = list(data.DATASETS[name].classes)
     known = saved["classes"] if saved else classes
-    alike = classes == known
-    if saved and saved.get("released"):  # its file tells how many classes there are, not which
-        alike = len(classes) == len(known)
-    if not alike:
+    counts_alone = saved and saved.get("released")  # such a file tells how many classes there are, not which
+    if len(classes) != len(known) or (classes != known and not counts_alone):
         raise UserError(f"--data {name} has the {len(classes)} classes {', '.join(classes)}, but {title} was "
                         f"trained on {len(known)} others")
     return data.scenes(name, cfg.root, "val", partial(data.eval_transform, name=name))
@@ -285,6 +279,7 @@ SCRIPTS = {"distill.py": (distill, "student.pt"), "segment.py": (segment, "segme
 class Run:
     """A command of a training script. Two with the same text are equal: rows that begin alike share their runs."""
     text: str                                   # without the `python` before it
+    cfg: object = field(compare=False)          # its script's Config
     result: Path = field(compare=False)         # student.pt or segmenter.pt in the folder --out
     needs: tuple = field(compare=False)         # the runs whose results it begins with
     processes: int = field(compare=False)
@@ -294,12 +289,10 @@ class Run:
         several = f"torchrun --standalone --nproc_per_node={self.processes}"
         return f"{several if self.processes > 1 else 'python'} {self.text}"
 
-    @cached_property
-    def cfg(self):
-        """Its script's Config."""
-        script, *flags = shlex.split(self.text)
-        module, _ = SCRIPTS[script]
-        return distill.configure(module.Config, module.preset, flags)
+    @property
+    def log(self):
+        """Where its output goes, as the bars of several runs would overwrite each other on one terminal."""
+        return f"{self.cfg.out}.txt"
 
     def chain(self):
         """The runs that lead to this one, and then it."""
@@ -322,8 +315,10 @@ def run_of(script, processes=1, **flags):
             value = "yes" if value else "no"
         if value is not None:
             words += [f"--{name}", str(value)]
+    module, result = SCRIPTS[script]
+    cfg = distill.configure(module.Config, module.preset, words[1:])
     needs = tuple(value for value in flags.values() if isinstance(value, Run))
-    return Run(shlex.join(words), Path(flags["out"], SCRIPTS[script][1]), needs, processes)
+    return Run(shlex.join(words), cfg, Path(cfg.out, result), needs, processes)
 
 
 class Pair(NamedTuple):
@@ -426,24 +421,22 @@ TWO_STAGE = {  # row: the name of its runs, and flags of distill.py
     "GKD": ("qsd", dict(loss="qsd")),
     "identity attention": ("identity", dict(loss="qsd", attention="identity")),
 }
-DISTILL_CHANGES = {  # after a comma in a row's name: what the runs' names get, and flags of distill.py
-    "no masks": ("-unmasked", dict(beta=0)),
-    "no CLS token": ("-patches", dict(gamma=0)),
-    "scaled logits": ("-scale-sqrt", dict(scale="sqrt")),
-    "teacher's attention": ("-attention-teacher", dict(attention="teacher")),
-    "four layers": ("-layers-four", dict(layers="four")),
-    "LayerNorm targets": ("-target_norm-layernorm", dict(target_norm="layernorm")),
-}
-TASK_CHANGES = {  # likewise, for the last run alone: flags of segment.py
-    "frozen": ("-frozen", dict(freeze=None)),
-    "tuned": ("-tuned", dict(freeze=False)),    # the labels train the encoder, too
-    "1/16 labels": ("-1of16", dict(labels="1/16")),
-    "1/8 labels": ("-1of8", dict(labels="1/8")),
-    "1/4 labels": ("-1of4", dict(labels="1/4")),
-    "all labels": ("", {}),
-    "linear": ("-linear", dict(decoder="linear")),
-    "SemFPN": ("-fpn", dict(decoder="fpn")),
-    "mask decoder": ("", {}),
+CHANGES = {  # after a comma in a row's name: of which script flags change, what the names of its runs get, these flags
+    "no masks": ("distill", "-unmasked", dict(beta=0)),
+    "no CLS token": ("distill", "-patches", dict(gamma=0)),
+    "scaled logits": ("distill", "-scale-sqrt", dict(scale="sqrt")),
+    "teacher's attention": ("distill", "-attention-teacher", dict(attention="teacher")),
+    "four layers": ("distill", "-layers-four", dict(layers="four")),
+    "LayerNorm targets": ("distill", "-target_norm-layernorm", dict(target_norm="layernorm")),
+    "frozen": ("segment", "-frozen", dict(freeze=None)),
+    "tuned": ("segment", "-tuned", dict(freeze=False)),     # the labels train the encoder, too
+    "1/16 labels": ("segment", "-1of16", dict(labels="1/16")),
+    "1/8 labels": ("segment", "-1of8", dict(labels="1/8")),
+    "1/4 labels": ("segment", "-1of4", dict(labels="1/4")),
+    "all labels": ("segment", "", {}),
+    "linear": ("segment", "-linear", dict(decoder="linear")),
+    "SemFPN": ("segment", "-fpn", dict(decoder="fpn")),
+    "mask decoder": ("segment", "", {}),
 }
 FOUNDATION = "foundation model of that size"
 
@@ -460,30 +453,28 @@ def last_run(p, row, budget=""):
         return with_more_sources(p, row, int(budget))
     if p.source == "toy" and budget == distill.PRESETS["toy proxy"]["budget"]:
         budget = ""                         # that world's own: these are the runs of the other tables
-    unit = budget.lstrip("0123456789.e")
-    distill_ending = ""
-    distill_flags = {}
-    task_ending = ""
-    task_flags = {}
+    endings = {"distill": "", "segment": ""}
+    flags = {"distill": {}, "segment": {}}
     for change in changes:
-        if change in DISTILL_CHANGES:
-            ending, flags = DISTILL_CHANGES[change]
-            distill_ending += ending
-            distill_flags |= flags
-        else:
-            ending, flags = TASK_CHANGES[change]
-            task_ending += ending
-            task_flags |= flags | p.flags.get(change, {})
+        script, ending, changed = CHANGES[change]
+        endings[script] += ending
+        flags[script] |= changed | p.flags.get(change, {})
     if budget:
-        distill_ending += f"-{budget}"
-        distill_flags["budget"] = share_of(budget, 0.4) if unit else budget
+        endings["distill"] += f"-{budget}"
+        flags["distill"]["budget"] = budget
+    unit = budget.lstrip("0123456789.e")
     if unit:
-        task_flags["budget"] = share_of(budget, 0.2) if method in TWO_STAGE else budget
+        shares = [share * float(budget.removesuffix(unit)) for share in (0.4, 0.2)]
+        stage, rest = [f"{amount:g}{unit}".replace("+", "") for amount in shares]
+        flags["distill"]["budget"] = stage
+        flags["segment"]["budget"] = rest if method in TWO_STAGE else budget
 
-    ending = distill_ending + task_ending
+    ending = endings["distill"] + endings["segment"]
+    task_flags = flags["segment"]
     if method in TWO_STAGE:
-        name, flags = TWO_STAGE[method]
-        return task(p, name + ending, distilled(p, name + distill_ending, **flags, **distill_flags), **task_flags)
+        name, objective = TWO_STAGE[method]
+        encoder = distilled(p, name + endings["distill"], **objective, **flags["distill"])
+        return task(p, name + ending, encoder, **task_flags)
     student = dict(encoder=p.student, depth=p.student_depth)
     if method.startswith("one-stage"):
         loss = method.removeprefix("one-stage ").replace("-", "").lower()
@@ -500,12 +491,6 @@ def last_run(p, row, budget=""):
         FOUNDATION: ("smaller", SMALLER.get(p.teacher)),
     }[method]
     return as_released(p, role, encoder, ending, **task_flags)
-
-
-def share_of(budget, share):
-    """A share of a budget like 40s or 2.5e12flop, as text."""
-    number, unit = re.fullmatch(r"([\d.e]+)(\D+)", budget).groups()
-    return f"{share * float(number):g}{unit}".replace("+", "")
 
 
 def with_more_sources(p, row, count):
@@ -572,11 +557,6 @@ def written(table):
     return found
 
 
-def first(found):
-    """The first value of a dict; {} if there is none."""
-    return next(iter(found.values()), {})
-
-
 class Block(NamedTuple):
     """A table as it is printed, for one pair, one setting and one budget."""
     title: str
@@ -596,9 +576,10 @@ def blocks(cfg):
     stands = {}  # of rows of a small world: the budgets at which they stand; "" or nothing: at all
     seeds = [0]
     if small:
-        stands = first(written(cfg.table).get(cfg.data, {}))
-        rows = stands or first(first(numbers))
-        beside = first(numbers.get(LIKENED, {}))
+        stands = written(cfg.table).get(cfg.data, {"": {}})[""]
+        reported = [rows for settings in numbers.values() for rows in settings.values()]
+        rows = stands or reported[0]
+        beside = next(iter(numbers.get(LIKENED, {}).values()), {})
         paper = {row: beside.get(row, "") for row in rows if row != FOUNDATION}
         numbers = {cfg.data: {"toy-boxes" if cfg.table == "10" else cfg.data: paper}}
         seeds = range(cfg.seed, cfg.seed + (cfg.seeds or table.seeds))
@@ -700,10 +681,9 @@ def work_through(runs, jobs):
                 working[run] = begin(run, jobs)
             time.sleep(0.1)
             for run in [run for run, process in working.items() if process.poll() is not None]:
-                status = working.pop(run).returncode
-                if status:
-                    last = log_of(run).read_text(errors="replace").strip().splitlines()[-1:]
-                    raise UserError(f"{run} ended with status {status}: {' '.join(last)} (see {log_of(run)})")
+                if working.pop(run).returncode:
+                    *_, reason = Path(run.log).read_text(errors="replace").strip().split("\n")
+                    raise UserError(f"{run} has failed: {reason} (see {run.log})")
                 bar.write(str(run), file=sys.stdout)
                 bar.update()
     finally:
@@ -715,21 +695,16 @@ def work_through(runs, jobs):
 
 
 def begin(run, jobs):
-    """Start a run in a process of its own, on its share of the cores; what it prints goes to the file of log_of."""
+    """Start a run in a process of its own, on its share of the cores."""
     script, *flags = shlex.split(run.text)
     words = [sys.executable]
     if run.processes > 1:
         words += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={run.processes}"]
     words += [str(Path(__file__).parent / script), *flags]
     threads = max(1, (os.cpu_count() or 1) // jobs // run.processes)
-    log_of(run).parent.mkdir(parents=True, exist_ok=True)
-    with open(log_of(run), "w") as file:
+    run.result.parent.parent.mkdir(parents=True, exist_ok=True)
+    with open(run.log, "w") as file:
         return subprocess.Popen(words, stdout=file, stderr=file, env=os.environ | {"OMP_NUM_THREADS": str(threads)})
-
-
-def log_of(run):
-    """Where a run's output goes: <out>.txt, as the bars of several runs would overwrite each other on one terminal."""
-    return Path(f"{run.result.parent}.txt")
 
 
 def measured(run, block, cfg, device):
@@ -752,7 +727,8 @@ def measured(run, block, cfg, device):
         return None
     if missing:
         model, saved = segment.load_segmenter(path, device)
-        mious |= measure(path, model, saved, replace(cfg, data=missing), device)
+        for name, values in measure(path, model, saved, replace(cfg, data=missing), device).items():
+            mious[name] = values.nanmean().item()
         distill.write(kept, json.dumps(book))
     result = {name: mious[name] for name in domains}
     result["unseen mean"] = sum(mious[name] for name in block.unseen) / len(block.unseen)
@@ -861,22 +837,17 @@ LINE_COLORS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#17becf",
                "#e377c2", "#000000")
 
 
-def chart(series, path, x_title, y_title, log=False, x_texts=None, whiskers=None):
-    """Draw lines {name: [(x, y)]} with axes and a legend, y on a logarithmic axis if log; returns the path.
+def chart(lines, path, x_title, y_title, log=False, x_texts=None):
+    """Draw lines {name: [(x, y, half a whisker)]} with axes and a legend, y logarithmic if log; returns the path.
 
-    x_texts: what stands at which x, {x: text}, in place of round numbers. whiskers: half the length of a vertical bar
-    at a point, {(name, x): half}.
+    x_texts: what stands at x = 0, 1, .. in place of round numbers.
     """
-    whiskers = whiskers or {}
-    points = list(chain(*series.values()))
-    reached = [y for _, y in points]
-    for (name, x), half in whiskers.items():
-        y = dict(series[name])[x]
-        reached += [y - half, y + half]
+    points = list(chain(*lines.values()))
+    reached = [y + side * half for _, y, half in points for side in (-1, 0, 1)]
     log = log and min(reached) > 0
     height_of = np.log10 if log else np.float64
-    x_texts = x_texts or {x: tick_text(x) for x in ticks([x for x, _ in points])}
-    y_texts = {y: tick_text(y) for y in ticks(reached, log)}
+    x_texts = dict(enumerate(x_texts)) if x_texts else {x: f"{x:g}" for x in ticks([x for x, *_ in points])}
+    y_texts = {y: f"{y:g}" for y in ticks(reached, log)}
     x_ends = [min(x_texts), max(x_texts)]
     y_ends = height_of([min(y_texts), max(y_texts)])
 
@@ -887,14 +858,14 @@ def chart(series, path, x_title, y_title, log=False, x_texts=None, whiskers=None
     top = 60
     bottom = 740
     left = 40 + max(map(font.getlength, y_texts.values()))
-    right = 1510 - max(map(font.getlength, series))
+    right = 1510 - max(map(font.getlength, lines))
 
     def place(x, y):
         """The pixel of a point."""
         return np.interp(x, x_ends, [left + 20, right - 20]), np.interp(height_of(y), y_ends, [bottom - 20, top + 20])
 
     for value, text in x_texts.items():
-        x, _ = place(value, y_ends[0])
+        x, _ = place(value, reached[0])
         pen.line((x, top, x, bottom), "#e1e1e1", 2)
         pen.text((x, bottom + 10), text, "black", font, anchor="ma")
     for value, text in y_texts.items():
@@ -905,15 +876,12 @@ def chart(series, path, x_title, y_title, log=False, x_texts=None, whiskers=None
     pen.text(((left + right) / 2, 825), x_title, "black", font, anchor="ms")
     pen.text((10, 10), y_title, "black", font)
 
-    for i, (name, points) in enumerate(series.items()):
+    for i, (name, points) in enumerate(lines.items()):
         color = LINE_COLORS[i % len(LINE_COLORS)]
-        pen.line([place(x, y) for x, y in points], color, 4, joint="curve")
-        for x, y in points:
-            if len(points) < 10:
-                pen.circle(place(x, y), 7, color)
-            if (name, x) in whiskers:
-                half = whiskers[name, x]
-                pen.line([place(x, y - half), place(x, y + half)], color, 2)
+        pen.line([place(x, y) for x, y, _ in points], color, 4, joint="curve")
+        for x, y, half in points if len(points) < 10 else []:
+            pen.circle(place(x, y), 7, color)
+            pen.line([place(x, y - half), place(x, y + half)], color, 2)
         y = top + 20 + 36 * i
         pen.line((right + 15, y, right + 55, y), color, 6)
         pen.text((right + 65, y), name, "black", font, anchor="lm")
@@ -938,11 +906,6 @@ def ticks(values, log=False):
         if last - first <= 7:
             break
     return numbers[first:last + 1].tolist()
-
-
-def tick_text(value):
-    """A number as short as on an axis: 0.05, 20000, 2.5e12."""
-    return re.sub(r"e\+0?", "e", f"{value:.5g}")
 
 
 def with_legend(picture, names, colors, left=10, size=13):
@@ -1002,37 +965,17 @@ def save_picture(picture, path):
     return path
 
 
-def as_array(image):
-    """(3, H, W) as (H, W, 3)."""
-    return image.permute(1, 2, 0).numpy()
-
-
 # --- Models and their tokens -----------------------------------------------------------------------------------------
-
-def named(text):
-    """--models as {name: path}; a path without a name is its own."""
-    models = {}
-    for part in filter(None, text.split(",")):
-        name, _, path = part.partition("=")
-        models[name.strip()] = path.strip() or name.strip()
-    if not models:
-        raise UserError("--models: say which, as in teacher=dinov2_vitb14,GKD=runs/source/student.pt")
-    return models
-
 
 def file_in(path):
     """The checkpoint in a run's folder; any other path, or an encoder's name, as it is."""
-    for name in ("student.pt", "segmenter.pt"):
-        if Path(path, name).is_file():
-            return Path(path, name)
-    return path
+    files = [Path(path, name) for name in ("student.pt", "segmenter.pt")]
+    return next((file for file in files if file.is_file()), path)
 
 
 def segmenters(models, device):
     """{name: (segmenter, its checkpoint)} of models {name: path}; UserError where they know different classes."""
-    loaded = {}
-    for name, path in models.items():
-        loaded[name] = segment.load_segmenter(file_in(path), device)
+    loaded = {name: segment.load_segmenter(file_in(path), device) for name, path in models.items()}
     if len({tuple(saved["classes"]) for _, saved in loaded.values()}) > 1:
         raise UserError(f"--models: {', '.join(models)} were trained on different classes")
     return loaded
@@ -1065,36 +1008,25 @@ def patch_tokens(vit, image, device):
     return patches[0].float().cpu().unflatten(0, (h, w))
 
 
-def principal_colors(tokens):
-    """RGB in 0..1 (M, 3) for tokens {name: (M, C)}: their principal components, on the axes of the first model's.
+def feature_pictures(tokens):
+    """{name: [RGB arrays (h, w, 3)]}: the principal components of tokens {name: [(h, w, C) of each image]} as colours.
 
     Components have no natural order or sign, so those of each model are rotated as a whole onto the first model's
     (Procrustes). The colours span two and a half deviations either side.
     """
-    colors = {}
+    pictures = {}
     first = None
-    for name, x in tokens.items():
+    for name, grids in tokens.items():
+        x = torch.cat([grid.flatten(0, 1) for grid in grids])  # (M, C)
         x = x - x.mean(0)
         _, _, Vh = torch.linalg.svd(x, full_matrices=False)
         x = x @ Vh[:3].T  # (M, 3)
         x = x / x.std(0)
         first = x if first is None else first
         U, _, Vh = torch.linalg.svd(x.T @ first)
-        colors[name] = (x @ U @ Vh / 5 + 0.5).clamp(0, 1)
-    return colors
-
-
-def feature_pictures(vits, images, device):
-    """{name: [RGB arrays (h, w, 3)]}: each image's tokens as colours, alike for all encoders {name: encoder}."""
-    tokens = {}
-    for name, vit in vits.items():
-        grids = [patch_tokens(vit, image, device) for image in images]  # (h, w, C) each
-        shapes = [grid.shape[:2] for grid in grids]  # the same for all encoders, as are the sides of their patches
-        tokens[name] = torch.cat([grid.flatten(0, 1) for grid in grids])
-    pictures = {}
-    for name, colors in principal_colors(tokens).items():
-        parts = colors.mul(255).byte().split([h * w for h, w in shapes])
-        pictures[name] = [part.unflatten(0, shape).numpy() for part, shape in zip(parts, shapes)]
+        colors = (x @ U @ Vh / 5 + 0.5).clamp(0, 1).mul(255).byte()
+        parts = colors.split([grid.shape[0] * grid.shape[1] for grid in grids])
+        pictures[name] = [part.view(*grid.shape[:2], 3).numpy() for part, grid in zip(parts, grids)]
     return pictures
 
 
@@ -1113,37 +1045,33 @@ def compare(predicted, featured, cfg, path, device):
         for image, label, *_ in spread(dataset, cfg.examples):
             images.append(image)
             titles.append(domain.removeprefix("toy-").removeprefix("camvid-"))
-            columns["image"].append(as_array(image))
+            columns["image"].append(image.permute(1, 2, 0).numpy())
             if loaded:
                 columns["label"].append(draw(label, image))
             for name, (model, saved) in loaded.items():
                 columns[name].append(draw(classify(model, saved, image, cfg, device), image, scored=True))
-    for name, pictures in feature_pictures(encoders(featured, cfg, device), images, device).items():
-        columns[f"PCA: {name}"] = pictures
+    tokens = {}
+    for name, vit in encoders(featured, cfg, device).items():
+        tokens[f"PCA: {name}"] = [patch_tokens(vit, image, device) for image in images]
+    columns |= feature_pictures(tokens)
     legend = (dataset.classes, dataset.colors) if loaded else ()
     return sheet(columns, titles, path, *legend)
 
 
 def figure_3b(models, cfg, path, device):
-    """The losses of several runs against their steps (of one-stage runs what is distilled), of one run all parts."""
-    series = defaultdict(list)
+    """The losses of several runs against their steps, of one-stage runs what is distilled."""
+    lines = defaultdict(list)
     for name, folder in models.items():
         log = Path(folder, "log.jsonl")
         if not log.is_file():
             raise UserError(f"{folder}: holds no log.jsonl; this figure wants the folders of runs")
-        for line in log.read_text().splitlines():
-            record = json.loads(line)
-            keys = list(record)
-            parts = keys[1:keys.index("lr")] if "lr" in keys else []  # all losses stand between step and lr
-            shown = {part: part for part in parts}
-            if parts and len(models) > 1:
-                shown = {name: "kd" if "kd" in parts else "loss"}
-            for title, part in shown.items():
-                if record[part] is not None:  # it was NaN, which JSON lacks
-                    series[title].append((record["step"], record[part]))
-    if not series:
+        for record in map(json.loads, log.read_text().splitlines()):
+            loss = record.get("kd", record.get("loss"))
+            if loss is not None:  # as in the header, or where it was NaN, which JSON lacks
+                lines[name].append((record["step"], loss, 0))
+    if not lines:
         raise UserError("--models: their log.jsonl hold no loss yet")
-    return chart(series, path, "step", "loss", log=True)
+    return chart(lines, path, "step", "loss", log=True)
 
 
 def figure_7a(models, cfg, path, device):
@@ -1159,69 +1087,61 @@ def figure_7a(models, cfg, path, device):
     for name, vit in encoders(models, cfg, device).items():
         tokens = []
         for i, (image, *_) in enumerate(tqdm(images, name, leave=False)):
-            x = patch_tokens(vit, image, device).flatten(0, 1)
+            x = patch_tokens(vit, image, device).flatten(0, 1).double()
             generator = torch.Generator().manual_seed(data.mix(cfg.seed, i // 2))  # alike for all encoders
             tokens.append(x[torch.randperm(len(x), generator=generator)[:each]])
         fit[name] = torch.cat(tokens[::2])[:cfg.tokens]
         measured[name] = torch.cat(tokens[1::2])[:cfg.tokens]
     teacher, *students = models
-    apart = {}
-    for name in students:
-        apart[name] = distances(measured[name], measured[teacher], fit[name], fit[teacher])
+    apart = {name: distances(measured[name], measured[teacher], fit[name], fit[teacher]) for name in students}
 
     farthest = torch.cat(list(apart.values())).quantile(0.99).item()
     edges = torch.linspace(0, farthest, 61, dtype=torch.float64)
     middles = (edges[1:] + edges[:-1]) / 2
-    series = {}
+    lines = {}
     for name, d in apart.items():
-        share = 100 * torch.histogram(d, edges).hist / len(d)
-        series[f"{name}: median {d.median():.2f}"] = list(zip(middles.tolist(), share.tolist()))
+        shares = 100 * torch.histogram(d, edges).hist / len(d)
+        lines[f"{name}: median {d.median():.2f}"] = [(x, y, 0) for x, y in zip(middles.tolist(), shares.tolist())]
     x_title = f"Euclidean distance to {teacher} ({len(measured[teacher])} tokens of {cfg.data})"
-    return chart(series, path, x_title, "% of the tokens")
+    return chart(lines, path, x_title, "% of the tokens")
 
 
 def distances(v_s, v_t, fit_s, fit_t):
     """Euclidean distance (M,) of student tokens (M, C_s) to the teacher's (M, C_t), after the affine map that fits
     others, fit_s (L, C_s) and fit_t (L, C_t), best."""
+    v_s, fit_s = [F.pad(x, (0, 1), value=1) for x in (v_s, fit_s)]  # with a constant, an affine map is linear
     # Tokens after a LayerNorm lie in a plane, so the constant depends on them: of all drivers, gelsd copes with that.
-    phi = torch.linalg.lstsq(with_constant(fit_s), fit_t.double(), driver="gelsd").solution  # (C_s + 1, C_t)
-    return (with_constant(v_s) @ phi - v_t.double()).norm(dim=1)
-
-
-def with_constant(x):
-    """Tokens (M, C) with a 1 behind each, (M, C + 1) float64: an affine map is linear in them."""
-    return F.pad(x.double(), (0, 1), value=1)
+    phi = torch.linalg.lstsq(fit_s, fit_t, driver="gelsd").solution  # (C_s + 1, C_t)
+    return (v_s @ phi - v_t).norm(dim=1)
 
 
 def figure_7b(models, cfg, path, device):
-    """How each QSD student's patches (rows) attend to those of the teacher, the first model (columns).
+    """How each QSD student's patches (rows) attend to those of the teacher, the first model (columns); dark: most.
 
     Drawn for the first image of cfg.data: all N x N weights, the weight of each patch on itself (the diagonal), and
-    the weights of four patches.
+    the weights of four patches, each of them in a frame.
     """
     (_, teacher), *students = encoders(models, cfg, device).items()
     image = val_split(next(iter(data.entries(cfg.data))), cfg)[0][0]
     v_t = patch_tokens(teacher, image, device)  # (h, w, C_t)
-    grid = v_t.shape[:2]
-    h, w = grid
-    places = {1: (h // 4, w // 4), 2: (h // 4, 3 * w // 4), 3: (3 * h // 4, w // 4), 4: (3 * h // 4, 3 * w // 4)}
+    h, w = v_t.shape[:2]
+    places = {"upper left": (h // 4, w // 4), "upper right": (h // 4, 3 * w // 4),
+              "lower left": (3 * h // 4, w // 4), "lower right": (3 * h // 4, 3 * w // 4)}
     columns = defaultdict(list)
     titles = []
     for name, student in students:
         v_s = patch_tokens(student, image, device)  # (h, w, C_s)
         W = attention(file_in(models[name]), student, teacher, v_s.flatten(0, 1), v_t.flatten(0, 1))  # (N, N)
-        columns["image"].append(framed(as_array(image), grid, places))
-        columns["all N x N weights"].append(framed(heat(W), grid, {}))
-        columns["the diagonal"].append(framed(heat(W.diagonal().view(grid)), grid, {}))
-        for n, (row, column) in places.items():
-            weights = W[row * w + column].view(grid)
-            columns[f"patch {n}"].append(framed(heat(weights), grid, {n: (row, column)}))
+        columns["image"].append(image.permute(1, 2, 0).numpy())
+        columns["all N x N weights"].append(framed(W))
+        columns["the diagonal"].append(framed(W.diagonal().view(h, w)))
+        for title, (row, column) in places.items():
+            columns[title].append(framed(W[row * w + column].view(h, w), row, column))
         diagonal = f"{W.diagonal().mean():.1%}"
         uniform = f"{1 / len(W):.1%}"
         titles.append(f"{name}\non the diagonal:\n{diagonal}\n(uniform: {uniform})")
         print(f"{name}: a patch's own place has {diagonal} of its weight in the mean (uniform: {uniform})")
-    names = ["0", "1/4", "1/2", "3/4", "1: the largest weight of the map"]
-    return sheet(columns, titles, path, names, HEAT.tolist(), width=200)
+    return sheet(columns, titles, path, width=200)
 
 
 def attention(path, student, teacher, v_s, v_t):
@@ -1229,47 +1149,28 @@ def attention(path, student, teacher, v_s, v_t):
 
     They are those of the head of L_feat that student.pt keeps; UserError where it has none for these encoders.
     """
-    saved = qsd.open_checkpoint(Path(path)) if Path(path).is_file() else {}
-    heads = saved.get("objective") or {}
-    if "feat.phi.1.weight" not in heads:
-        raise UserError(f"{path}: holds no head of L_feat; this figure wants a student.pt distilled with --loss qsd "
-                        "and --alpha above 0")
-    known = {name: value for name, value in saved["config"].items() if hasattr(qsd.LossConfig, name)}
-    config = qsd.LossConfig(**known)
+    saved = qsd.open_checkpoint(path)
+    known = {name: value for name, value in saved.get("config", {}).items() if hasattr(qsd.LossConfig, name)}
+    config = qsd.LossConfig(**known | dict(loss="qsd", alpha=1))
     objective = qsd.build_objective(student, teacher, config)
-    try:
-        objective.load_state_dict(heads)
-    except RuntimeError:
-        raise UserError(f"{path}: its heads are for another teacher than the first of --models") from None
+    what = f"{path}: was not distilled by --loss qsd, with --alpha above 0, from the first of --models"
+    qsd.load_strictly(objective, saved.get("objective") or {}, what)
     if config.target_norm == "layernorm":
         v_t = F.layer_norm(v_t, v_t.shape[-1:])
     with torch.no_grad():
         return objective.feat.weights(v_s[None], v_t[None])[0]
 
 
-HEAT = np.array([(255, 255, 255), (255, 225, 140), (245, 130, 50), (170, 20, 70), (40, 0, 60)])  # 0, 1/4, .. 1
-
-
-def heat(x):
-    """Values from 0 (...) as RGB (..., 3), from white to dark at their largest."""
-    steps = np.linspace(0, 1, len(HEAT))
-    channels = [np.interp(x / x.max(), steps, channel) for channel in HEAT.T]
-    return np.stack(channels, -1).astype(np.uint8)
-
-
-def framed(cell, grid, places):
-    """An RGB array, 400 pixels wide, with numbered frames around patches {number: (row, column)} of a grid (h, w)."""
-    picture = scaled_to(400, cell)
+def framed(weights, *place):
+    """Weights (h, w) as an RGB array 400 pixels wide, white to black; a frame around the patch at place (row, column)."""
+    shades = (255 * (1 - weights / weights.max())).byte()
+    picture = scaled_to(400, shades[..., None].expand(-1, -1, 3).numpy())
     pen = ImageDraw.Draw(picture)
-    high = picture.height / grid[0]
-    wide = picture.width / grid[1]
     pen.rectangle((0, 0, picture.width - 1, picture.height - 1), outline="gray", width=2)
-    for n, (row, column) in places.items():
-        box = (column * wide, row * high, (column + 1) * wide, (row + 1) * high)
-        pen.rectangle(box, outline="white", width=6)
-        pen.rectangle(box, outline="#005aff", width=4)
-        pen.text((box[2] + 6, box[1]), str(n), "#005aff", ImageFont.load_default(30), stroke_width=2,
-                 stroke_fill="white")
+    if place:
+        row, column = place
+        side = 400 / weights.shape[1]
+        pen.rectangle((column * side, row * side, (column + 1) * side, (row + 1) * side), outline="#005aff", width=4)
     return np.asarray(picture)
 
 
@@ -1279,7 +1180,7 @@ def figure_9(models, cfg, path, device):
     ious = {}  # of each model, {domain: [IoU or AP in percent of each class or None, their mean]}
     for name, (model, saved) in loaded.items():
         ious[name] = {}
-        for domain, values in class_ious(name, model, saved, cfg, device).items():
+        for domain, values in measure(name, model, saved, cfg, device).items():
             values = [*values.tolist(), values.nanmean().item()]
             ious[name][domain] = [None if math.isnan(value) else round(value, 2) for value in values]
     titles = [*saved["classes"], "mean"]
@@ -1305,29 +1206,20 @@ FIGURES = {
     "9": figure_9,
 }
 
-# What a figure shows of a small world where no --models are given: {name: run of --table main}.
-MAIN = {"teacher": "teacher-frozen", "no KD": "no-kd", "one-stage MSE": "one-stage-mse", "two-stage MSE": "mse",
-        "GKD": "qsd"}
-STAGES = {"GKD, proxy": "qsd-proxy", "GKD, source": "qsd-source"}
-RIVAL = {"one-stage MSE": "one-stage-mse", "two-stage MSE, proxy": "mse-proxy", "two-stage MSE, source": "mse-source"}
-DRAWN = {"3b": RIVAL | STAGES, "7b": {"teacher": "teacher-frozen"} | STAGES}
-
 
 def figure(cfg, device):
-    """Draw --figure of --models; where none are given, of the runs of a small world's --table main."""
-    out = Path(cfg.out)
-    is_file = out.suffix.lower() in data.SUFFIXES
-    folder = Path(Config.out) if is_file else out
-    if cfg.models or cfg.data not in SMALL:
-        models = named(cfg.models)
-    else:
-        folder = folder / cfg.data
-        models = {name: folder / str(cfg.seed) / run for name, run in DRAWN.get(cfg.figure, MAIN).items()}
-        _, unseen = SETTINGS[cfg.data]
-        cfg = replace(cfg, data="+".join(unseen))
+    """Draw --figure of --models, {name: path}; a path without a name is its own."""
+    models = {}
+    for part in filter(None, cfg.models.split(",")):
+        name, _, path = part.partition("=")
+        models[name.strip()] = path.strip() or name.strip()
+    if not models:
+        raise UserError("--models: say which, as in teacher=dinov2_vitb14,GKD=runs/source/student.pt")
     if cfg.figure in ("7a", "7b") and len(models) < 2:
         raise UserError("--models: this figure wants the teacher, then its students")
-    path = out if is_file else folder / f"figure-{cfg.figure}.png"
+    path = Path(cfg.out)
+    if path.suffix.lower() not in data.SUFFIXES:
+        path = path / f"figure-{cfg.figure}.png"
     if FIGURES[cfg.figure](models, cfg, path, device):
         print(f"picture: {path}")
 
@@ -1335,14 +1227,14 @@ def figure(cfg, device):
 # --- A segmenter at work ---------------------------------------------------------------------------------------------
 
 @torch.no_grad()
-def classify(model, saved, image, cfg, device, least=0.5):
-    """The classes (H, W) uint8 of an image (3, H, W) by cfg's protocol, or its objects (D, 6) that score `least`."""
+def classify(model, saved, image, cfg, device):
+    """The classes (H, W) uint8 of an image (3, H, W) by cfg's protocol, or its objects (D, 6) that score 0.5."""
     window = cfg.window or saved["config"]["size"]
     x = data.normalize(image[None].to(device), model.encoder.mean, model.encoder.std)
     with distill.autocast(cfg.precision, device):
         if saved["config"]["decoder"] == "boxes":
             found = find_objects(model, x, window)[0].cpu()
-            return found[found[:, 5] >= least]
+            return found[found[:, 5] >= 0.5]
         return slide(model, x, window, cfg.stride)[0].argmax(0).byte().cpu()
 
 
@@ -1376,7 +1268,7 @@ def segment_images(cfg, device):
         picture = Image.fromarray(found.numpy())
         picture.putpalette(data.palette(colors).tobytes())
         save_picture(picture, out / f"{file.stem}_classes.png")
-        blend = Image.blend(Image.fromarray(as_array(image)), picture.convert("RGB"), 0.5)
+        blend = Image.blend(TF.to_pil_image(image), picture.convert("RGB"), 0.5)
         overlay = with_legend(blend, classes, colors, size=max(13, blend.width // 80))
         save_picture(overlay, out / f"{file.stem}_overlay.png")
     qsd.say(f"{out}: {len(files)} images")
@@ -1427,7 +1319,8 @@ def export(checkpoint, path):
 def report(cfg, device):
     """Print the mIoU of --checkpoint on the domains of cfg.data, and their mean."""
     model, saved = segment.load_segmenter(cfg.checkpoint, device)
-    mious = measure(cfg.checkpoint, model, saved, cfg, device)
+    ious = measure(cfg.checkpoint, model, saved, cfg, device)
+    mious = {name: values.nanmean().item() for name, values in ious.items()}
     mious["mean"] = sum(mious.values()) / len(mious)
     if distill.rank() == 0:
         show({cfg.checkpoint: [f"{value:.1f}" for value in mious.values()]}, mious)
