@@ -83,12 +83,9 @@ PRESETS = {"toy": dict(batch=50, workers=0), "camvid": dict(batch=8, workers=1),
 
 def preset(given):
     """What --demo and --data change in the defaults; given: the flags as a dict."""
-    values = {}
-    if given.get("demo"):
-        values = dict(data="toy", table="main", seeds=1)
+    values = dict(data="toy", table="main", seeds=1) if given.get("demo") else {}
     domain = (values | given).get("data", Config.data)
-    world = "toy" if domain.startswith("toy") else domain
-    return values | PRESETS.get(world, {})
+    return values | PRESETS.get("toy" if domain.startswith("toy") else domain, {})
 
 
 # --- mIoU ------------------------------------------------------------------------------------------------------------
@@ -399,16 +396,14 @@ def as_released(p, role, encoder, ending="", **flags):
     """The run of a decoder on a foundation model as it is: frozen, but for those that the official configs train.
 
     They train EVA02-B without the smaller rate for encoders, and with drop path 0.15, which is left out here. The paper
-    gives EVA02-B 46.6 mIoU as a teacher and 56.2 as a student: one command cannot give both, so that EVA02-B stays
-    frozen where its role is "teacher".
+    gives it 46.6 mIoU as a teacher and 56.2 as a student: one command cannot give both, so that a teacher stays frozen.
     """
     trained = {}
     if encoder == "eva02_base" and role != "teacher":
         trained = dict(freeze=False, lr_backbone=1e-4)
     elif encoder == "eva02_small" or (encoder in ("dinov2_vits14", "dinov2_vitb14") and p.source == "cityscapes"):
         trained = dict(freeze=False)
-    state = "tuned" if trained else "frozen"
-    return task(p, f"{role}-{state}{ending}", encoder, **trained, **flags)
+    return task(p, f"{role}-{'tuned' if trained else 'frozen'}{ending}", encoder, **trained, **flags)
 
 
 # --- Rows: each is named after a method, here and in assets/tables.txt -----------------------------------------------
@@ -543,8 +538,7 @@ TABLES = {
 
 @lru_cache
 def written(table):
-    """A table's paragraphs in assets/tables.txt, {pair, world or "gains": {column: {row: text}}}; a list has one column.
-    """
+    """A table's paragraphs in assets/tables.txt, {pair, world or "gains": {column: {row: text}}}; a list is column ""."""
     found = {}
     text = (Path(__file__).parent / "assets" / "tables.txt").read_text()
     for paragraph in text.strip().split("\n\n")[1:]:
@@ -824,11 +818,10 @@ def draw_budgets(curves, path, axis):
 
 def demo_picture(block, path, cfg):
     """Draw images of the unseen domains: predictions, and the features of the teacher and the students."""
-    folders = {name: block.seeds[0][name].result.parent for name in ("teacher", "no KD", "two-stage MSE", "GKD")}
-    students = {name: folder for name, folder in folders.items() if name != "teacher"}
-    predicted = students | {"teacher": folders["teacher"]}
+    folders = {name: block.seeds[0][name].result.parent for name in ("no KD", "two-stage MSE", "GKD", "teacher")}
+    teacher_first = {"teacher": folders["teacher"]} | folders
     cfg = Config(data="+".join(block.unseen), root=cfg.root, examples=8 // len(block.unseen))
-    return compare(predicted, folders, cfg, path, torch.device("cpu"))
+    return compare(folders, teacher_first, cfg, path, torch.device("cpu"))
 
 
 # --- Drawing ---------------------------------------------------------------------------------------------------------
@@ -934,21 +927,19 @@ def sheet(columns, titles, path, names=(), colors=(), width=136):
     font = ImageFont.load_default(13)
     left = 16 + round(max(map(font.getlength, "\n".join(titles).split("\n"))))
     width = max(width, *[12 + round(font.getlength(name)) for name in columns])
-    whole = left + len(columns) * (width + 4)
-    head = Image.new("RGB", (whole, 28), "white")
+    rows = [[scaled_to(width, cell) for cell in cells] for cells in zip(*columns.values())]
+    heights = [4 + max(picture.height for picture in row) for row in rows]
+    canvas = Image.new("RGB", (left + len(columns) * (width + 4), 28 + sum(heights)), "white")
+    pen = ImageDraw.Draw(canvas)
     for j, name in enumerate(columns):
-        ImageDraw.Draw(head).text((left + j * (width + 4) + width / 2, 20), name, "black", font, anchor="ms")
-    rows = [head]
-    for title, cells in zip(titles, zip(*columns.values())):
-        pictures = [scaled_to(width, cell) for cell in cells]
-        height = max(picture.height for picture in pictures)
-        row = Image.new("RGB", (whole, height + 4), "white")
-        ImageDraw.Draw(row).text((left - 8, height / 2), title, "black", font, anchor="rm", align="right")
-        for j, picture in enumerate(pictures):
-            row.paste(picture, (left + j * (width + 4), 0))
-        rows.append(row)
-    picture = Image.fromarray(np.concatenate([np.asarray(row) for row in rows]))
-    return save_picture(with_legend(picture, names, colors, left) if names else picture, path)
+        pen.text((left + j * (width + 4) + width / 2, 20), name, "black", font, anchor="ms")
+    y = 28
+    for title, row, height in zip(titles, rows, heights):
+        pen.text((left - 8, y + height / 2 - 2), title, "black", font, anchor="rm", align="right")
+        for j, picture in enumerate(row):
+            canvas.paste(picture, (left + j * (width + 4), y))
+        y += height
+    return save_picture(with_legend(canvas, names, colors, left) if names else canvas, path)
 
 
 def scaled_to(width, cell):
@@ -988,8 +979,7 @@ def encoders(models, cfg, device):
         vit = qsd.load_vit(file_in(path), patch_size=cfg.patch or None)
         vits[name] = vit.to(device).eval().requires_grad_(False)
     if len({vit.patch_size for vit in vits.values()}) > 1:
-        sides = ", ".join(f"{name} {vit.patch_size}" for name, vit in vits.items())
-        raise UserError(f"--models have patches of different sides ({sides} pixels): give all the same with --patch")
+        raise UserError("--models have patches of different sides: give all the same with --patch")
     return vits
 
 
@@ -1162,7 +1152,7 @@ def attention(path, student, teacher, v_s, v_t):
 
 
 def framed(weights, *place):
-    """Weights (h, w) as an RGB array 400 pixels wide, white to black; a frame around the patch at place (row, column)."""
+    """Weights (h, w) as RGB, 400 pixels wide, white to black, with a frame around the patch at place (row, column)."""
     shades = (255 * (1 - weights / weights.max())).byte()
     picture = scaled_to(400, shades[..., None].expand(-1, -1, 3).numpy())
     pen = ImageDraw.Draw(picture)
@@ -1177,24 +1167,21 @@ def framed(weights, *place):
 def figure_9(models, cfg, path, device):
     """Print IoU or AP of each class and their mean: a table for each domain, a column for each model."""
     loaded = segmenters(models, device)
-    ious = {}  # of each model, {domain: [IoU or AP in percent of each class or None, their mean]}
-    for name, (model, saved) in loaded.items():
-        ious[name] = {}
-        for domain, values in measure(name, model, saved, cfg, device).items():
-            values = [*values.tolist(), values.nanmean().item()]
-            ious[name][domain] = [None if math.isnan(value) else round(value, 2) for value in values]
-    titles = [*saved["classes"], "mean"]
-    heading = "IoU on {}, %; -: neither labelled nor predicted"
-    if saved["config"]["decoder"] == "boxes":
-        heading = "AP on {}, %; -: no object of this class"
     for domain in data.entries(cfg.data):
+        ious = {}  # of each model: that of each class and their mean, in percent; None: not there
+        for name, (model, saved) in loaded.items():
+            values = measure(name, model, saved, replace(cfg, data=domain), device)[domain]
+            values = [*values.tolist(), values.nanmean().item()]
+            ious[name] = [None if math.isnan(value) else round(value, 2) for value in values]
+        heading = f"IoU on {domain}, %; -: neither labelled nor predicted"
+        if saved["config"]["decoder"] == "boxes":
+            heading = f"AP on {domain}, %; -: no object of this class"
         rows = {}
-        for k, title in enumerate(titles):
-            values = [ious[name][domain][k] for name in models]
+        for title, *values in zip([*saved["classes"], "mean"], *ious.values()):
             rows[title] = ["-" if value is None else f"{value:.1f}" for value in values]
-        print(f"\n{heading.format(domain)}")
+        print(f"\n{heading}")
         show(rows, models)
-    print(json.dumps({"figure": "9", "rows": titles, "iou": ious}))
+        print(json.dumps({"figure": "9", "data": domain, "rows": list(rows), "iou": ious}))
 
 
 FIGURES = {
