@@ -286,20 +286,9 @@ class Run:
         several = f"torchrun --standalone --nproc_per_node={self.processes}"
         return f"{several if self.processes > 1 else 'python'} {self.text}"
 
-    @property
-    def log(self):
-        """Where its output goes, as the bars of several runs would overwrite each other on one terminal."""
-        return f"{self.cfg.out}.txt"
-
     def chain(self):
         """The runs that lead to this one, and then it."""
         return [*chain(*[run.chain() for run in self.needs]), self]
-
-    def finished(self):
-        """Whether its result is there; UserError if its folder holds a run with other constants."""
-        if self.result.exists():
-            distill.check_folder(self.cfg)
-        return self.result.exists()
 
 
 def run_of(script, processes=1, **flags):
@@ -408,11 +397,8 @@ def as_released(p, role, encoder, ending="", **flags):
 
 # --- Rows: each is named after a method, here and in assets/tables.txt -----------------------------------------------
 
-TWO_STAGE = {  # row: the name of its runs, and flags of distill.py
-    "two-stage MSE": ("mse", dict(loss="mse")),
+TWO_STAGE = {  # row, beside "two-stage" and a rival: the name of its runs, and flags of distill.py
     "MSE on source images": ("mse-only", dict(loss="mse", proxy=False)),
-    "two-stage CWD": ("cwd", dict(loss="cwd")),
-    "two-stage ViTKD": ("vitkd", dict(loss="vitkd")),
     "GKD": ("qsd", dict(loss="qsd")),
     "identity attention": ("identity", dict(loss="qsd", attention="identity")),
 }
@@ -441,7 +427,7 @@ def last_run(p, row, budget=""):
 
     budget: steps of each stage of distillation; or, with a unit, what all training of a student may take (Laube et al.,
     2026, arXiv 2604.25530): of two stages, either part of distillation has 40 % and the task stage the rest. What the
-    teacher took, and its decoder for logit distillation, does not count.
+    teacher took, and its decoder for logit distillation, does not count. For seconds the machine must be idle.
     """
     method, *changes = row.split(", ")
     if method.startswith("labels of"):
@@ -458,21 +444,22 @@ def last_run(p, row, budget=""):
         endings["distill"] += f"-{budget}"
         flags["distill"]["budget"] = budget
     unit = budget.lstrip("0123456789.e")
+    loss = method.split()[-1].replace("-", "").lower()  # of a rival: afdcd in "one-stage Af-DCD"
+    two_stages = method in TWO_STAGE or method.startswith("two-stage")
     if unit:
         shares = [share * float(budget.removesuffix(unit)) for share in (0.4, 0.2)]
         stage, rest = [f"{amount:g}{unit}".replace("+", "") for amount in shares]
         flags["distill"]["budget"] = stage
-        flags["segment"]["budget"] = rest if method in TWO_STAGE else budget
+        flags["segment"]["budget"] = rest if two_stages else budget
 
     ending = endings["distill"] + endings["segment"]
     task_flags = flags["segment"]
-    if method in TWO_STAGE:
-        name, objective = TWO_STAGE[method]
+    if two_stages:
+        name, objective = TWO_STAGE.get(method, (loss, dict(loss=loss)))
         encoder = distilled(p, name + endings["distill"], **objective, **flags["distill"])
         return task(p, name + ending, encoder, **task_flags)
     student = dict(encoder=p.student, depth=p.student_depth)
     if method.startswith("one-stage"):
-        loss = method.removeprefix("one-stage ").replace("-", "").lower()
         return task(p, f"one-stage-{loss}{ending}", **student, freeze=False, kd=1, loss=loss,
                     **p.flags.get("one-stage", {}), teacher=p.teacher, **task_flags)
     if method == "logit KD":
@@ -501,44 +488,12 @@ def with_more_sources(p, row, count):
 
 # --- Tables: their rows, and which of them are compared ---------------------------------------------------------------
 
-class Table(NamedTuple):
-    """A table of the paper, or one of this project; rows and comparisons stand in assets/tables.txt."""
-    title: str
-    reference: str = ""         # the row that all others are compared with on the unseen domains
-    worlds: tuple = ("toy", "camvid", "paper")  # where it can be made
-    budgets: tuple = ("",)      # it is made once for each, and drawn against them
-    axis: str = ""              # what they are
-    seeds: int = 3              # in small worlds
-
-
-TABLES = {
-    "main": Table("The paper in one table", "no KD, frozen", SMALL),
-    "effects": Table("The paper's method step by step", "", SMALL, seeds=5),
-    "variants": Table("GKD with one thing changed", "GKD", SMALL),
-    "steps": Table("Equal steps", "two-stage MSE", SMALL, ("250", "500", "1000", "2000", "4000", "8000"),
-                   "steps of each stage of distillation"),
-    "clock": Table("Equal seconds", "two-stage MSE", SMALL, ("40s", "80s", "160s"),  # the machine must be idle
-                   "seconds of all training of a student"),
-    "flops": Table("Equal FLOPs", "two-stage MSE", SMALL, ("2.5e12flop", "5e12flop", "1e13flop"),
-                   "FLOPs of all training of a student"),
-    "1": Table("Table 1, foundation to local", "no KD"),
-    "2": Table("Table 2, foundation to foundation", "no KD"),
-    "3": Table("Table 3, fewer labels"),
-    "4": Table("Table 4, one stage or two", "one-stage MSE"),
-    "5": Table("Table 5, component by component", "one-stage MSE"),
-    "6": Table("Table 6, GKD beside domain generalisation methods"),
-    "7": Table("Table 7, decoders"),
-    "8": Table("Table 8, students from DINO", "no KD"),
-    "9": Table("Table 9, surgery", "no KD"),
-    "10": Table("Table 10, objects (AP)", "no KD", ("toy", "paper")),
-    "fig6": Table("Figure 6, more sources", "labels of the first", ("toy", "paper"), ("1", "2", "3"),
-                  "sources in distillation"),
-}
-
-
 @lru_cache
 def written(table):
-    """A table's paragraphs in assets/tables.txt, {pair, world or "gains": {column: {row: text}}}; a list is column ""."""
+    """A table's paragraphs in assets/tables.txt, {pair, world or "gains": {column: {row: text}}}; a list is column "".
+
+    The table "tables" has a line about each table.
+    """
     found = {}
     text = (Path(__file__).parent / "assets" / "tables.txt").read_text()
     for paragraph in text.strip().split("\n\n")[1:]:
@@ -547,8 +502,14 @@ def written(table):
         for pair in pairs if table in tables else []:
             found[pair] = {}
             for i, column in enumerate(columns or [""], start=1):
-                found[pair][column] = {row[0]: [*row, ""][i] for row in rows}
+                found[pair][column] = {row[0]: row[i] if i < len(row) else "" for row in rows}
     return found
+
+
+TABLES = {}  # {name: {title, reference, worlds, seeds, budgets, axis: text}}
+for column, texts in written("tables")["all"].items():
+    for name, text in texts.items():
+        TABLES.setdefault(name, {})[column] = text
 
 
 class Block(NamedTuple):
@@ -576,7 +537,7 @@ def blocks(cfg):
         beside = next(iter(numbers.get(LIKENED, {}).values()), {})
         paper = {row: beside.get(row, "") for row in rows if row != FOUNDATION}
         numbers = {cfg.data: {"toy-boxes" if cfg.table == "10" else cfg.data: paper}}
-        seeds = range(cfg.seed, cfg.seed + (cfg.seeds or table.seeds))
+        seeds = range(cfg.seed, cfg.seed + (cfg.seeds or int(table["seeds"])))
     groups = []
     for pair, settings in numbers.items():
         for setting, paper in settings.items():
@@ -584,11 +545,11 @@ def blocks(cfg):
                 continue
             source, unseen = data.SETTINGS[setting]
             own = [source] if small or setting == "voc" else []
-            title = f"{table.title}, in the {pair} world" if small else f"{table.title}: {pair}, trained on {setting}"
+            title = table["title"] + (f", in the {pair} world" if small else f": {pair}, trained on {setting}")
             pairs = [placed(pair, setting, seed, cfg) for seed in seeds]
             paper = {row: text.split() for row, text in paper.items()}
             groups.append([])
-            for budget in table.budgets:
+            for budget in table["budgets"].split() or [""]:
                 rows = [row for row in paper if not stands.get(row) or budget in stands[row].split()]
                 runs = [{row: last_run(p, row, budget) for row in rows} for p in pairs]
                 if rows:
@@ -603,14 +564,13 @@ def blocks(cfg):
 
 def tables(cfg, device):
     """Print --table, after running what is missing of it; --demo and tables with budgets also draw a picture."""
-    table = TABLES.get(cfg.table)
-    if not table:
+    if cfg.table not in TABLES:
         raise UserError(f"--table {cfg.table}: not one of {' '.join(TABLES)}")
     if cfg.demo and cfg.table != "main":
         raise UserError(f"--demo is --table main: without it, --table {cfg.table} --data toy")
-    if cfg.data not in table.worlds:
-        worlds = " or ".join(table.worlds)
-        raise UserError(f"--table {cfg.table} --data {cfg.data}: this table is made with --data {worlds}")
+    worlds = TABLES[cfg.table]["worlds"].split()
+    if cfg.data not in worlds:
+        raise UserError(f"--table {cfg.table} --data {cfg.data}: this table is made with --data {' or '.join(worlds)}")
     if Path(cfg.out).is_file():
         raise UserError(f"--out {cfg.out} is a file, not a folder; choose another --out")
     for group in blocks(cfg):
@@ -618,19 +578,18 @@ def tables(cfg, device):
         curves = {}  # {budget: {row that all seeds have finished: [unseen mean of each]}}
         for block in group:
             results = {}
+            unseen = {}
             for name in block.seeds[0]:
                 found = [measured(rows[name], block, cfg, device) for rows in block.seeds]
                 results[name] = [result for result in found if result]
-            show_block(block, results, cfg)
-            unseen = {}
-            for name, found in results.items():
-                if len(found) == len(block.seeds):
+                if all(found):
                     unseen[name] = [result["unseen mean"] for result in found]
+            show_block(block, results, cfg)
             if len(block.seeds) > 1:
                 show_gains(unseen, cfg)
             curves[block.budget] = unseen
         if sum(map(bool, curves.values())) > 1:
-            print(f"picture: {draw_budgets(curves, group[0].folder / f'{cfg.table}.png', table.axis)}")
+            print(f"picture: {draw_budgets(curves, group[0].folder / f'{cfg.table}.png', TABLES[cfg.table]['axis'])}")
         if cfg.demo and len(unseen) == len(results):
             print(f"picture: {demo_picture(block, block.folder / 'demo.png', cfg)}")
 
@@ -640,7 +599,9 @@ def run_missing(group, cfg):
     chains = [run.chain() for block in group for rows in block.seeds for run in rows.values()]
     lacks = {}  # {missing run: what this machine lacks for it}
     for run in chain(*chains):
-        if run not in lacks and not run.finished():
+        if run.result.exists():
+            distill.check_folder(run.cfg)  # UserError if it holds a run with other constants
+        elif run not in lacks:
             lacks[run] = []
             if cfg.data == "paper":
                 lacks[run] = absent(run.cfg.data, run.cfg.root) + ([] if torch.cuda.is_available() else ["a GPU"])
@@ -676,8 +637,8 @@ def work_through(runs, jobs):
             time.sleep(0.1)
             for run in [run for run, process in working.items() if process.poll() is not None]:
                 if working.pop(run).returncode:
-                    *_, reason = Path(run.log).read_text(errors="replace").strip().split("\n")
-                    raise UserError(f"{run} has failed: {reason} (see {run.log})")
+                    *_, reason = Path(f"{run.cfg.out}.txt").read_text(errors="replace").strip().split("\n")
+                    raise UserError(f"{run} has failed: {reason} (see {run.cfg.out}.txt)")
                 bar.write(str(run), file=sys.stdout)
                 bar.update()
     finally:
@@ -689,7 +650,7 @@ def work_through(runs, jobs):
 
 
 def begin(run, jobs):
-    """Start a run in a process of its own, on its share of the cores."""
+    """Start a run in a process of its own, on its share of the cores; what it prints goes to <out>.txt."""
     script, *flags = shlex.split(run.text)
     words = [sys.executable]
     if run.processes > 1:
@@ -697,7 +658,7 @@ def begin(run, jobs):
     words += [str(Path(__file__).parent / script), *flags]
     threads = max(1, (os.cpu_count() or 1) // jobs // run.processes)
     run.result.parent.parent.mkdir(parents=True, exist_ok=True)
-    with open(run.log, "w") as file:
+    with open(f"{run.cfg.out}.txt", "w") as file:
         return subprocess.Popen(words, stdout=file, stderr=file, env=os.environ | {"OMP_NUM_THREADS": str(threads)})
 
 
@@ -766,7 +727,7 @@ def show_block(block, results, cfg):
             texts["paper"] = paper[-1] if paper else "-"
         cells[name] = texts.values()
     several = ", mean and standard deviation of seeds" if len(block.seeds) > 1 else ""
-    budget = f"; {TABLES[cfg.table].axis}: {block.budget}" if block.budget else ""
+    budget = f"; {TABLES[cfg.table]['axis']}: {block.budget}" if block.budget else ""
     print(f"\n{block.title}{budget}{several}{'' if small else ' [paper]'}")
     show(cells, texts)
     print(json.dumps({"table": cfg.table, "title": block.title, "budget": block.budget, "rows": results}))
@@ -777,7 +738,7 @@ STUDENT_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # 
 
 def show_gains(unseen, cfg):
     """Print what a table compares, beside the paper's gains, from {finished row: [unseen mean of each seed]}."""
-    reference = TABLES[cfg.table].reference
+    reference = TABLES[cfg.table]["reference"]
     compared = [(f"{row} over {reference}", reference, row) for row in unseen if row != reference]
     gains = written(cfg.table).get("gains", {"from": {}})
     compared += [(name, before, gains["to"][name]) for name, before in gains["from"].items()]
@@ -974,13 +935,10 @@ def segmenters(models, device):
 
 def encoders(models, cfg, device):
     """{name: frozen encoder} of models {name: path}; UserError where their tokens stand for patches of other sizes."""
-    vits = {}
-    for name, path in models.items():
-        vit = qsd.load_vit(file_in(path), patch_size=cfg.patch or None)
-        vits[name] = vit.to(device).eval().requires_grad_(False)
+    vits = {name: qsd.load_vit(file_in(path), patch_size=cfg.patch or None) for name, path in models.items()}
     if len({vit.patch_size for vit in vits.values()}) > 1:
         raise UserError("--models have patches of different sides: give all the same with --patch")
-    return vits
+    return {name: vit.to(device).eval().requires_grad_(False) for name, vit in vits.items()}
 
 
 def spread(dataset, count):
@@ -1072,18 +1030,16 @@ def figure_7a(models, cfg, path, device):
     """
     images = ConcatDataset([spread(val_split(name, cfg), cfg.subset) for name in data.entries(cfg.data)])
     each = math.ceil(2 * cfg.tokens / len(images))
-    fit = {}       # of each encoder, (L, C)
-    measured = {}  # of each encoder, (M, C)
+    tokens = {}  # of each encoder: (L, C) of every second image, (M, C) of the others
     for name, vit in encoders(models, cfg, device).items():
-        tokens = []
+        found = []
         for i, (image, *_) in enumerate(tqdm(images, name, leave=False)):
             x = patch_tokens(vit, image, device).flatten(0, 1).double()
             generator = torch.Generator().manual_seed(data.mix(cfg.seed, i // 2))  # alike for all encoders
-            tokens.append(x[torch.randperm(len(x), generator=generator)[:each]])
-        fit[name] = torch.cat(tokens[::2])[:cfg.tokens]
-        measured[name] = torch.cat(tokens[1::2])[:cfg.tokens]
+            found.append(x[torch.randperm(len(x), generator=generator)[:each]])
+        tokens[name] = [torch.cat(found[part::2])[:cfg.tokens] for part in (0, 1)]
     teacher, *students = models
-    apart = {name: distances(measured[name], measured[teacher], fit[name], fit[teacher]) for name in students}
+    apart = {name: distances(*tokens[name], *tokens[teacher]) for name in students}
 
     farthest = torch.cat(list(apart.values())).quantile(0.99).item()
     edges = torch.linspace(0, farthest, 61, dtype=torch.float64)
@@ -1092,14 +1048,16 @@ def figure_7a(models, cfg, path, device):
     for name, d in apart.items():
         shares = 100 * torch.histogram(d, edges).hist / len(d)
         lines[f"{name}: median {d.median():.2f}"] = [(x, y, 0) for x, y in zip(middles.tolist(), shares.tolist())]
-    x_title = f"Euclidean distance to {teacher} ({len(measured[teacher])} tokens of {cfg.data})"
+    x_title = f"Euclidean distance to {teacher} ({len(tokens[teacher][1])} tokens of {cfg.data})"
     return chart(lines, path, x_title, "% of the tokens")
 
 
-def distances(v_s, v_t, fit_s, fit_t):
-    """Euclidean distance (M,) of student tokens (M, C_s) to the teacher's (M, C_t), after the affine map that fits
-    others, fit_s (L, C_s) and fit_t (L, C_t), best."""
-    v_s, fit_s = [F.pad(x, (0, 1), value=1) for x in (v_s, fit_s)]  # with a constant, an affine map is linear
+def distances(fit_s, v_s, fit_t, v_t):
+    """Euclidean distance (M,) of student tokens v_s (M, C_s) to the teacher's v_t (M, C_t).
+
+    Between them stands the affine map that takes fit_s (L, C_s) to fit_t (L, C_t) best.
+    """
+    fit_s, v_s = [F.pad(x, (0, 1), value=1) for x in (fit_s, v_s)]  # with a constant, an affine map is linear
     # Tokens after a LayerNorm lie in a plane, so the constant depends on them: of all drivers, gelsd copes with that.
     phi = torch.linalg.lstsq(fit_s, fit_t, driver="gelsd").solution  # (C_s + 1, C_t)
     return (v_s @ phi - v_t).norm(dim=1)

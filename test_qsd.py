@@ -2677,7 +2677,7 @@ def test_every_command_of_every_table_is_accepted_by_its_script_and_begins_where
             assert run.text.startswith("segment.py")
         names = {name for _, name, _ in rows_of(title, world)}
         gains = evaluation.written(title).get("gains", {})
-        compared = {table.reference, *itertools.chain(*[rows.values() for rows in gains.values()])} - {""}
+        compared = {table["reference"], *itertools.chain(*[rows.values() for rows in gains.values()])} - {""}
         assert compared <= names | {"two-stage CWD"} or len(names) < 3 or world == "paper"
     for title in [title for title, other in NOT_THERE if other == world]:
         with pytest.raises(qsd.UserError, match=f"--table {title} --data {world}: this table is made with --data toy"):
