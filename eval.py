@@ -21,7 +21,7 @@ import sys
 import time
 from collections import defaultdict
 from dataclasses import dataclass, field, replace
-from functools import cached_property, lru_cache, partial
+from functools import lru_cache, partial
 from itertools import chain
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -83,12 +83,9 @@ PRESETS = {"toy": dict(batch=50, workers=0), "camvid": dict(batch=8, workers=1),
 
 def preset(given):
     """What --demo and --data change in the defaults; given: the flags as a dict."""
-    values = {}
-    if given.get("demo"):
-        values = dict(data="toy", table="main", seeds=1)
+    values = dict(data="toy", table="main", seeds=1) if given.get("demo") else {}
     domain = (values | given).get("data", Config.data)
-    world = "toy" if domain.startswith("toy") else domain
-    return values | PRESETS.get(world, {})
+    return values | PRESETS.get("toy" if domain.startswith("toy") else domain, {})
 
 
 # --- mIoU ------------------------------------------------------------------------------------------------------------
@@ -141,9 +138,8 @@ def starts(length, window, step):
 
 
 def check_finite(*scores):
-    for part in scores:
-        if not part.isfinite().all():
-            raise UserError("the segmenter's scores are not finite; use --precision fp32")
+    if not all(part.isfinite().all() for part in scores):
+        raise UserError("the segmenter's scores are not finite; use --precision fp32")
 
 
 def evaluate(model, dataset, window, cfg, device, title=""):
@@ -225,13 +221,10 @@ def evaluate_boxes(model, dataset, side, cfg, device, title=""):
 # --- What is measured ------------------------------------------------------------------------------------------------
 
 def measure(title, model, saved, cfg, device):
-    """{domain: mIoU in percent, or mean AP} of a segmenter on cfg.data; title: what an error calls it."""
-    ious = class_ious(title, model, saved, cfg, device)
-    return {name: values.nanmean().item() for name, values in ious.items()}
+    """{domain: IoU in percent of each class (K,), or AP} of a segmenter on cfg.data; NaN as iou says.
 
-
-def class_ious(title, model, saved, cfg, device):
-    """{domain: IoU in percent of each class (K,), or AP} of a segmenter on cfg.data; NaN as iou says."""
+    title: what an error calls the segmenter.
+    """
     window = cfg.window or saved["config"]["size"]
     ious = {}
     for name in data.entries(cfg.data):
@@ -255,10 +248,8 @@ def val_split(name, cfg, title="", saved=None):
         return data.scenes(name, cfg.root, "val", classes=len(saved["classes"]))
     classes = list(data.DATASETS[name].classes)
     known = saved["classes"] if saved else classes
-    alike = classes == known
-    if saved and saved.get("released"):  # its file tells how many classes there are, not which
-        alike = len(classes) == len(known)
-    if not alike:
+    counts_alone = saved and saved.get("released")  # such a file tells how many classes there are, not which
+    if len(classes) != len(known) or (classes != known and not counts_alone):
         raise UserError(f"--data {name} has the {len(classes)} classes {', '.join(classes)}, but {title} was "
                         f"trained on {len(known)} others")
     return data.scenes(name, cfg.root, "val", partial(data.eval_transform, name=name))
@@ -285,6 +276,7 @@ SCRIPTS = {"distill.py": (distill, "student.pt"), "segment.py": (segment, "segme
 class Run:
     """A command of a training script. Two with the same text are equal: rows that begin alike share their runs."""
     text: str                                   # without the `python` before it
+    cfg: object = field(compare=False)          # its script's Config
     result: Path = field(compare=False)         # student.pt or segmenter.pt in the folder --out
     needs: tuple = field(compare=False)         # the runs whose results it begins with
     processes: int = field(compare=False)
@@ -294,22 +286,9 @@ class Run:
         several = f"torchrun --standalone --nproc_per_node={self.processes}"
         return f"{several if self.processes > 1 else 'python'} {self.text}"
 
-    @cached_property
-    def cfg(self):
-        """Its script's Config."""
-        script, *flags = shlex.split(self.text)
-        module, _ = SCRIPTS[script]
-        return distill.configure(module.Config, module.preset, flags)
-
     def chain(self):
         """The runs that lead to this one, and then it."""
         return [*chain(*[run.chain() for run in self.needs]), self]
-
-    def finished(self):
-        """Whether its result is there; UserError if its folder holds a run with other constants."""
-        if self.result.exists():
-            distill.check_folder(self.cfg)
-        return self.result.exists()
 
 
 def run_of(script, processes=1, **flags):
@@ -322,8 +301,10 @@ def run_of(script, processes=1, **flags):
             value = "yes" if value else "no"
         if value is not None:
             words += [f"--{name}", str(value)]
+    module, result = SCRIPTS[script]
+    cfg = distill.configure(module.Config, module.preset, words[1:])
     needs = tuple(value for value in flags.values() if isinstance(value, Run))
-    return Run(shlex.join(words), Path(flags["out"], SCRIPTS[script][1]), needs, processes)
+    return Run(shlex.join(words), cfg, Path(cfg.out, result), needs, processes)
 
 
 class Pair(NamedTuple):
@@ -332,10 +313,7 @@ class Pair(NamedTuple):
     student: str
     student_depth: int | None = None     # only its first blocks
     proxy: str = "imagenet"              # --data of the proxy stage; "": none, the student is a foundation model (F2F)
-    proxy_flags: dict = {}               # of distill.py in the proxy stage
-    source_flags: dict = {}              # of distill.py on source images
-    one_stage_flags: dict = {}           # of segment.py in the one-stage rows
-    tuned_flags: dict = {}               # of segment.py where the labels train the encoder after distillation
+    flags: dict = {}                     # for "proxy", "source", "one-stage" and "tuned": more flags of these runs
     source: str = ""                     # --data of the source stage
     labelled: str = ""                   # --data of the task stage: the source, or the same images with boxes
     common: dict = {}                    # flags of every command
@@ -344,10 +322,11 @@ class Pair(NamedTuple):
     processes: int = 1                   # of each run of distill.py
 
 
-TOY_STUDENT = "toy_student"
 EVA_PROXY = "imagenet"  # as the official scripts; the paper's text: "", source images only for all of F2F
 NORMED = dict(target_norm="layernorm")
 LIGHT = dict(patch=16, batch=16, lr=5e-4, lr_rule="constant", repeats=1, workers=1) | NORMED
+CAMVID = {"proxy": dict(size=128, budget=1000) | LIGHT, "source": dict(size=160, budget=500) | LIGHT,
+          "one-stage": NORMED}
 PAIRS = {
     "DINOv2-L -> DeiT-B": Pair("dinov2_vitl14", "deit_base_distilled"),
     "DINOv2-B -> DeiT-S": Pair("dinov2_vitb14", "deit_small_distilled"),
@@ -358,10 +337,9 @@ PAIRS = {
     "DINOv2-L -> DINO-B": Pair("dinov2_vitl14", "dino_vitb16"),
     "DINOv2-B -> DINO-S": Pair("dinov2_vitb14", "dino_vits16"),
     # Both are shipped: the teacher was trained on a wide world of looks, the student on what whole images show.
-    "toy": Pair("toy_teacher", TOY_STUDENT, proxy="toy-proxy", tuned_flags=dict(lr_backbone=2e-4)),
+    "toy": Pair("toy_teacher", "toy_student", proxy="toy-proxy", flags={"tuned": dict(lr_backbone=2e-4)}),
     # Real images: the teacher is an ImageNet ViT-Ti, the student the first 6 of another one's 12 blocks.
-    "camvid": Pair("vit_tiny_augreg", "deit_tiny", student_depth=6, proxy_flags=dict(size=128, budget=1000) | LIGHT,
-                   source_flags=dict(size=160, budget=500) | LIGHT, one_stage_flags=NORMED),
+    "camvid": Pair("vit_tiny_augreg", "deit_tiny", student_depth=6, flags=CAMVID),
 }
 SMALL = ("toy", "camvid")  # worlds for two CPU cores
 LIKENED = "DINOv2-B -> DeiT-S"  # whose numbers in the paper stand beside those of the small worlds
@@ -389,11 +367,11 @@ def distilled(p, name, proxy=True, source=None, source_name=None, **flags):
     """
     student = dict(student=p.student, student_depth=p.student_depth)
     if proxy and p.proxy:
-        first = run_of("distill.py", p.processes, data=p.proxy, **(p.proxy_flags | flags), teacher=p.teacher, **student,
-                       **p.common, out=f"{p.shared}/{name}-proxy")
+        first = run_of("distill.py", p.processes, data=p.proxy, **(p.flags.get("proxy", {}) | flags),
+                       teacher=p.teacher, **student, **p.common, out=f"{p.shared}/{name}-proxy")
         student = dict(student=first)
-    return run_of("distill.py", p.processes, data=source or p.source, **(p.source_flags | flags), teacher=p.teacher,
-                  **student, **p.common, out=f"{p.here}/{source_name or name}-source")
+    return run_of("distill.py", p.processes, data=source or p.source, **(p.flags.get("source", {}) | flags),
+                  teacher=p.teacher, **student, **p.common, out=f"{p.here}/{source_name or name}-source")
 
 
 def task(p, name, encoder, source=None, **flags):
@@ -407,83 +385,83 @@ def as_released(p, role, encoder, ending="", **flags):
     """The run of a decoder on a foundation model as it is: frozen, but for those that the official configs train.
 
     They train EVA02-B without the smaller rate for encoders, and with drop path 0.15, which is left out here. The paper
-    gives EVA02-B 46.6 mIoU as a teacher and 56.2 as a student: one command cannot give both, so that EVA02-B stays
-    frozen where its role is "teacher".
+    gives it 46.6 mIoU as a teacher and 56.2 as a student: one command cannot give both, so that a teacher stays frozen.
     """
     trained = {}
     if encoder == "eva02_base" and role != "teacher":
         trained = dict(freeze=False, lr_backbone=1e-4)
     elif encoder == "eva02_small" or (encoder in ("dinov2_vits14", "dinov2_vitb14") and p.source == "cityscapes"):
         trained = dict(freeze=False)
-    state = "tuned" if trained else "frozen"
-    return task(p, f"{role}-{state}{ending}", encoder, **trained, **flags)
+    return task(p, f"{role}-{'tuned' if trained else 'frozen'}{ending}", encoder, **trained, **flags)
 
 
-# --- Rows: each is named after a method, here and in assets/paper.txt ------------------------------------------------
+# --- Rows: each is named after a method, here and in assets/tables.txt -----------------------------------------------
 
-ONE_STAGE = {  # row: its --loss beside that of the task
-    "one-stage MSE": "mse", "one-stage QSD": "qsd", "one-stage CWD": "cwd", "one-stage Af-DCD": "afdcd",
-    "one-stage G2SD": "g2sd", "one-stage ViTKD": "vitkd", "one-stage Proteus": "proteus",
-}
-TWO_STAGE = {  # row: the name of its runs, and flags of distill.py
-    "two-stage MSE": ("mse", dict(loss="mse")),
+TWO_STAGE = {  # row, beside "two-stage" and a rival: the name of its runs, and flags of distill.py
     "MSE on source images": ("mse-only", dict(loss="mse", proxy=False)),
-    "two-stage CWD": ("cwd", dict(loss="cwd")),
-    "two-stage ViTKD": ("vitkd", dict(loss="vitkd")),
     "GKD": ("qsd", dict(loss="qsd")),
     "identity attention": ("identity", dict(loss="qsd", attention="identity")),
 }
-DISTILL_CHANGES = {  # after a comma in a row's name: what the runs' names get, and flags of distill.py
-    "no masks": ("-unmasked", dict(beta=0)),
-    "no CLS token": ("-patches", dict(gamma=0)),
-    "scaled logits": ("-scale-sqrt", dict(scale="sqrt")),
-    "teacher's attention": ("-attention-teacher", dict(attention="teacher")),
-    "four layers": ("-layers-four", dict(layers="four")),
-    "LayerNorm targets": ("-target_norm-layernorm", dict(target_norm="layernorm")),
-}
-TASK_CHANGES = {  # likewise, for the last run alone: flags of segment.py
-    "frozen": ("-frozen", dict(freeze=None)),
-    "tuned": ("-tuned", dict(freeze=False)),    # the labels train the encoder, too
-    "1/16 labels": ("-1of16", dict(labels="1/16")),
-    "1/8 labels": ("-1of8", dict(labels="1/8")),
-    "1/4 labels": ("-1of4", dict(labels="1/4")),
-    "all labels": ("", {}),
-    "linear": ("-linear", dict(decoder="linear")),
-    "SemFPN": ("-fpn", dict(decoder="fpn")),
-    "mask decoder": ("", {}),
+CHANGES = {  # after a comma in a row's name: of which script flags change, what the names of its runs get, these flags
+    "no masks": ("distill", "-unmasked", dict(beta=0)),
+    "no CLS token": ("distill", "-patches", dict(gamma=0)),
+    "scaled logits": ("distill", "-scale-sqrt", dict(scale="sqrt")),
+    "teacher's attention": ("distill", "-attention-teacher", dict(attention="teacher")),
+    "four layers": ("distill", "-layers-four", dict(layers="four")),
+    "LayerNorm targets": ("distill", "-target_norm-layernorm", dict(target_norm="layernorm")),
+    "frozen": ("segment", "-frozen", dict(freeze=None)),
+    "tuned": ("segment", "-tuned", dict(freeze=False)),     # the labels train the encoder, too
+    "1/16 labels": ("segment", "-1of16", dict(labels="1/16")),
+    "1/8 labels": ("segment", "-1of8", dict(labels="1/8")),
+    "1/4 labels": ("segment", "-1of4", dict(labels="1/4")),
+    "all labels": ("segment", "", {}),
+    "linear": ("segment", "-linear", dict(decoder="linear")),
+    "SemFPN": ("segment", "-fpn", dict(decoder="fpn")),
+    "mask decoder": ("segment", "", {}),
 }
 FOUNDATION = "foundation model of that size"
 
 
-def last_run(p, row, name_ending="", distill_flags={}, **task_flags):
+def last_run(p, row, budget=""):
     """The run that makes a row's segmenter; those before it are its needs.
 
-    distill_flags, task_flags: more flags of distill.py, and of segment.py; name_ending: what all its runs' names get.
+    budget: steps of each stage of distillation; or, with a unit, what all training of a student may take (Laube et al.,
+    2026, arXiv 2604.25530): of two stages, either part of distillation has 40 % and the task stage the rest. What the
+    teacher took, and its decoder for logit distillation, does not count. For seconds the machine must be idle.
     """
     method, *changes = row.split(", ")
-    task_ending = ""
+    if method.startswith("labels of"):
+        return with_more_sources(p, row, int(budget))
+    if p.source == "toy" and budget == distill.PRESETS["toy proxy"]["budget"]:
+        budget = ""                         # that world's own: these are the runs of the other tables
+    endings = {"distill": "", "segment": ""}
+    flags = {"distill": {}, "segment": {}}
     for change in changes:
-        if change in DISTILL_CHANGES:
-            ending, flags = DISTILL_CHANGES[change]
-            name_ending = ending + name_ending
-            distill_flags = flags | distill_flags
-        else:
-            ending, flags = TASK_CHANGES[change]
-            task_ending += ending
-            task_flags = flags | task_flags
-    if "tuned" in changes:
-        task_flags |= p.tuned_flags
+        script, ending, changed = CHANGES[change]
+        endings[script] += ending
+        flags[script] |= changed | p.flags.get(change, {})
+    if budget:
+        endings["distill"] += f"-{budget}"
+        flags["distill"]["budget"] = budget
+    unit = budget.lstrip("0123456789.e")
+    loss = method.split()[-1].replace("-", "").lower()  # of a rival: afdcd in "one-stage Af-DCD"
+    two_stages = method in TWO_STAGE or method.startswith("two-stage")
+    if unit:
+        shares = [share * float(budget.removesuffix(unit)) for share in (0.4, 0.2)]
+        stage, rest = [f"{amount:g}{unit}".replace("+", "") for amount in shares]
+        flags["distill"]["budget"] = stage
+        flags["segment"]["budget"] = rest if two_stages else budget
 
-    if method in TWO_STAGE:
-        name, flags = TWO_STAGE[method]
-        encoder = distilled(p, name + name_ending, **flags, **distill_flags)
-        return task(p, name + name_ending + task_ending, encoder, **task_flags)
-    ending = name_ending + task_ending
+    ending = endings["distill"] + endings["segment"]
+    task_flags = flags["segment"]
+    if two_stages:
+        name, objective = TWO_STAGE.get(method, (loss, dict(loss=loss)))
+        encoder = distilled(p, name + endings["distill"], **objective, **flags["distill"])
+        return task(p, name + ending, encoder, **task_flags)
     student = dict(encoder=p.student, depth=p.student_depth)
-    if method in ONE_STAGE:
-        loss = ONE_STAGE[method]
-        return task(p, f"one-stage-{loss}{ending}", **student, freeze=False, kd=1, loss=loss, **p.one_stage_flags,
-                    teacher=p.teacher, **task_flags)
+    if method.startswith("one-stage"):
+        return task(p, f"one-stage-{loss}{ending}", **student, freeze=False, kd=1, loss=loss,
+                    **p.flags.get("one-stage", {}), teacher=p.teacher, **task_flags)
     if method == "logit KD":
         return task(p, f"logits{ending}", **student, freeze=False, kd_logits=1, teacher=last_run(p, "teacher"),
                     **task_flags)
@@ -497,153 +475,41 @@ def last_run(p, row, name_ending="", distill_flags={}, **task_flags):
     return as_released(p, role, encoder, ending, **task_flags)
 
 
-def last_runs(p, rows, *more, **flags):
-    """{row: last run} of several rows."""
-    return {row: last_run(p, row, *more, **flags) for row in rows}
-
-
-# --- Tables: their rows, and which of them are compared ---------------------------------------------------------------
-
-ONCE = (None,)
-
-
-class Table(NamedTuple):
-    """A table of the paper, or one of this project."""
-    title: str
-    rows: tuple = ()            # in small worlds, where they are not those of assets/paper.txt
-    only_camvid: tuple = ()     # those of them that the toy world leaves out
-    rows_at: object = None      # instead: the rows {name: last run} as a function of a Pair and a budget
-    worlds: dict = dict(toy=ONCE, camvid=ONCE, paper=ONCE)  # where it can be made, and for which budgets once each
-    unit: str = ""              # of a budget
-    axis: str = ""              # what a budget is: the table is drawn against it
-    reference: str = ""         # the row that all others are compared with on the unseen domains
-    gains: tuple = ()           # further comparisons: what is gained, from which row to which
-    seeds: int = 3              # in small worlds
-
-
-def by_steps(p, steps):
-    """Whether a method that loses early wins late."""
-    rows = ["two-stage MSE", "GKD"]
-    if steps <= 4000:
-        rows.append("GKD, scaled logits")
-    if p.source == "toy" and str(steps) == distill.PRESETS["toy proxy"]["budget"]:  # the runs of the other tables
-        return last_runs(p, rows)
-    return last_runs(p, rows, f"-{steps}", dict(budget=steps))
-
-
-def equal_budgets(p, amount, unit):
-    """What each objective makes of the same seconds or FLOPs (Laube et al., 2026, arXiv 2604.25530).
-
-    Of two stages, either part of distillation has 40 %, the task stage the rest. What the teacher took, and its decoder
-    for logit distillation, does not count. For seconds the machine must be idle.
-    """
-    whole, stage, rest = [budget_text(share * amount, unit) for share in (1, 0.4, 1 - 2 * 0.4)]
-    in_one = ("no KD", "logit KD", *[row for row in ONE_STAGE if row != "one-stage QSD"])
-    in_two = ("two-stage MSE", "two-stage CWD", "GKD")
-    return (last_runs(p, in_one, f"-{whole}", budget=whole)
-            | last_runs(p, in_two, f"-{whole}", dict(budget=stage), budget=rest))
-
-
-def budget_text(amount, unit):
-    """A --budget as text: 24s, or 2.5e12flop."""
-    return f"{amount:g}{unit}".replace("+", "")
-
-
-def more_sources(p, count):
-    """Further sources in distillation only, or with their labels as well."""
+def with_more_sources(p, row, count):
+    """The last run of GKD with so many sources in distillation, and the labels of the first or of all."""
     if count == 1:
-        return dict.fromkeys(("labels of the first", "labels of all"), last_run(p, "GKD"))
+        return last_run(p, "GKD")
     sources = data.TOY_SOURCES if p.source == "toy" else (p.source, "synthia", "urbansyn")
     joined = "+".join(sources[:count])
     name = f"qsd-on-{count}"
     student = distilled(p, "qsd", source=joined, source_name=name, loss="qsd")  # the proxy stage is that of all rows
-    return {
-        "labels of the first": task(p, f"{name}-labels-1", student),
-        "labels of all": task(p, name, student, joined),
-    }
+    return task(p, name, student, joined) if row == "labels of all" else task(p, f"{name}-labels-1", student)
 
 
-TABLES = {
-    "main": Table("The paper in one table", (
-        "no KD", "no KD, frozen", "one-stage MSE", "two-stage MSE", "two-stage CWD", "GKD", "teacher",
-    ), only_camvid=("two-stage CWD",), worlds=dict(toy=ONCE, camvid=ONCE), reference="no KD, frozen", gains=(
-        ("CWD instead of MSE", "two-stage MSE", "two-stage CWD"),
-        ("GKD instead of MSE", "two-stage MSE", "GKD"),
-        ("GKD instead of no KD", "no KD", "GKD"),
-    )),
-    "effects": Table("The paper's method step by step", seeds=5, rows=(
-        "no KD", "one-stage MSE", "MSE on source images, tuned", "two-stage MSE, tuned",
-        "identity attention, no masks, tuned", "GKD, no masks, tuned", "GKD, no CLS token, tuned", "GKD, tuned", "GKD",
-        "two-stage MSE", "teacher",
-    ), worlds=dict(toy=ONCE, camvid=ONCE), gains=(
-        ("distil at all, in one stage", "no KD", "one-stage MSE"),
-        ("source stage first, then the task", "one-stage MSE", "MSE on source images, tuned"),
-        ("proxy stage before it", "MSE on source images, tuned", "two-stage MSE, tuned"),
-        ("learned attention instead of identity", "identity attention, no masks, tuned", "GKD, no masks, tuned"),
-        ("QSD on CLS and features instead of MSE", "two-stage MSE, tuned", "GKD, no masks, tuned"),
-        ("masked patches", "GKD, no masks, tuned", "GKD, tuned"),
-        ("CLS token", "GKD, no CLS token, tuned", "GKD, tuned"),
-        ("frozen encoder", "GKD, tuned", "GKD"),
-        ("GKD instead of two-stage MSE", "two-stage MSE", "GKD"),
-        ("GKD instead of no KD", "no KD", "GKD"),
-    )),
-    "variants": Table("GKD with one thing changed", (
-        "GKD", "GKD, scaled logits", "identity attention", "GKD, teacher's attention", "GKD, four layers",
-        "GKD, LayerNorm targets",
-    ), worlds=dict(toy=ONCE, camvid=ONCE), reference="GKD"),
-    "steps": Table("Equal steps", rows_at=by_steps, axis="steps of each stage of distillation", worlds=dict(
-        toy=(250, 500, 1000, 2000, 4000, 8000), camvid=(250, 500, 1000, 2000, 4000),
-    ), reference="two-stage MSE", gains=(("scaled logits", "GKD", "GKD, scaled logits"),)),
-    "clock": Table("Equal seconds", rows_at=partial(equal_budgets, unit="s"), unit="s",
-                   axis="seconds of all training of a student", reference="two-stage MSE",
-                   worlds=dict.fromkeys(SMALL, (40, 80, 160))),
-    "flops": Table("Equal FLOPs", rows_at=partial(equal_budgets, unit="flop"), unit="flop",
-                   axis="FLOPs of all training of a student", reference="two-stage MSE",
-                   worlds=dict.fromkeys(SMALL, (2.5e12, 5e12, 1e13))),
-    "1": Table("Table 1, foundation to local", reference="no KD"),
-    "2": Table("Table 2, foundation to foundation", reference="no KD"),
-    "3": Table("Table 3, fewer labels", gains=[
-        (f"GKD, {share} labels", f"no KD, {share} labels", f"GKD, {share} labels") for share in ("1/16", "1/8", "1/4")
-    ]),
-    "4": Table("Table 4, one stage or two", reference="one-stage MSE", gains=(
-        ("CWD instead of MSE", "two-stage MSE", "two-stage CWD"),
-    )),
-    "5": Table("Table 5, component by component", reference="one-stage MSE"),
-    "6": Table("Table 6, GKD beside domain generalisation methods"),
-    "7": Table("Table 7, decoders", (
-        "GKD, linear", "GKD, SemFPN", "GKD, mask decoder", "teacher, linear", "teacher, SemFPN",
-        "teacher, mask decoder",
-    ), gains=(("mask decoder instead of SemFPN", "GKD, SemFPN", "GKD, mask decoder"),)),
-    "8": Table("Table 8, students from DINO", reference="no KD"),
-    "9": Table("Table 9, surgery", reference="no KD"),
-    "10": Table("Table 10, objects (AP)", worlds=dict(toy=ONCE, paper=ONCE), reference="no KD"),
-    "fig6": Table("Figure 6, more sources", rows_at=more_sources, axis="sources in distillation",
-                  worlds=dict(toy=(1, 2, 3), paper=(1, 2, 3)), reference="labels of the first"),
-}
-
+# --- Tables: their rows, and which of them are compared ---------------------------------------------------------------
 
 @lru_cache
-def paper_numbers(table):
-    """What the paper reports in a table, {pair: {setting: {row: [numbers]}}}."""
-    numbers = {}
-    text = (Path(__file__).parent / "assets" / "paper.txt").read_text()
+def written(table):
+    """A table's paragraphs in assets/tables.txt, {pair, world or "gains": {column: {row: text}}}; a list is column "".
+
+    The table "tables" has a line about each table.
+    """
+    found = {}
+    text = (Path(__file__).parent / "assets" / "tables.txt").read_text()
     for paragraph in text.strip().split("\n\n")[1:]:
-        (heading, *settings), *rows = [re.split(r" *\| *", line) for line in paragraph.splitlines()]
-        name, pair = heading.split(": ")
-        if name == table:
-            numbers[pair] = {setting: {} for setting in settings}
-            for row, *columns in rows:
-                for setting, column in zip(settings, columns, strict=True):
-                    numbers[pair][setting][row] = [float(number) for number in column.split()]
-    return numbers
+        (heading, *columns), *rows = [re.split(r" *\| *", line) for line in paragraph.splitlines()]
+        tables, pairs = [part.split(", ") for part in heading.split(": ")]
+        for pair in pairs if table in tables else []:
+            found[pair] = {}
+            for i, column in enumerate(columns or [""], start=1):
+                found[pair][column] = {row[0]: row[i] if i < len(row) else "" for row in rows}
+    return found
 
 
-def paper_gain(table, before, after):
-    """What the paper gains between two rows, of this table or else of another one; None if none has both."""
-    for name in (table, *TABLES):
-        for numbers in paper_numbers(name).get(LIKENED, {}).values():
-            if before in numbers and after in numbers:
-                return round(numbers[after][-1] - numbers[before][-1], 1)
+TABLES = {}  # {name: {title, reference, worlds, seeds, budgets, axis: text}}
+for column, texts in written("tables")["all"].items():
+    for name, text in texts.items():
+        TABLES.setdefault(name, {})[column] = text
 
 
 class Block(NamedTuple):
@@ -652,8 +518,8 @@ class Block(NamedTuple):
     seeds: list     # its rows {name: last run}, once for each seed
     source: list    # domains: the source's own val split in a small world or before corruption, or nothing
     unseen: list    # domains that nobody trained on
-    paper: dict     # what the paper reports, {row: [numbers]}
-    budget: str     # as text; "": none
+    paper: dict     # what the paper reports, {row: [numbers as text]}
+    budget: str     # "": none
     folder: Path    # of pictures
 
 
@@ -661,11 +527,17 @@ def blocks(cfg):
     """The blocks of --table: a list for each pair and setting, and in it one for each budget."""
     table = TABLES[cfg.table]
     small = cfg.data in SMALL
-    numbers = paper_numbers(cfg.table)
+    numbers = {pair: settings for pair, settings in written(cfg.table).items() if " -> " in pair}
+    stands = {}  # of rows of a small world: the budgets at which they stand; "" or nothing: at all
     seeds = [0]
     if small:
-        numbers = {cfg.data: {"toy-boxes" if cfg.table == "10" else cfg.data: small_rows(cfg)}}
-        seeds = range(cfg.seed, cfg.seed + (cfg.seeds or table.seeds))
+        stands = written(cfg.table).get(cfg.data, {"": {}})[""]
+        reported = [rows for settings in numbers.values() for rows in settings.values()]
+        rows = stands or reported[0]
+        beside = next(iter(numbers.get(LIKENED, {}).values()), {})
+        paper = {row: beside.get(row, "") for row in rows if row != FOUNDATION}
+        numbers = {cfg.data: {"toy-boxes" if cfg.table == "10" else cfg.data: paper}}
+        seeds = range(cfg.seed, cfg.seed + (cfg.seeds or int(table["seeds"])))
     groups = []
     for pair, settings in numbers.items():
         for setting, paper in settings.items():
@@ -673,71 +545,53 @@ def blocks(cfg):
                 continue
             source, unseen = data.SETTINGS[setting]
             own = [source] if small or setting == "voc" else []
-            title = f"{table.title}, in the {pair} world" if small else f"{table.title}: {pair}, trained on {setting}"
+            title = table["title"] + (f", in the {pair} world" if small else f": {pair}, trained on {setting}")
             pairs = [placed(pair, setting, seed, cfg) for seed in seeds]
-            group = []
-            for amount in table.worlds[cfg.data]:
-                budget = budget_text(amount, table.unit) if amount else ""
-                rows = [table.rows_at(p, amount) if amount else last_runs(p, paper) for p in pairs]
-                group.append(Block(title, rows, own, list(unseen), paper, budget, Path(pairs[0].here)))
-            groups.append(group)
+            paper = {row: text.split() for row, text in paper.items()}
+            groups.append([])
+            for budget in table["budgets"].split() or [""]:
+                rows = [row for row in paper if not stands.get(row) or budget in stands[row].split()]
+                runs = [{row: last_run(p, row, budget) for row in rows} for p in pairs]
+                if rows:
+                    groups[-1].append(Block(title, runs, own, list(unseen), paper, budget, Path(pairs[0].here)))
     if not groups:
         offered = " ".join(dict.fromkeys(chain(*numbers.values())))
         raise UserError(f"--table {cfg.table} --data {cfg.data} --setting {cfg.setting}: this table has {offered}")
     return groups
 
 
-def small_rows(cfg):
-    """The rows of a table in a small world, its own or those of the paper, and the paper's numbers beside them."""
-    def first(found):
-        return next(iter(found.values()), {})
-
-    table = TABLES[cfg.table]
-    numbers = paper_numbers(cfg.table)      # of pairs, of their settings
-    rows = table.rows or first(first(numbers))
-    beside = first(numbers.get(LIKENED, {}))
-    left_out = {FOUNDATION, *(table.only_camvid if cfg.data == "toy" else ())}
-    return {row: beside.get(row, []) for row in rows if row not in left_out}
-
-
 # --- Tables: what is missing is run, what is there is printed --------------------------------------------------------
 
 def tables(cfg, device):
     """Print --table, after running what is missing of it; --demo and tables with budgets also draw a picture."""
-    check_table(cfg)
-    table = TABLES[cfg.table]
+    if cfg.table not in TABLES:
+        raise UserError(f"--table {cfg.table}: not one of {' '.join(TABLES)}")
+    if cfg.demo and cfg.table != "main":
+        raise UserError(f"--demo is --table main: without it, --table {cfg.table} --data toy")
+    worlds = TABLES[cfg.table]["worlds"].split()
+    if cfg.data not in worlds:
+        raise UserError(f"--table {cfg.table} --data {cfg.data}: this table is made with --data {' or '.join(worlds)}")
+    if Path(cfg.out).is_file():
+        raise UserError(f"--out {cfg.out} is a file, not a folder; choose another --out")
     for group in blocks(cfg):
         run_missing(group, cfg)
         curves = {}  # {budget: {row that all seeds have finished: [unseen mean of each]}}
         for block in group:
             results = {}
+            unseen = {}
             for name in block.seeds[0]:
                 found = [measured(rows[name], block, cfg, device) for rows in block.seeds]
                 results[name] = [result for result in found if result]
+                if all(found):
+                    unseen[name] = [result["unseen mean"] for result in found]
             show_block(block, results, cfg)
-            unseen = {}
-            for name, found in results.items():
-                if len(found) == len(block.seeds):
-                    unseen[name] = [result.miou[-1] for result in found]
             if len(block.seeds) > 1:
-                show_gains(table, unseen, cfg)
+                show_gains(unseen, cfg)
             curves[block.budget] = unseen
         if sum(map(bool, curves.values())) > 1:
-            print(f"picture: {draw_budgets(curves, group[0].folder / f'{cfg.table}.png', table.axis)}")
+            print(f"picture: {draw_budgets(curves, group[0].folder / f'{cfg.table}.png', TABLES[cfg.table]['axis'])}")
         if cfg.demo and len(unseen) == len(results):
             print(f"picture: {demo_picture(block, block.folder / 'demo.png', cfg)}")
-
-
-def check_table(cfg):
-    if cfg.table not in TABLES:
-        raise UserError(f"--table {cfg.table}: not one of {' '.join(TABLES)}")
-    if cfg.demo and cfg.table != "main":
-        raise UserError(f"--demo is --table main: without it, --table {cfg.table} --data toy")
-    worlds = TABLES[cfg.table].worlds
-    if cfg.data not in worlds:
-        raise UserError(f"--table {cfg.table} --data {cfg.data}: this table is made with --data {' or '.join(worlds)}")
-    if Path(cfg.out).is_file():
-        raise UserError(f"--out {cfg.out} is a file, not a folder; choose another --out")
 
 
 def run_missing(group, cfg):
@@ -745,19 +599,17 @@ def run_missing(group, cfg):
     chains = [run.chain() for block in group for rows in block.seeds for run in rows.values()]
     lacks = {}  # {missing run: what this machine lacks for it}
     for run in chain(*chains):
-        if run not in lacks and not run.finished():
+        if run.result.exists():
+            distill.check_folder(run.cfg)  # UserError if it holds a run with other constants
+        elif run not in lacks:
             lacks[run] = []
             if cfg.data == "paper":
                 lacks[run] = absent(run.cfg.data, run.cfg.root) + ([] if torch.cuda.is_available() else ["a GPU"])
-    if cfg.data == "paper" or not cfg.run:
-        for run, needs in lacks.items():
-            print(f"{run}  # needs {' and '.join(needs)}" if needs else run)
-    possible = {}   # as a set that keeps their order
-    for runs in chains:
-        if not any(lacks.get(run) for run in runs):
-            possible |= dict.fromkeys(runs)
+            if cfg.data == "paper" or not cfg.run:
+                print(f"{run}  # needs {' and '.join(lacks[run])}" if lacks[run] else run)
+    possible = chain(*[runs for runs in chains if not any(lacks.get(run) for run in runs)])
     if cfg.run:
-        work_through([run for run in possible if run in lacks], cfg)
+        work_through([run for run in dict.fromkeys(possible) if run in lacks], cfg.jobs)
 
 
 def absent(names, root):
@@ -766,181 +618,130 @@ def absent(names, root):
     return [str(folder) for folder in folders if not folder.is_dir()]
 
 
-def work_through(runs, cfg):
-    """Make some runs, --jobs at a time, each after those that it needs.
+def work_through(runs, jobs):
+    """Make some runs, so many at a time, each after those that it needs.
 
     Where one fails, and at SIGTERM or Ctrl-C, the others end with their step saved: the same command resumes them.
     """
-    def stop(number, frame):
-        qsd.say(f"stopped by signal {number}; the same command goes on from there")
-        sys.exit(128 + number)
-
     waiting = list(runs)
-    working = {}  # {run: its process and when it began}
-    handlers = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
+    working = {}  # {run: its process}
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # it ends this function as Ctrl-C does
     bar = tqdm(total=len(runs), desc="runs", unit="run", dynamic_ncols=True)
     try:
         while waiting or working:
             unfinished = {*waiting, *working}
             ready = [run for run in waiting if unfinished.isdisjoint(run.needs)]
-            for run in ready[:cfg.jobs - len(working)]:
+            for run in ready[:jobs - len(working)]:
                 waiting.remove(run)
-                working[run] = begin(run, cfg.jobs), time.time()
+                working[run] = begin(run, jobs)
             time.sleep(0.1)
-            for run, (process, began) in list(working.items()):
-                if process.poll() is None:
-                    continue
-                del working[run]
-                if process.returncode:
-                    raise UserError(failure(run, process.returncode))
-                bar.write(f"{run}  # {time.time() - began:.0f} s", file=sys.stdout)
+            for run in [run for run, process in working.items() if process.poll() is not None]:
+                if working.pop(run).returncode:
+                    *_, reason = Path(f"{run.cfg.out}.txt").read_text(errors="replace").strip().split("\n")
+                    raise UserError(f"{run} has failed: {reason} (see {run.cfg.out}.txt)")
+                bar.write(str(run), file=sys.stdout)
                 bar.update()
     finally:
-        for process, _ in working.values():
+        for process in working.values():
             process.terminate()
-        for process, _ in working.values():
+        for process in working.values():
             process.wait()
         bar.close()
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
 
 
 def begin(run, jobs):
-    """Start a run in a process of its own, on its share of the cores; what it prints goes to the file of log_of."""
+    """Start a run in a process of its own, on its share of the cores; what it prints goes to <out>.txt."""
     script, *flags = shlex.split(run.text)
     words = [sys.executable]
     if run.processes > 1:
         words += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={run.processes}"]
     words += [str(Path(__file__).parent / script), *flags]
     threads = max(1, (os.cpu_count() or 1) // jobs // run.processes)
-    log_of(run).parent.mkdir(parents=True, exist_ok=True)
-    with open(log_of(run), "w") as file:
+    run.result.parent.parent.mkdir(parents=True, exist_ok=True)
+    with open(f"{run.cfg.out}.txt", "w") as file:
         return subprocess.Popen(words, stdout=file, stderr=file, env=os.environ | {"OMP_NUM_THREADS": str(threads)})
 
 
-def log_of(run):
-    """Where a run's output goes: <out>.txt, as the bars of several runs would overwrite each other on one terminal."""
-    return Path(f"{run.result.parent}.txt")
-
-
-def failure(run, status):
-    """What is said of a run that failed: its command, and the end of its output."""
-    lines = [line for line in log_of(run).read_text(errors="replace").splitlines() if line.strip()]
-    reason = rf"{run.text.split()[0]}: |\w*(Error|Exception)"     # and not what torchrun adds
-    reasons = [line for line in lines if re.match(reason, line)] or lines or [""]
-    return f"{run} ended with status {status}: {reasons[-1]} (see {log_of(run)})"
-
-
-class Result(NamedTuple):
-    """What is known of a finished row."""
-    miou: list      # of each domain, percent, then the mean of the unseen ones
-    seconds: float  # of all stages that led to its encoder and decoder; a distilled one's teacher is not among them
-    flops: float    # likewise
-    diagonal: float | None = None   # a patch's mean weight on itself when distillation by QSD has ended
-
-
 def measured(run, block, cfg, device):
-    """The Result of a row's last run; None if it or a domain is not there."""
+    """What is known of a row's last run, {domain, "unseen mean", "seconds", "TFLOP", "diagonal": number}, or None.
+
+    mIoUs are in percent. seconds and TFLOP are those of all stages that led to its encoder and decoder, a distilled
+    one's teacher apart; diagonal is a patch's mean weight on itself when distillation by QSD has ended. None if the run
+    or a domain is not there. eval.json keeps {protocol: {domain: mIoU}} until the segmenter beside it is newer.
+    """
     path = run.result
     if not path.exists():
         return None
-    domains = block.source + block.unseen
-    mious = known_mious(path, domains, cfg, device)
-    if not mious:
-        return None
-    mean = sum(mious[name] for name in block.unseen) / len(block.unseen)
-    ledger = qsd.open_checkpoint(path)["ledger"]
-    seconds = sum(stage["seconds"] for stage in ledger)
-    flops = sum(stage["flops"] for stage in ledger)
-    return Result([mious[name] for name in domains] + [mean], seconds, flops, diagonal_of(run))
-
-
-def known_mious(path, domains, cfg, device):
-    """{domain: mIoU} of a segmenter, None if the images of some are neither here nor measured.
-
-    eval.json beside it keeps {protocol: {domain: mIoU}}, until the segmenter is newer.
-    """
     kept = path.with_name("eval.json")
-    book = {}
-    if kept.exists() and kept.stat().st_mtime_ns >= path.stat().st_mtime_ns:
-        try:
-            book = json.loads(kept.read_text())
-        except ValueError:
-            qsd.say(f"{kept} is damaged: measured again")
+    fresh = kept.exists() and kept.stat().st_mtime_ns >= path.stat().st_mtime_ns
+    book = json.loads(kept.read_text()) if fresh else {}
     mious = book.setdefault(f"window {cfg.window}, stride {cfg.stride:.6g}, {cfg.precision}", {})
-    missing = "+".join(name for name in domains if not math.isfinite(mious.get(name, math.nan)))
+    domains = block.source + block.unseen
+    missing = "+".join(name for name in domains if name not in mious)
+    if missing and absent(missing, cfg.root):
+        return None
     if missing:
-        if absent(missing, cfg.root):
-            return None
         model, saved = segment.load_segmenter(path, device)
-        mious |= measure(path, model, saved, replace(cfg, data=missing), device)
+        for name, values in measure(path, model, saved, replace(cfg, data=missing), device).items():
+            mious[name] = values.nanmean().item()
         distill.write(kept, json.dumps(book))
-    return mious
-
-
-def diagonal_of(run):
-    """What the log of a row's source stage ends with as "diagonal"; None without one."""
+    result = {name: mious[name] for name in domains}
+    result["unseen mean"] = sum(mious[name] for name in block.unseen) / len(block.unseen)
+    ledger = qsd.open_checkpoint(path)["ledger"]
+    result["seconds"] = sum(stage["seconds"] for stage in ledger)
+    result["TFLOP"] = sum(stage["flops"] for stage in ledger) / 1e12
     for stage in run.needs:
         log = stage.result.with_name("log.jsonl")
-        if log.exists():
-            return json.loads(log.read_text().splitlines()[-1]).get("diagonal")
+        last = json.loads(log.read_text().splitlines()[-1]) if log.exists() else {}
+        if "diagonal" in last:
+            result["diagonal"] = last["diagonal"]
+    return result
 
 
 def show_block(block, results, cfg):
-    """Print a block as a table and as JSON, from {row: its Results}.
+    """Print a block as a table and as JSON, from {row: what was measured of each seed}.
 
     A small world's row also says what it took and what the paper's mean is; at the paper's scale its numbers stand in
     brackets.
     """
     small = cfg.data in SMALL
-    domains = block.source + block.unseen
-    columns = [*domains, "mean"]
+    mious = [*block.source, *block.unseen, "unseen mean"]
+    formats = dict.fromkeys(mious, ".1f")
     if small:
-        columns = [*domains, "unseen mean", "seconds", "TFLOP"]
-        if cfg.table == "steps":
-            columns.append("diagonal")
-        if any(block.paper.values()):
-            columns.append("paper")
-    several = ", mean and standard deviation of seeds" if len(block.seeds) > 1 else ""
-    budget = f"; {TABLES[cfg.table].axis}: {block.budget}" if block.budget else ""
-    print(f"\n{block.title}{budget}{several}{'' if small else ' [paper]'}")
+        formats |= {"seconds": ".0f", "TFLOP": ".1f"}
+    if cfg.table == "steps":
+        formats["diagonal"] = ".3f"
     cells = {}
-    record = {}
     for name, found in results.items():
-        mious = [result.miou for result in found]
-        texts = dict.fromkeys(columns, "-")
-        for column, values in zip(columns, zip(*mious)):
-            texts[column] = f"{np.mean(values):.1f}"
-            if len(values) > 1:
-                texts[column] += f" ± {np.std(values, ddof=1):.1f}"
-        record[name] = dict(miou=np.round(mious, 2).tolist(), seconds=[round(result.seconds) for result in found],
-                            flops=[result.flops for result in found])
-        if small and found:
-            texts["seconds"] = f"{np.mean([result.seconds for result in found]):.0f}"
-            texts["TFLOP"] = f"{np.mean([result.flops for result in found]) / 1e12:.1f}"
-        diagonals = [result.diagonal for result in found if result.diagonal is not None]
-        if diagonals and "diagonal" in columns:
-            texts["diagonal"] = f"{np.mean(diagonals):.3f}"
-            record[name]["diagonal"] = diagonals
-        paper = block.paper.get(name, [])  # of all unseen domains and their mean, or the mean alone
-        if small and paper:
-            texts["paper"] = str(paper[-1])
-        elif paper:
-            for column, number in zip(columns[-len(paper):], paper):
+        texts = {}
+        for column, digits in formats.items():
+            values = [result[column] for result in found if column in result]
+            texts[column] = f"{np.mean(values):{digits}}" if values else "-"
+            if column in mious and len(values) > 1:
+                texts[column] += f" ± {np.std(values, ddof=1):{digits}}"
+        paper = block.paper[name]  # of all unseen domains and their mean, or the mean alone
+        if not small:
+            for column, number in zip(reversed(mious), reversed(paper)):
                 texts[column] += f" [{number}]"
-        cells[name] = [texts[column] for column in columns]
-    show(cells, columns)
-    print(json.dumps({"table": cfg.table, "title": block.title, "budget": block.budget,
-                      "domains": [*domains, "mean"], "rows": record}))
+        elif any(block.paper.values()):
+            texts["paper"] = paper[-1] if paper else "-"
+        cells[name] = texts.values()
+    several = ", mean and standard deviation of seeds" if len(block.seeds) > 1 else ""
+    budget = f"; {TABLES[cfg.table]['axis']}: {block.budget}" if block.budget else ""
+    print(f"\n{block.title}{budget}{several}{'' if small else ' [paper]'}")
+    show(cells, texts)
+    print(json.dumps({"table": cfg.table, "title": block.title, "budget": block.budget, "rows": results}))
 
 
 STUDENT_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # 97.5 % points, 1 to 9 degrees of freedom
 
 
-def show_gains(table, unseen, cfg):
+def show_gains(unseen, cfg):
     """Print what a table compares, beside the paper's gains, from {finished row: [unseen mean of each seed]}."""
-    others = [row for row in unseen if row != table.reference]
-    compared = [(f"{row} over {table.reference}", table.reference, row) for row in others] + list(table.gains)
+    reference = TABLES[cfg.table]["reference"]
+    compared = [(f"{row} over {reference}", reference, row) for row in unseen if row != reference]
+    gains = written(cfg.table).get("gains", {"from": {}})
+    compared += [(name, before, gains["to"][name]) for name, before in gains["from"].items()]
     cells = {}
     record = {}
     for name, before, after in compared:
@@ -958,26 +759,30 @@ def show_gains(table, unseen, cfg):
         print(json.dumps({"gains": record}))
 
 
+def paper_gain(table, before, after):
+    """What the paper gains between two rows, of this table or else of another one; None if none has both."""
+    for name in (table, *TABLES):
+        for numbers in written(name).get(LIKENED, {}).values():
+            means = [float(numbers[row].split()[-1]) for row in (before, after) if numbers.get(row)]
+            if len(means) == 2:
+                return round(means[1] - means[0], 1)
+
+
 def draw_budgets(curves, path, axis):
     """Draw {budget: {row: [unseen mean of each seed]}}: means, and whiskers of one standard deviation."""
     lines = defaultdict(list)
-    whiskers = {}
     for x, rows in enumerate(curves.values()):  # budgets double, or are counted
         for name, values in rows.items():
-            lines[name].append((x, np.mean(values)))
-            if len(values) > 1:
-                whiskers[name, x] = np.std(values, ddof=1)
-    return chart(lines, path, axis, "mIoU, mean of the unseen domains", x_texts=dict(enumerate(curves)),
-                 whiskers=whiskers)
+            lines[name].append((x, np.mean(values), np.std(values, ddof=1) if len(values) > 1 else 0))
+    return chart(lines, path, axis, "mIoU, mean of the unseen domains", x_texts=list(curves))
 
 
 def demo_picture(block, path, cfg):
     """Draw images of the unseen domains: predictions, and the features of the teacher and the students."""
-    folders = {name: block.seeds[0][name].result.parent for name in ("teacher", "no KD", "two-stage MSE", "GKD")}
-    students = {name: folder for name, folder in folders.items() if name != "teacher"}
-    predicted = students | {"teacher": folders["teacher"]}
+    folders = {name: block.seeds[0][name].result.parent for name in ("no KD", "two-stage MSE", "GKD", "teacher")}
+    teacher_first = {"teacher": folders["teacher"]} | folders
     cfg = Config(data="+".join(block.unseen), root=cfg.root, examples=8 // len(block.unseen))
-    return compare(predicted, folders, cfg, path, torch.device("cpu"))
+    return compare(folders, teacher_first, cfg, path, torch.device("cpu"))
 
 
 # --- Drawing ---------------------------------------------------------------------------------------------------------
@@ -986,22 +791,17 @@ LINE_COLORS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#17becf",
                "#e377c2", "#000000")
 
 
-def chart(series, path, x_title, y_title, log=False, x_texts=None, whiskers=None):
-    """Draw lines {name: [(x, y)]} with axes and a legend, y on a logarithmic axis if log; returns the path.
+def chart(lines, path, x_title, y_title, log=False, x_texts=None):
+    """Draw lines {name: [(x, y, half a whisker)]} with axes and a legend, y logarithmic if log; returns the path.
 
-    x_texts: what stands at which x, {x: text}, in place of round numbers. whiskers: half the length of a vertical bar
-    at a point, {(name, x): half}.
+    x_texts: what stands at x = 0, 1, .. in place of round numbers.
     """
-    whiskers = whiskers or {}
-    points = list(chain(*series.values()))
-    reached = [y for _, y in points]
-    for (name, x), half in whiskers.items():
-        y = dict(series[name])[x]
-        reached += [y - half, y + half]
+    points = list(chain(*lines.values()))
+    reached = [y + side * half for _, y, half in points for side in (-1, 0, 1)]
     log = log and min(reached) > 0
     height_of = np.log10 if log else np.float64
-    x_texts = x_texts or {x: tick_text(x) for x in ticks([x for x, _ in points])}
-    y_texts = {y: tick_text(y) for y in ticks(reached, log)}
+    x_texts = dict(enumerate(x_texts)) if x_texts else {x: f"{x:g}" for x in ticks([x for x, *_ in points])}
+    y_texts = {y: f"{y:g}" for y in ticks(reached, log)}
     x_ends = [min(x_texts), max(x_texts)]
     y_ends = height_of([min(y_texts), max(y_texts)])
 
@@ -1012,14 +812,14 @@ def chart(series, path, x_title, y_title, log=False, x_texts=None, whiskers=None
     top = 60
     bottom = 740
     left = 40 + max(map(font.getlength, y_texts.values()))
-    right = 1510 - max(map(font.getlength, series))
+    right = 1510 - max(map(font.getlength, lines))
 
     def place(x, y):
         """The pixel of a point."""
         return np.interp(x, x_ends, [left + 20, right - 20]), np.interp(height_of(y), y_ends, [bottom - 20, top + 20])
 
     for value, text in x_texts.items():
-        x, _ = place(value, y_ends[0])
+        x, _ = place(value, reached[0])
         pen.line((x, top, x, bottom), "#e1e1e1", 2)
         pen.text((x, bottom + 10), text, "black", font, anchor="ma")
     for value, text in y_texts.items():
@@ -1030,15 +830,12 @@ def chart(series, path, x_title, y_title, log=False, x_texts=None, whiskers=None
     pen.text(((left + right) / 2, 825), x_title, "black", font, anchor="ms")
     pen.text((10, 10), y_title, "black", font)
 
-    for i, (name, points) in enumerate(series.items()):
+    for i, (name, points) in enumerate(lines.items()):
         color = LINE_COLORS[i % len(LINE_COLORS)]
-        pen.line([place(x, y) for x, y in points], color, 4, joint="curve")
-        for x, y in points:
-            if len(points) < 10:
-                pen.circle(place(x, y), 7, color)
-            if (name, x) in whiskers:
-                half = whiskers[name, x]
-                pen.line([place(x, y - half), place(x, y + half)], color, 2)
+        pen.line([place(x, y) for x, y, _ in points], color, 4, joint="curve")
+        for x, y, half in points if len(points) < 10 else []:
+            pen.circle(place(x, y), 7, color)
+            pen.line([place(x, y - half), place(x, y + half)], color, 2)
         y = top + 20 + 36 * i
         pen.line((right + 15, y, right + 55, y), color, 6)
         pen.text((right + 65, y), name, "black", font, anchor="lm")
@@ -1063,11 +860,6 @@ def ticks(values, log=False):
         if last - first <= 7:
             break
     return numbers[first:last + 1].tolist()
-
-
-def tick_text(value):
-    """A number as short as on an axis: 0.05, 20000, 2.5e12."""
-    return re.sub(r"e\+0?", "e", f"{value:.5g}")
 
 
 def with_legend(picture, names, colors, left=10, size=13):
@@ -1096,21 +888,19 @@ def sheet(columns, titles, path, names=(), colors=(), width=136):
     font = ImageFont.load_default(13)
     left = 16 + round(max(map(font.getlength, "\n".join(titles).split("\n"))))
     width = max(width, *[12 + round(font.getlength(name)) for name in columns])
-    whole = left + len(columns) * (width + 4)
-    head = Image.new("RGB", (whole, 28), "white")
+    rows = [[scaled_to(width, cell) for cell in cells] for cells in zip(*columns.values())]
+    heights = [4 + max(picture.height for picture in row) for row in rows]
+    canvas = Image.new("RGB", (left + len(columns) * (width + 4), 28 + sum(heights)), "white")
+    pen = ImageDraw.Draw(canvas)
     for j, name in enumerate(columns):
-        ImageDraw.Draw(head).text((left + j * (width + 4) + width / 2, 20), name, "black", font, anchor="ms")
-    rows = [head]
-    for title, cells in zip(titles, zip(*columns.values())):
-        pictures = [scaled_to(width, cell) for cell in cells]
-        height = max(picture.height for picture in pictures)
-        row = Image.new("RGB", (whole, height + 4), "white")
-        ImageDraw.Draw(row).text((left - 8, height / 2), title, "black", font, anchor="rm", align="right")
-        for j, picture in enumerate(pictures):
-            row.paste(picture, (left + j * (width + 4), 0))
-        rows.append(row)
-    picture = Image.fromarray(np.concatenate([np.asarray(row) for row in rows]))
-    return save_picture(with_legend(picture, names, colors, left) if names else picture, path)
+        pen.text((left + j * (width + 4) + width / 2, 20), name, "black", font, anchor="ms")
+    y = 28
+    for title, row, height in zip(titles, rows, heights):
+        pen.text((left - 8, y + height / 2 - 2), title, "black", font, anchor="rm", align="right")
+        for j, picture in enumerate(row):
+            canvas.paste(picture, (left + j * (width + 4), y))
+        y += height
+    return save_picture(with_legend(canvas, names, colors, left) if names else canvas, path)
 
 
 def scaled_to(width, cell):
@@ -1127,37 +917,17 @@ def save_picture(picture, path):
     return path
 
 
-def as_array(image):
-    """(3, H, W) as (H, W, 3)."""
-    return image.permute(1, 2, 0).numpy()
-
-
 # --- Models and their tokens -----------------------------------------------------------------------------------------
-
-def named(text):
-    """--models as {name: path}; a path without a name is its own."""
-    models = {}
-    for part in filter(None, text.split(",")):
-        name, _, path = part.partition("=")
-        models[name.strip()] = path.strip() or name.strip()
-    if not models:
-        raise UserError("--models: say which, as in teacher=dinov2_vitb14,GKD=runs/source/student.pt")
-    return models
-
 
 def file_in(path):
     """The checkpoint in a run's folder; any other path, or an encoder's name, as it is."""
-    for name in ("student.pt", "segmenter.pt"):
-        if Path(path, name).is_file():
-            return Path(path, name)
-    return path
+    files = [Path(path, name) for name in ("student.pt", "segmenter.pt")]
+    return next((file for file in files if file.is_file()), path)
 
 
 def segmenters(models, device):
     """{name: (segmenter, its checkpoint)} of models {name: path}; UserError where they know different classes."""
-    loaded = {}
-    for name, path in models.items():
-        loaded[name] = segment.load_segmenter(file_in(path), device)
+    loaded = {name: segment.load_segmenter(file_in(path), device) for name, path in models.items()}
     if len({tuple(saved["classes"]) for _, saved in loaded.values()}) > 1:
         raise UserError(f"--models: {', '.join(models)} were trained on different classes")
     return loaded
@@ -1165,14 +935,10 @@ def segmenters(models, device):
 
 def encoders(models, cfg, device):
     """{name: frozen encoder} of models {name: path}; UserError where their tokens stand for patches of other sizes."""
-    vits = {}
-    for name, path in models.items():
-        vit = qsd.load_vit(file_in(path), patch_size=cfg.patch or None)
-        vits[name] = vit.to(device).eval().requires_grad_(False)
+    vits = {name: qsd.load_vit(file_in(path), patch_size=cfg.patch or None) for name, path in models.items()}
     if len({vit.patch_size for vit in vits.values()}) > 1:
-        sides = ", ".join(f"{name} {vit.patch_size}" for name, vit in vits.items())
-        raise UserError(f"--models have patches of different sides ({sides} pixels): give all the same with --patch")
-    return vits
+        raise UserError("--models have patches of different sides: give all the same with --patch")
+    return {name: vit.to(device).eval().requires_grad_(False) for name, vit in vits.items()}
 
 
 def spread(dataset, count):
@@ -1190,36 +956,25 @@ def patch_tokens(vit, image, device):
     return patches[0].float().cpu().unflatten(0, (h, w))
 
 
-def principal_colors(tokens):
-    """RGB in 0..1 (M, 3) for tokens {name: (M, C)}: their principal components, on the axes of the first model's.
+def feature_pictures(tokens):
+    """{name: [RGB arrays (h, w, 3)]}: the principal components of tokens {name: [(h, w, C) of each image]} as colours.
 
     Components have no natural order or sign, so those of each model are rotated as a whole onto the first model's
     (Procrustes). The colours span two and a half deviations either side.
     """
-    colors = {}
+    pictures = {}
     first = None
-    for name, x in tokens.items():
+    for name, grids in tokens.items():
+        x = torch.cat([grid.flatten(0, 1) for grid in grids])  # (M, C)
         x = x - x.mean(0)
         _, _, Vh = torch.linalg.svd(x, full_matrices=False)
         x = x @ Vh[:3].T  # (M, 3)
         x = x / x.std(0)
         first = x if first is None else first
         U, _, Vh = torch.linalg.svd(x.T @ first)
-        colors[name] = (x @ U @ Vh / 5 + 0.5).clamp(0, 1)
-    return colors
-
-
-def feature_pictures(vits, images, device):
-    """{name: [RGB arrays (h, w, 3)]}: each image's tokens as colours, alike for all encoders {name: encoder}."""
-    tokens = {}
-    for name, vit in vits.items():
-        grids = [patch_tokens(vit, image, device) for image in images]  # (h, w, C) each
-        shapes = [grid.shape[:2] for grid in grids]  # the same for all encoders, as are the sides of their patches
-        tokens[name] = torch.cat([grid.flatten(0, 1) for grid in grids])
-    pictures = {}
-    for name, colors in principal_colors(tokens).items():
-        parts = colors.mul(255).byte().split([h * w for h, w in shapes])
-        pictures[name] = [part.unflatten(0, shape).numpy() for part, shape in zip(parts, shapes)]
+        colors = (x @ U @ Vh / 5 + 0.5).clamp(0, 1).mul(255).byte()
+        parts = colors.split([grid.shape[0] * grid.shape[1] for grid in grids])
+        pictures[name] = [part.view(*grid.shape[:2], 3).numpy() for part, grid in zip(parts, grids)]
     return pictures
 
 
@@ -1238,37 +993,33 @@ def compare(predicted, featured, cfg, path, device):
         for image, label, *_ in spread(dataset, cfg.examples):
             images.append(image)
             titles.append(domain.removeprefix("toy-").removeprefix("camvid-"))
-            columns["image"].append(as_array(image))
+            columns["image"].append(image.permute(1, 2, 0).numpy())
             if loaded:
                 columns["label"].append(draw(label, image))
             for name, (model, saved) in loaded.items():
                 columns[name].append(draw(classify(model, saved, image, cfg, device), image, scored=True))
-    for name, pictures in feature_pictures(encoders(featured, cfg, device), images, device).items():
-        columns[f"PCA: {name}"] = pictures
+    tokens = {}
+    for name, vit in encoders(featured, cfg, device).items():
+        tokens[f"PCA: {name}"] = [patch_tokens(vit, image, device) for image in images]
+    columns |= feature_pictures(tokens)
     legend = (dataset.classes, dataset.colors) if loaded else ()
     return sheet(columns, titles, path, *legend)
 
 
 def figure_3b(models, cfg, path, device):
-    """The losses of several runs against their steps (of one-stage runs what is distilled), of one run all parts."""
-    series = defaultdict(list)
+    """The losses of several runs against their steps, of one-stage runs what is distilled."""
+    lines = defaultdict(list)
     for name, folder in models.items():
         log = Path(folder, "log.jsonl")
         if not log.is_file():
             raise UserError(f"{folder}: holds no log.jsonl; this figure wants the folders of runs")
-        for line in log.read_text().splitlines():
-            record = json.loads(line)
-            keys = list(record)
-            parts = keys[1:keys.index("lr")] if "lr" in keys else []  # all losses stand between step and lr
-            shown = {part: part for part in parts}
-            if parts and len(models) > 1:
-                shown = {name: "kd" if "kd" in parts else "loss"}
-            for title, part in shown.items():
-                if record[part] is not None:  # it was NaN, which JSON lacks
-                    series[title].append((record["step"], record[part]))
-    if not series:
+        for record in map(json.loads, log.read_text().splitlines()):
+            loss = record.get("kd", record.get("loss"))
+            if loss is not None:  # as in the header, or where it was NaN, which JSON lacks
+                lines[name].append((record["step"], loss, 0))
+    if not lines:
         raise UserError("--models: their log.jsonl hold no loss yet")
-    return chart(series, path, "step", "loss", log=True)
+    return chart(lines, path, "step", "loss", log=True)
 
 
 def figure_7a(models, cfg, path, device):
@@ -1279,74 +1030,66 @@ def figure_7a(models, cfg, path, device):
     """
     images = ConcatDataset([spread(val_split(name, cfg), cfg.subset) for name in data.entries(cfg.data)])
     each = math.ceil(2 * cfg.tokens / len(images))
-    fit = {}       # of each encoder, (L, C)
-    measured = {}  # of each encoder, (M, C)
+    tokens = {}  # of each encoder: (L, C) of every second image, (M, C) of the others
     for name, vit in encoders(models, cfg, device).items():
-        tokens = []
+        found = []
         for i, (image, *_) in enumerate(tqdm(images, name, leave=False)):
-            x = patch_tokens(vit, image, device).flatten(0, 1)
+            x = patch_tokens(vit, image, device).flatten(0, 1).double()
             generator = torch.Generator().manual_seed(data.mix(cfg.seed, i // 2))  # alike for all encoders
-            tokens.append(x[torch.randperm(len(x), generator=generator)[:each]])
-        fit[name] = torch.cat(tokens[::2])[:cfg.tokens]
-        measured[name] = torch.cat(tokens[1::2])[:cfg.tokens]
+            found.append(x[torch.randperm(len(x), generator=generator)[:each]])
+        tokens[name] = [torch.cat(found[part::2])[:cfg.tokens] for part in (0, 1)]
     teacher, *students = models
-    apart = {}
-    for name in students:
-        apart[name] = distances(measured[name], measured[teacher], fit[name], fit[teacher])
+    apart = {name: distances(*tokens[name], *tokens[teacher]) for name in students}
 
     farthest = torch.cat(list(apart.values())).quantile(0.99).item()
     edges = torch.linspace(0, farthest, 61, dtype=torch.float64)
     middles = (edges[1:] + edges[:-1]) / 2
-    series = {}
+    lines = {}
     for name, d in apart.items():
-        share = 100 * torch.histogram(d, edges).hist / len(d)
-        series[f"{name}: median {d.median():.2f}"] = list(zip(middles.tolist(), share.tolist()))
-    x_title = f"Euclidean distance to {teacher} ({len(measured[teacher])} tokens of {cfg.data})"
-    return chart(series, path, x_title, "% of the tokens")
+        shares = 100 * torch.histogram(d, edges).hist / len(d)
+        lines[f"{name}: median {d.median():.2f}"] = [(x, y, 0) for x, y in zip(middles.tolist(), shares.tolist())]
+    x_title = f"Euclidean distance to {teacher} ({len(tokens[teacher][1])} tokens of {cfg.data})"
+    return chart(lines, path, x_title, "% of the tokens")
 
 
-def distances(v_s, v_t, fit_s, fit_t):
-    """Euclidean distance (M,) of student tokens (M, C_s) to the teacher's (M, C_t), after the affine map that fits
-    others, fit_s (L, C_s) and fit_t (L, C_t), best."""
+def distances(fit_s, v_s, fit_t, v_t):
+    """Euclidean distance (M,) of student tokens v_s (M, C_s) to the teacher's v_t (M, C_t).
+
+    Between them stands the affine map that takes fit_s (L, C_s) to fit_t (L, C_t) best.
+    """
+    fit_s, v_s = [F.pad(x, (0, 1), value=1) for x in (fit_s, v_s)]  # with a constant, an affine map is linear
     # Tokens after a LayerNorm lie in a plane, so the constant depends on them: of all drivers, gelsd copes with that.
-    phi = torch.linalg.lstsq(with_constant(fit_s), fit_t.double(), driver="gelsd").solution  # (C_s + 1, C_t)
-    return (with_constant(v_s) @ phi - v_t.double()).norm(dim=1)
-
-
-def with_constant(x):
-    """Tokens (M, C) with a 1 behind each, (M, C + 1) float64: an affine map is linear in them."""
-    return F.pad(x.double(), (0, 1), value=1)
+    phi = torch.linalg.lstsq(fit_s, fit_t, driver="gelsd").solution  # (C_s + 1, C_t)
+    return (v_s @ phi - v_t).norm(dim=1)
 
 
 def figure_7b(models, cfg, path, device):
-    """How each QSD student's patches (rows) attend to those of the teacher, the first model (columns).
+    """How each QSD student's patches (rows) attend to those of the teacher, the first model (columns); dark: most.
 
     Drawn for the first image of cfg.data: all N x N weights, the weight of each patch on itself (the diagonal), and
-    the weights of four patches.
+    the weights of four patches, each of them in a frame.
     """
     (_, teacher), *students = encoders(models, cfg, device).items()
     image = val_split(next(iter(data.entries(cfg.data))), cfg)[0][0]
     v_t = patch_tokens(teacher, image, device)  # (h, w, C_t)
-    grid = v_t.shape[:2]
-    h, w = grid
-    places = {1: (h // 4, w // 4), 2: (h // 4, 3 * w // 4), 3: (3 * h // 4, w // 4), 4: (3 * h // 4, 3 * w // 4)}
+    h, w = v_t.shape[:2]
+    places = {"upper left": (h // 4, w // 4), "upper right": (h // 4, 3 * w // 4),
+              "lower left": (3 * h // 4, w // 4), "lower right": (3 * h // 4, 3 * w // 4)}
     columns = defaultdict(list)
     titles = []
     for name, student in students:
         v_s = patch_tokens(student, image, device)  # (h, w, C_s)
         W = attention(file_in(models[name]), student, teacher, v_s.flatten(0, 1), v_t.flatten(0, 1))  # (N, N)
-        columns["image"].append(framed(as_array(image), grid, places))
-        columns["all N x N weights"].append(framed(heat(W), grid, {}))
-        columns["the diagonal"].append(framed(heat(W.diagonal().view(grid)), grid, {}))
-        for n, (row, column) in places.items():
-            weights = W[row * w + column].view(grid)
-            columns[f"patch {n}"].append(framed(heat(weights), grid, {n: (row, column)}))
+        columns["image"].append(image.permute(1, 2, 0).numpy())
+        columns["all N x N weights"].append(framed(W))
+        columns["the diagonal"].append(framed(W.diagonal().view(h, w)))
+        for title, (row, column) in places.items():
+            columns[title].append(framed(W[row * w + column].view(h, w), row, column))
         diagonal = f"{W.diagonal().mean():.1%}"
         uniform = f"{1 / len(W):.1%}"
         titles.append(f"{name}\non the diagonal:\n{diagonal}\n(uniform: {uniform})")
         print(f"{name}: a patch's own place has {diagonal} of its weight in the mean (uniform: {uniform})")
-    names = ["0", "1/4", "1/2", "3/4", "1: the largest weight of the map"]
-    return sheet(columns, titles, path, names, HEAT.tolist(), width=200)
+    return sheet(columns, titles, path, width=200)
 
 
 def attention(path, student, teacher, v_s, v_t):
@@ -1354,71 +1097,49 @@ def attention(path, student, teacher, v_s, v_t):
 
     They are those of the head of L_feat that student.pt keeps; UserError where it has none for these encoders.
     """
-    saved = qsd.open_checkpoint(Path(path)) if Path(path).is_file() else {}
-    heads = saved.get("objective") or {}
-    if "feat.phi.1.weight" not in heads:
-        raise UserError(f"{path}: holds no head of L_feat; this figure wants a student.pt distilled with --loss qsd "
-                        "and --alpha above 0")
-    known = {name: value for name, value in saved["config"].items() if hasattr(qsd.LossConfig, name)}
-    config = qsd.LossConfig(**known)
+    saved = qsd.open_checkpoint(path)
+    known = {name: value for name, value in saved.get("config", {}).items() if hasattr(qsd.LossConfig, name)}
+    config = qsd.LossConfig(**known | dict(loss="qsd", alpha=1))
     objective = qsd.build_objective(student, teacher, config)
-    try:
-        objective.load_state_dict(heads)
-    except RuntimeError:
-        raise UserError(f"{path}: its heads are for another teacher than the first of --models") from None
+    what = f"{path}: was not distilled by --loss qsd, with --alpha above 0, from the first of --models"
+    qsd.load_strictly(objective, saved.get("objective") or {}, what)
     if config.target_norm == "layernorm":
         v_t = F.layer_norm(v_t, v_t.shape[-1:])
     with torch.no_grad():
         return objective.feat.weights(v_s[None], v_t[None])[0]
 
 
-HEAT = np.array([(255, 255, 255), (255, 225, 140), (245, 130, 50), (170, 20, 70), (40, 0, 60)])  # 0, 1/4, .. 1
-
-
-def heat(x):
-    """Values from 0 (...) as RGB (..., 3), from white to dark at their largest."""
-    steps = np.linspace(0, 1, len(HEAT))
-    channels = [np.interp(x / x.max(), steps, channel) for channel in HEAT.T]
-    return np.stack(channels, -1).astype(np.uint8)
-
-
-def framed(cell, grid, places):
-    """An RGB array, 400 pixels wide, with numbered frames around patches {number: (row, column)} of a grid (h, w)."""
-    picture = scaled_to(400, cell)
+def framed(weights, *place):
+    """Weights (h, w) as RGB, 400 pixels wide, white to black, with a frame around the patch at place (row, column)."""
+    shades = (255 * (1 - weights / weights.max())).byte()
+    picture = scaled_to(400, shades[..., None].expand(-1, -1, 3).numpy())
     pen = ImageDraw.Draw(picture)
-    high = picture.height / grid[0]
-    wide = picture.width / grid[1]
     pen.rectangle((0, 0, picture.width - 1, picture.height - 1), outline="gray", width=2)
-    for n, (row, column) in places.items():
-        box = (column * wide, row * high, (column + 1) * wide, (row + 1) * high)
-        pen.rectangle(box, outline="white", width=6)
-        pen.rectangle(box, outline="#005aff", width=4)
-        pen.text((box[2] + 6, box[1]), str(n), "#005aff", ImageFont.load_default(30), stroke_width=2,
-                 stroke_fill="white")
+    if place:
+        row, column = place
+        side = 400 / weights.shape[1]
+        pen.rectangle((column * side, row * side, (column + 1) * side, (row + 1) * side), outline="#005aff", width=4)
     return np.asarray(picture)
 
 
 def figure_9(models, cfg, path, device):
     """Print IoU or AP of each class and their mean: a table for each domain, a column for each model."""
     loaded = segmenters(models, device)
-    ious = {}  # of each model, {domain: [IoU or AP in percent of each class or None, their mean]}
-    for name, (model, saved) in loaded.items():
-        ious[name] = {}
-        for domain, values in class_ious(name, model, saved, cfg, device).items():
-            values = [*values.tolist(), values.nanmean().item()]
-            ious[name][domain] = [None if math.isnan(value) else round(value, 2) for value in values]
-    titles = [*saved["classes"], "mean"]
-    heading = "IoU on {}, %; -: neither labelled nor predicted"
-    if saved["config"]["decoder"] == "boxes":
-        heading = "AP on {}, %; -: no object of this class"
     for domain in data.entries(cfg.data):
+        ious = {}  # of each model: that of each class and their mean, in percent; None: not there
+        for name, (model, saved) in loaded.items():
+            values = measure(name, model, saved, replace(cfg, data=domain), device)[domain]
+            values = [*values.tolist(), values.nanmean().item()]
+            ious[name] = [None if math.isnan(value) else round(value, 2) for value in values]
+        heading = f"IoU on {domain}, %; -: neither labelled nor predicted"
+        if saved["config"]["decoder"] == "boxes":
+            heading = f"AP on {domain}, %; -: no object of this class"
         rows = {}
-        for k, title in enumerate(titles):
-            values = [ious[name][domain][k] for name in models]
+        for title, *values in zip([*saved["classes"], "mean"], *ious.values()):
             rows[title] = ["-" if value is None else f"{value:.1f}" for value in values]
-        print(f"\n{heading.format(domain)}")
+        print(f"\n{heading}")
         show(rows, models)
-    print(json.dumps({"figure": "9", "rows": titles, "iou": ious}))
+        print(json.dumps({"figure": "9", "data": domain, "rows": list(rows), "iou": ious}))
 
 
 FIGURES = {
@@ -1430,29 +1151,20 @@ FIGURES = {
     "9": figure_9,
 }
 
-# What a figure shows of a small world where no --models are given: {name: run of --table main}.
-MAIN = {"teacher": "teacher-frozen", "no KD": "no-kd", "one-stage MSE": "one-stage-mse", "two-stage MSE": "mse",
-        "GKD": "qsd"}
-STAGES = {"GKD, proxy": "qsd-proxy", "GKD, source": "qsd-source"}
-RIVAL = {"one-stage MSE": "one-stage-mse", "two-stage MSE, proxy": "mse-proxy", "two-stage MSE, source": "mse-source"}
-DRAWN = {"3b": RIVAL | STAGES, "7b": {"teacher": "teacher-frozen"} | STAGES}
-
 
 def figure(cfg, device):
-    """Draw --figure of --models; where none are given, of the runs of a small world's --table main."""
-    out = Path(cfg.out)
-    is_file = out.suffix.lower() in data.SUFFIXES
-    folder = Path(Config.out) if is_file else out
-    if cfg.models or cfg.data not in SMALL:
-        models = named(cfg.models)
-    else:
-        folder = folder / cfg.data
-        models = {name: folder / str(cfg.seed) / run for name, run in DRAWN.get(cfg.figure, MAIN).items()}
-        _, unseen = SETTINGS[cfg.data]
-        cfg = replace(cfg, data="+".join(unseen))
+    """Draw --figure of --models, {name: path}; a path without a name is its own."""
+    models = {}
+    for part in filter(None, cfg.models.split(",")):
+        name, _, path = part.partition("=")
+        models[name.strip()] = path.strip() or name.strip()
+    if not models:
+        raise UserError("--models: say which, as in teacher=dinov2_vitb14,GKD=runs/source/student.pt")
     if cfg.figure in ("7a", "7b") and len(models) < 2:
         raise UserError("--models: this figure wants the teacher, then its students")
-    path = out if is_file else folder / f"figure-{cfg.figure}.png"
+    path = Path(cfg.out)
+    if path.suffix.lower() not in data.SUFFIXES:
+        path = path / f"figure-{cfg.figure}.png"
     if FIGURES[cfg.figure](models, cfg, path, device):
         print(f"picture: {path}")
 
@@ -1460,14 +1172,14 @@ def figure(cfg, device):
 # --- A segmenter at work ---------------------------------------------------------------------------------------------
 
 @torch.no_grad()
-def classify(model, saved, image, cfg, device, least=0.5):
-    """The classes (H, W) uint8 of an image (3, H, W) by cfg's protocol, or its objects (D, 6) that score `least`."""
+def classify(model, saved, image, cfg, device):
+    """The classes (H, W) uint8 of an image (3, H, W) by cfg's protocol, or its objects (D, 6) that score 0.5."""
     window = cfg.window or saved["config"]["size"]
     x = data.normalize(image[None].to(device), model.encoder.mean, model.encoder.std)
     with distill.autocast(cfg.precision, device):
         if saved["config"]["decoder"] == "boxes":
             found = find_objects(model, x, window)[0].cpu()
-            return found[found[:, 5] >= least]
+            return found[found[:, 5] >= 0.5]
         return slide(model, x, window, cfg.stride)[0].argmax(0).byte().cpu()
 
 
@@ -1501,7 +1213,7 @@ def segment_images(cfg, device):
         picture = Image.fromarray(found.numpy())
         picture.putpalette(data.palette(colors).tobytes())
         save_picture(picture, out / f"{file.stem}_classes.png")
-        blend = Image.blend(Image.fromarray(as_array(image)), picture.convert("RGB"), 0.5)
+        blend = Image.blend(TF.to_pil_image(image), picture.convert("RGB"), 0.5)
         overlay = with_legend(blend, classes, colors, size=max(13, blend.width // 80))
         save_picture(overlay, out / f"{file.stem}_overlay.png")
     qsd.say(f"{out}: {len(files)} images")
@@ -1551,7 +1263,8 @@ def export(checkpoint, path):
 def report(cfg, device):
     """Print the mIoU of --checkpoint on the domains of cfg.data, and their mean."""
     model, saved = segment.load_segmenter(cfg.checkpoint, device)
-    mious = measure(cfg.checkpoint, model, saved, cfg, device)
+    ious = measure(cfg.checkpoint, model, saved, cfg, device)
+    mious = {name: values.nanmean().item() for name, values in ious.items()}
     mious["mean"] = sum(mious.values()) / len(mious)
     if distill.rank() == 0:
         show({cfg.checkpoint: [f"{value:.1f}" for value in mious.values()]}, mious)
