@@ -2267,7 +2267,7 @@ def curves(teacher, student, tmp_path_factory):
             pytest.skip("this machine has not even a network of its own, which several processes need")
     alike(teacher, student, one)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    subprocess.run([*torchrun, __file__, teacher, student, two], check=True, cwd=HERE)
+    subprocess.run([*torchrun, __file__, teacher, student, two], check=True, cwd=HERE, timeout=300)
     return [json.loads(path.read_text()) for path in [*one.glob("curves-*"), *two.glob("curves-*")]]
 
 
