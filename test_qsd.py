@@ -2052,6 +2052,19 @@ def test_a_run_killed_before_any_change_of_its_folder_is_completed_by_the_same_c
         assert same_runs(tmp_path / "whole", out) and len(left) > 8
 
 
+def test_a_checkpoint_that_cannot_be_written_to_its_end_leaves_the_one_before(tmp_path, monkeypatch):
+    distill.save(tmp_path / "last.pt", dict(step=1))
+    before = (tmp_path / "last.pt").read_bytes()
+
+    def disk_full(checkpoint, path):
+        Path(path).write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(torch, "save", disk_full)
+    with pytest.raises(OSError):
+        distill.save(tmp_path / "last.pt", dict(step=2))
+    assert (tmp_path / "last.pt").read_bytes() == before
+
+
 def test_signals_to_all_processes_of_a_typed_command_leave_time_to_finish_and_save_the_step(flags, tmp_path):
     log = tmp_path / "a/log.jsonl"
     command = ["distill.py", *flags("distill", tmp_path / "a", "--budget 9999 --workers 1")]
