@@ -3484,8 +3484,8 @@ BAD_EVALUATIONS = {
     "eval.py --checkpoint {detector} --data toy": "--data toy has the 8 classes",
     "eval.py --checkpoint {teacher} --data toy-boxes": "--data toy-boxes has the 3 classes car, pole, person",
     "segment.py --data toy-boxes --decoder linear": "--decoder linear: --data toy-boxes labels boxes",
-    "segment.py --data toy-boxes --kd_logits 1 --freeze no --teacher {teacher}": "compares the classes of pixels",
-    "segment.py --data toy-boxes --patch 14 --size 56": "--patch 14: the finest map",
+    "segment.py --data toy-boxes --kd_logits 1 --freeze no --teacher {teacher}": "was trained on other classes",
+    "segment.py --data toy-boxes --patch 14 --size 56": "wants a --patch of 4, 8, 16 or 32",
 }
 
 
