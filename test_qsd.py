@@ -596,26 +596,6 @@ def test_objects_beside_the_tensors_of_a_checkpoint_are_passed_over_and_run_noth
     assert Path("trap").exists()
 
 
-class Trap:
-    """Pickled, it makes a folder when it is read by pickle."""
-
-    def __reduce__(self):
-        return os.mkdir, ("trap",)
-
-
-@pytest.mark.parametrize("new", [True, False])                                  # files of torch 1.6 or later
-def test_objects_beside_the_tensors_of_a_checkpoint_are_passed_over_and_run_nothing(new, small):
-    objects = dict(trap=Trap(), args=argparse.Namespace(lr=0.1, out=Path("x")), epoch=np.float64(3), log=np.ones(3),
-                   count=Counter("aab"), last=deque([1, 2], maxlen=2), names={1, 2}, device=torch.device("cpu"))
-    parameters = {key: torch.nn.Parameter(p) for key, p in small.state_dict().items()}
-    torch.save(objects | dict(state_dict=parameters), "small.pth", _use_new_zipfile_serialization=new)
-    loaded = qsd.load_vit("small.pth")
-    torch.testing.assert_close(dict(loaded.state_dict()), dict(small.state_dict()), rtol=0, atol=0)
-    assert not Path("trap").exists()
-    torch.load("small.pth", weights_only=False)                                 # the file was dangerous
-    assert Path("trap").exists()
-
-
 KEY = "blocks.1.attn.qkv.weight"
 BAD_FILES = [        # how small.pth, of path p and state s, is made wrong; options of load_vit; what the user reads
     (lambda p, s: torch.save(s | {"wight": s.pop(KEY)}, p), {}, f'does not fit .*Missing .*"{KEY}". Unexpected .*"wi'),
@@ -624,16 +604,30 @@ BAD_FILES = [        # how small.pth, of path p and state s, is made wrong; opti
     (lambda p, s: torch.save(s | {KEY: s[KEY].char()}, p), {}, f"does not .*: {KEY} holds torch.int8 numbers instead"),
     (lambda p, s: torch.save({KEY: s[KEY]}, p), {}, "small.pth holds no encoder: no key in it ends in patch_embed"),
     (lambda p, s: torch.save(s | {"n": s.pop("pos_embed")}, p), {}, "small.pth: the architecture is unclear, as pos_"),
-    (lambda p, s: p.write_bytes(p.read_bytes()[:5000]), {}, "small.pth is truncated, damaged, .*: fetch it again"),
+    (lambda p, s: p.write_bytes(p.read_bytes()[:5000]), {}, "small.pth is truncated, damaged or no .*: fetch it again"),
     (lambda p, s: torch.save([Path("x")], p), {}, "small.pth holds no dict of tensors, but list: save the state dict"),
-    (lambda p, s: p.write_bytes(pickle.dumps(Trap(), protocol=2)), {}, "small.pth is truncated, damaged, a web page"),
-    (lambda p, s: p.write_text("\n<!DOCTYPE html><html>404</html>"), {}, "small.pth is truncated, damaged, a web page"),
-    (lambda p, s: p.write_text("version https://git-lfs.github.com/spec/v1"), {}, "a pointer of Git LFS .*: fetch it"),
+    (lambda p, s: p.write_bytes(pickle.dumps(Trap(), protocol=2)), {}, "small.pth is a pickle that is cut short or not tor"),
+    (lambda p, s: p.write_text("\n<!DOCTYPE html><html>404</html>"), {}, "small.pth is a web page: what the address gave is"),
+    (lambda p, s: p.write_text("version https://git-lfs.github.com/spec/v1"), {}, "a pointer of Git LFS, .*: fetch that with git lfs"),
+    (lambda p, s: torch.jit.script(torch.nn.ReLU()).save(p), {}, "small.pth is TorchScript, a program: torch.save the s"),
+    (lambda p, s: np.savez(p.open("wb"), s[KEY]), {}, "small.pth is NumPy's, as of a JAX model: torch.save a dict"),
+    (lambda p, s: zipfile.ZipFile(p, "w").writestr("w.pth", "x"), {}, "small.pth is an archive: unpack it and give"),
+    (lambda p, s: p.write_text('{"weight_map": {}}'), {}, "small.pth is JSON text: give the file of weights"),
+    (lambda p, s: torch.save(torch.nn.Linear(2, 2), p), {}, "holds no dict of tensors, but Linear: save the state dict"),
+    (lambda p, s: torch.save({"a": s[KEY].numpy()}, p), {}, "small.pth holds no encoder: .*; the first are none at"),
+    (lambda p, s: torch.save(dict(learner=s, optimizer={}), p), {}, "is the state of an unfinished run: give the stu"),
+    (lambda p, s: torch.save(s | {"norm_pre.bias": s[KEY]}, p), {}, "small.pth holds a CLIP or SigLIP, which is not"),
+    (lambda p, s: torch.save(s | {"decoder_embed.bias": s[KEY]}, p), {}, "an MAE with its decoder: take the file without"),
+    (lambda p, s: torch.save({"layers.0.blocks.0.x": s[KEY]}, p), {}, "small.pth holds a Swin Transformer, which is not"),
+    (lambda p, s: torch.save({"stages.0.0.dwconv.bias": s[KEY]}, p), {}, "small.pth holds a ConvNeXt or another encoder"),
+    (lambda p, s: torch.save(s | {"blocks.0.attn.rel_pos_h": s[KEY]}, p), {}, "small.pth holds a BEiT, a SAM or another"),
+    (lambda p, s: torch.save(s | {"pos_embed": s["pos_embed"][:, 1:], "blocks.0.gamma_1": s["norm.bias"]}, p), {},
+     "small.pth holds a DeiT III, or a ViT of timm's"),
     (lambda p, s: None, dict(depth=3), "depth must be 1 to 2 for small, not 3"),
     (lambda p, s: None, dict(img_size=30), "30x30 pixels does not divide into patches of 8"),
     (lambda p, s: None, dict(pretrained=False), "only a named encoder can start at random, one of deit_tiny"),
     (lambda p, s: p.unlink(), {}, "small.pth: neither a file nor a known encoder; the names are deit_tiny, deit_small"),
-    (lambda p, s: p.unlink() or p.mkdir(), {}, "small.pth: neither a file nor a known encoder"),
+    (lambda p, s: p.unlink() or p.mkdir(), {}, "small.pth: a folder: give the file in it"),
 ]
 
 
