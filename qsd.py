@@ -446,14 +446,8 @@ G = (1536, 40, 24)
 LS = dict(layerscale=True)
 REG = dict(layerscale=True, registers=4)
 EVA02 = dict(mlp="swiglu", rope="eva02", **CLIP)    # official GKD feeds EVA-02 with IMAGENET's statistics instead
-V3 = dict(layerscale=True, registers=4, rope="dinov3", eps=1e-5)
+V3 = dict(url=ON_REQUEST, layerscale=True, registers=4, rope="dinov3", eps=1e-5)    # trained at 256, takes any grid
 V3PLUS = dict(mlp="swiglu", mlp_ratio=6, **V3)
-
-
-def dinov3(shape, model, digits, **options):
-    """A row of DINOv3. It has no pos_embed and takes any grid; 256 is the size it was trained at."""
-    return Encoder(*shape, 16, 256, ON_REQUEST, digits, f"dinov3_{model}-{digits}.pth", **options)
-
 
 ENCODERS = {                # size, patch, image, official file, its SHA-256, what differs from DeiT
     "deit_tiny":            Encoder(*TI, 16, 224, DEIT + "deit_tiny_patch16_224-a1311bcf.pth", "a1311bcf"),
@@ -476,12 +470,12 @@ ENCODERS = {                # size, patch, image, official file, its SHA-256, wh
     "dinov2_vitl14_reg":    Encoder(*L, 14, 518, V2 + "vitl14/dinov2_vitl14_reg4_pretrain.pth", "36e4deff", **REG),
     "dinov2_vitg14_reg":    Encoder(*G, 14, 518, V2 + "vitg14/dinov2_vitg14_reg4_pretrain.pth", "746ecb8c",
                                     mlp="swiglu", **REG),
-    "dinov3_vits16":        dinov3(S, "vits16_pretrain_lvd1689m", "08c60483", **V3),
-    "dinov3_vits16plus":    dinov3(S, "vits16plus_pretrain_lvd1689m", "4057cbaa", **V3PLUS),
-    "dinov3_vitb16":        dinov3(B, "vitb16_pretrain_lvd1689m", "73cec8be", **V3),
-    "dinov3_vitl16":        dinov3(L, "vitl16_pretrain_lvd1689m", "8aa4cbdd", **V3),
-    "dinov3_vitl16_sat":    dinov3(L, "vitl16_pretrain_sat493m", "eadcf0ff", **V3, **SATELLITE),
-    "dinov3_vith16plus":    dinov3(H, "vith16plus_pretrain_lvd1689m", "7c1da9a5", **V3PLUS),
+    "dinov3_vits16":        Encoder(*S, 16, 256, file="dinov3_vits16_pretrain_lvd1689m-08c60483.pth", **V3),
+    "dinov3_vits16plus":    Encoder(*S, 16, 256, file="dinov3_vits16plus_pretrain_lvd1689m-4057cbaa.pth", **V3PLUS),
+    "dinov3_vitb16":        Encoder(*B, 16, 256, file="dinov3_vitb16_pretrain_lvd1689m-73cec8be.pth", **V3),
+    "dinov3_vitl16":        Encoder(*L, 16, 256, file="dinov3_vitl16_pretrain_lvd1689m-8aa4cbdd.pth", **V3),
+    "dinov3_vitl16_sat":    Encoder(*L, 16, 256, file="dinov3_vitl16_pretrain_sat493m-eadcf0ff.pth", **V3, **SATELLITE),
+    "dinov3_vith16plus":    Encoder(*H, 16, 256, file="dinov3_vith16plus_pretrain_lvd1689m-7c1da9a5.pth", **V3PLUS),
     "eva02_tiny":           Encoder(*TI, 14, 224, EVA + "eva02_Ti_pt_in21k_p14.pt", **EVA02),
     "eva02_small":          Encoder(*S, 14, 224, EVA + "eva02_S_pt_in21k_p14.pt", **EVA02),
     "eva02_base":           Encoder(*B, 14, 224, EVA + "eva02_B_pt_in21k_p14.pt", sub_ln=True, **EVA02),
@@ -1082,8 +1076,8 @@ def find_encoder(path, state):
         if any(re.search(pattern, key) for key in shapes(prefix)):
             raise UserError(f"{path} holds {family}")
     if not prefixes:
-        raise UserError(f"{path} holds no encoder: no key of a tensor in it ends in patch_embed.proj.weight; "
-                        f"the first are {', '.join(list(state)[:3]) or 'none at all'}")
+        raise UserError(f"{path} holds no encoder: no key in it ends in patch_embed.proj.weight; its tensors are "
+                        f"{', '.join(list(state)[:3]) or 'none: torch.save a state dict, not NumPy arrays or a model'}")
     for other in prefixes:          # a teacher of the same shapes is the student's average: DINOv2's training
         if "student" in prefix and "teacher" in other and shapes(other) == shapes(prefix):
             prefix = other
