@@ -3,6 +3,7 @@
 Read it from the top: the constants, QSD and GKD as the paper writes them, and the rivals of its tables. Below come the
 encoders: their table, the vision transformer, and last, of interest to few, how checkpoints of any origin are read.
 """
+import json
 import math
 import os
 import pickle
@@ -119,7 +120,7 @@ class GKD(Objective):
     """The paper's objective, L_QSD: features, masked patches and CLS token, each through a QSD head of its own.
 
     Beside the terms it returns "diagonal", the mean share of the attention in L_feat that a patch pays to its own
-    place: about 1 / N at first, more once the attention has formed.
+    place: about 1 / N at first, more once the attention has formed. --layers four adds L_inner, of earlier blocks.
     """
     def __init__(self, student, teacher, config):
         super().__init__()
@@ -130,6 +131,12 @@ class GKD(Objective):
         self.feat = head() if c.alpha else None
         self.mask = head() if c.beta else None
         self.cls = head() if c.gamma else None
+        if c.layers == "four":
+            if not c.alpha:
+                raise UserError("--layers four adds to L_feat, which --alpha 0 leaves out")
+            self.layers_s = feature_layers(student.depth)[:3]
+            self.layers_t = feature_layers(teacher.depth)[:3]
+            self.inner = nn.ModuleList(head() for _ in self.layers_t)
 
     def forward(self, student, x, s, t, noise):
         c = self.config
@@ -154,8 +161,20 @@ class GKD(Objective):
             L_feat = (N * L_feat + L_cls) / (N + 1)                 # the official mean over [CLS; patches]
         loss = c.alpha * L_feat + c.beta * L_mask + c.gamma * L_cls     # Eq. 12
 
-        losses = {"L_feat": L_feat, "L_mask": L_mask, "L_cls": L_cls, "diagonal": diagonal, "loss": loss}
+        losses = {"L_feat": L_feat, "L_mask": L_mask, "L_cls": L_cls, "diagonal": diagonal}
+        if c.layers == "four":
+            L_inner = losses["L_inner"] = self.inner_loss(s[2], t[2])
+            loss = loss + c.alpha * L_inner
+        losses["loss"] = loss
         return {name: value for name, value in losses.items() if torch.is_tensor(value)}    # no term of weight 0
+
+    def inner_loss(self, outs_s, outs_t):
+        """L_feat, without CLS, of the three earlier blocks that a decoder reads."""
+        L_inner = 0.0
+        for head, v_s, v_t in zip(self.inner, outs_s, outs_t, strict=True):     # each (B, N, C_s), (B, N, C_t)
+            v_t = F.layer_norm(v_t, v_t.shape[-1:])                 # raw outputs of different blocks differ in scale
+            L_inner = L_inner + DISTANCES[self.config.distance](head(v_s, v_t)[0], v_t)
+        return L_inner
 
     def masked_pass(self, student, x, v_s, noise):
         """The student's tokens (B, N, C_s) of images of which every second one is masked.
@@ -194,28 +213,6 @@ def normalize_targets(t, how):
 def feature_layers(depth):
     """The four blocks a decoder reads: [3, 5, 7, 11] of 12, in proportion at other depths ([7, 11, 15, 23] of 24)."""
     return [max(0, round(depth * part / 12) - 1) for part in (4, 6, 8, 12)]
-
-
-class GKDFourLayers(GKD):
-    """GKD that also distils the three earlier blocks which a decoder reads (--layers four), as a term L_inner."""
-    def __init__(self, student, teacher, config):
-        super().__init__(student, teacher, config)
-        if not config.alpha:
-            raise UserError("--layers four adds to L_feat, which --alpha 0 leaves out")
-        self.layers_s = feature_layers(student.depth)[:3]
-        self.layers_t = feature_layers(teacher.depth)[:3]
-        head = partial(QSD, student.embed_dim, teacher.embed_dim, config.attention, config.scale)
-        self.inner = nn.ModuleList(head() for _ in self.layers_t)
-
-    def forward(self, student, x, s, t, noise):
-        losses = super().forward(student, x, s, t, noise)
-        L_inner = 0.0
-        for head, v_s, v_t in zip(self.inner, s[2], t[2], strict=True):
-            v_t = F.layer_norm(v_t, v_t.shape[-1:])                 # raw outputs of different blocks differ in scale
-            v_s_prime, _ = head(v_s, v_t)
-            L_inner = L_inner + DISTANCES[self.config.distance](v_s_prime, v_t)
-        loss = losses.pop("loss") + self.config.alpha * L_inner
-        return losses | {"L_inner": L_inner, "loss": loss}
 
 
 # --- The rivals of Tables 1, 2 and 4 --------------------------------------------------------------------------------
@@ -391,8 +388,6 @@ def build_objective(student, teacher, config):
         for name in OF_QSD:
             if given[name] != default[name]:
                 raise UserError(f"--{name} {given[name]} changes nothing: --loss {config.loss} does not read it")
-    if config.loss == "qsd" and config.layers == "four":
-        return GKDFourLayers(student, teacher, config)
     return LOSSES[config.loss](student, teacher, config)
 
 
@@ -410,6 +405,7 @@ IMAGENET = dict(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
 HALF = dict(mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
 CLIP = dict(mean=(0.48145466, 0.4578275, 0.40821073), std=(0.26862954, 0.26130258, 0.27577711))
 SATELLITE = dict(mean=(0.430, 0.411, 0.296), std=(0.213, 0.156, 0.143))
+STATISTICS = dict(imagenet=IMAGENET, half=HALF, clip=CLIP, satellite=SATELLITE)
 
 
 class Encoder(NamedTuple):
@@ -450,14 +446,8 @@ G = (1536, 40, 24)
 LS = dict(layerscale=True)
 REG = dict(layerscale=True, registers=4)
 EVA02 = dict(mlp="swiglu", rope="eva02", **CLIP)    # official GKD feeds EVA-02 with IMAGENET's statistics instead
-V3 = dict(layerscale=True, registers=4, rope="dinov3", eps=1e-5)
+V3 = dict(url=ON_REQUEST, layerscale=True, registers=4, rope="dinov3", eps=1e-5)    # trained at 256, takes any grid
 V3PLUS = dict(mlp="swiglu", mlp_ratio=6, **V3)
-
-
-def dinov3(shape, model, digits, **options):
-    """A row of DINOv3. It has no pos_embed and takes any grid; 256 is the size it was trained at."""
-    return Encoder(*shape, 16, 256, ON_REQUEST, digits, f"dinov3_{model}-{digits}.pth", **options)
-
 
 ENCODERS = {                # size, patch, image, official file, its SHA-256, what differs from DeiT
     "deit_tiny":            Encoder(*TI, 16, 224, DEIT + "deit_tiny_patch16_224-a1311bcf.pth", "a1311bcf"),
@@ -480,12 +470,12 @@ ENCODERS = {                # size, patch, image, official file, its SHA-256, wh
     "dinov2_vitl14_reg":    Encoder(*L, 14, 518, V2 + "vitl14/dinov2_vitl14_reg4_pretrain.pth", "36e4deff", **REG),
     "dinov2_vitg14_reg":    Encoder(*G, 14, 518, V2 + "vitg14/dinov2_vitg14_reg4_pretrain.pth", "746ecb8c",
                                     mlp="swiglu", **REG),
-    "dinov3_vits16":        dinov3(S, "vits16_pretrain_lvd1689m", "08c60483", **V3),
-    "dinov3_vits16plus":    dinov3(S, "vits16plus_pretrain_lvd1689m", "4057cbaa", **V3PLUS),
-    "dinov3_vitb16":        dinov3(B, "vitb16_pretrain_lvd1689m", "73cec8be", **V3),
-    "dinov3_vitl16":        dinov3(L, "vitl16_pretrain_lvd1689m", "8aa4cbdd", **V3),
-    "dinov3_vitl16_sat":    dinov3(L, "vitl16_pretrain_sat493m", "eadcf0ff", **V3, **SATELLITE),
-    "dinov3_vith16plus":    dinov3(H, "vith16plus_pretrain_lvd1689m", "7c1da9a5", **V3PLUS),
+    "dinov3_vits16":        Encoder(*S, 16, 256, file="dinov3_vits16_pretrain_lvd1689m-08c60483.pth", **V3),
+    "dinov3_vits16plus":    Encoder(*S, 16, 256, file="dinov3_vits16plus_pretrain_lvd1689m-4057cbaa.pth", **V3PLUS),
+    "dinov3_vitb16":        Encoder(*B, 16, 256, file="dinov3_vitb16_pretrain_lvd1689m-73cec8be.pth", **V3),
+    "dinov3_vitl16":        Encoder(*L, 16, 256, file="dinov3_vitl16_pretrain_lvd1689m-8aa4cbdd.pth", **V3),
+    "dinov3_vitl16_sat":    Encoder(*L, 16, 256, file="dinov3_vitl16_pretrain_sat493m-eadcf0ff.pth", **V3, **SATELLITE),
+    "dinov3_vith16plus":    Encoder(*H, 16, 256, file="dinov3_vith16plus_pretrain_lvd1689m-7c1da9a5.pth", **V3PLUS),
     "eva02_tiny":           Encoder(*TI, 14, 224, EVA + "eva02_Ti_pt_in21k_p14.pt", **EVA02),
     "eva02_small":          Encoder(*S, 14, 224, EVA + "eva02_S_pt_in21k_p14.pt", **EVA02),
     "eva02_base":           Encoder(*B, 14, 224, EVA + "eva02_B_pt_in21k_p14.pt", sub_ln=True, **EVA02),
@@ -730,11 +720,11 @@ def grid_of(img_size, patch_size):
     return h // patch_size, w // patch_size
 
 
-def resize_pos_embed(pos_embed, old, new, offset=0.0):
+def resize_pos_embed(pos_embed, old, new, offset=0.0, antialias=ANTIALIAS):
     """pos_embed (1, 1 + h w, C) of grid old = (h, w), interpolated to grid new; CLS's row is kept.
 
     offset: interpolate by the factors (new + offset) / old instead of to the size. DINOv2's hub models do so with 0.1,
-    which gives as many positions, sampled at slightly other places.
+    which gives as many positions, sampled at slightly other places; those with registers to the size and antialiased.
     """
     if tuple(old) == tuple(new):
         return pos_embed
@@ -744,7 +734,7 @@ def resize_pos_embed(pos_embed, old, new, offset=0.0):
         target = dict(scale_factor=((new[0] + offset) / old[0], (new[1] + offset) / old[1]))
     else:
         target = dict(size=tuple(new))
-    patches = F.interpolate(patches, **target, mode="bicubic", align_corners=False, antialias=ANTIALIAS)
+    patches = F.interpolate(patches, **target, mode="bicubic", align_corners=False, antialias=antialias)
     patches = patches.flatten(2).transpose(1, 2).to(cls.dtype)                              # (1, N, C)
     return torch.cat([cls, patches], dim=1)
 
@@ -771,35 +761,43 @@ def resized(values, img_size, patch_size, depth):
 # --- Loading --------------------------------------------------------------------------------------------------------
 
 def load_vit(name_or_path, img_size=None, patch_size=None, depth=None, pretrained=True, offset=0.0):
-    """Builds an encoder with its weights; prints one line that says from which file and what was changed.
+    """Builds an encoder with its weights; prints one line that says from which file, what was changed and what guessed.
 
-    name_or_path: a name of ENCODERS, or a checkpoint: an official file, this project's student.pt or segmenter.pt, or
-    a checkpoint of the official GKD repository. img_size (int or (H, W)) and patch_size, in pixels, resize pos_embed
-    and the patch kernels; depth keeps the first blocks only; pretrained=False gives a name's architecture at random.
-    offset: of a DINOv2's pos_embed, see resize_pos_embed; other families have none. Raises UserError where the name,
-    the file, its keys, its numbers or the sizes are wrong.
+    name_or_path: a name of ENCODERS, or a checkpoint: an official file, one of timm or transformers, this project's
+    student.pt or segmenter.pt, or a checkpoint of the official GKD repository. What files do not tell is guessed, or
+    given after a colon: "weights.pth:heads=12,mean=half" (mean: a key of STATISTICS). img_size (int or (H, W)) and
+    patch_size, in pixels, resize pos_embed and the patch kernels; depth keeps the first blocks only; pretrained=False
+    gives a name's architecture at random. offset: of a DINOv2's pos_embed, see resize_pos_embed; DINOv2 with registers
+    and other families have none. Raises UserError where the name, the file, its keys, numbers or sizes are wrong.
     """
-    name = str(name_or_path)
+    name, given = split_options(name_or_path)
     row = ENCODERS.get(name)
     if row is None and not pretrained:
         raise UserError(f"{name}: only a named encoder can start at random, one of {', '.join(ENCODERS)}")
     if row is not None and (row.url is None or not pretrained):
-        vit = ViT(**resized(constructor_values(name, row), img_size, patch_size, depth))
+        vit = ViT(**resized(constructor_values(name, row) | given, img_size, patch_size, depth))
         say(f"{name}: starts at random, {vit.depth} blocks, patch {vit.patch_size}, grid {vit.grid[0]}x{vit.grid[1]}")
         return vit
 
     path = find_file(name, row)
-    state, values, notes = read_encoder(path, name, row)
+    state, values, notes = read_encoder(path, name, row, given)
+    dim = values["embed_dim"]
+    heads = values["num_heads"]
+    if not heads or dim % heads:
+        raise UserError(f"{name_or_path}: no width of {dim} has {heads} heads: add their number, {path}:heads=NUMBER")
     with torch.device("meta"):                          # shapes only: no memory, no draws
         stored = ViT(**values)
         vit = ViT(**resized(values, img_size, patch_size, depth))
     load_strictly(stored, state, f"{path} does not fit the encoder", assign=True)
     if vit.pos_embed is not None and vit.grid != stored.grid:
-        if not values["layerscale"] or values["rope"]:  # no DINOv2
+        dinov2 = values["layerscale"] and not values["rope"]
+        antialias = ANTIALIAS or bool(dinov2 and values["registers"])           # as in DINOv2's hub models
+        if not dinov2 or values["registers"]:
             offset = 0.0
-        state["pos_embed"] = resize_pos_embed(state["pos_embed"], stored.grid, vit.grid, offset)
+        state["pos_embed"] = resize_pos_embed(state["pos_embed"], stored.grid, vit.grid, offset, antialias)
         h, w = stored.grid
-        notes.append(f"pos_embed {h}x{w} -> {vit.grid[0]}x{vit.grid[1]} (bicubic, offset {offset:g})")
+        how = "bicubic, antialiased" if antialias else f"bicubic, offset {offset:g}"
+        notes.append(f"pos_embed {h}x{w} -> {vit.grid[0]}x{vit.grid[1]} ({how})")
     if vit.patch_size != stored.patch_size:
         state["patch_embed.proj.weight"] = resize_patch_embed(state["patch_embed.proj.weight"], vit.patch_size)
         notes.append(f"patch {stored.patch_size} -> {vit.patch_size} (bicubic)")
@@ -810,8 +808,29 @@ def load_vit(name_or_path, img_size=None, patch_size=None, depth=None, pretraine
     return vit
 
 
+def split_options(name_or_path):
+    """A name or path, and the constructor values that stand behind it: "weights.pth:heads=12,mean=half"."""
+    name, *options = re.split("[:,](?=heads=|mean=)", str(name_or_path))
+    values = {}
+    for option in options:
+        key, value = option.split("=", 1)
+        if key == "heads" and value.isdecimal():
+            values["num_heads"] = int(value)
+        elif key == "mean" and value in STATISTICS:
+            values |= STATISTICS[value]
+        else:
+            raise UserError(f"{name_or_path}: {option} is none of heads=NUMBER, mean={'|'.join(STATISTICS)}")
+    return name, values
+
+
 def student_checkpoint(vit):
-    """What student.pt holds: "model" has the encoder's keys, which timm loads (not DINOv3's); mask_token beside it."""
+    """What student.pt holds: "model" has the encoder's keys, which timm loads, and mask_token stands beside it.
+
+    DeiT, DINO and DINOv2 load as they are. timm's checkpoint_filter_fn(state, model) makes its names of others: that of
+    timm.models.vision_transformer with registers or DINOv2-g's MLP, state being model | {"mask_token": mask_token};
+    that of timm.models.eva with EVA-02, for a model of global_pool="token", and with DINOv3, for a "..._qkvb" model,
+    once "register_tokens" is called "storage_tokens".
+    """
     model = vit.state_dict()
     mask_token = model.pop("mask_token")
     return dict(encoder=vit.config, mask_token=mask_token, model=model)
@@ -819,7 +838,7 @@ def student_checkpoint(vit):
 
 def ledger_and_heads(name_or_path):
     """What a checkpoint of this project brings along: the ledgers of the stages behind it, and its heads (or None)."""
-    if name_or_path in ENCODERS:
+    if split_options(name_or_path)[0] in ENCODERS:
         return [], None
     saved = open_checkpoint(name_or_path)
     return saved.get("ledger", []), saved.get("objective")
@@ -845,7 +864,8 @@ def load_strictly(module, state, what, assign=False):
 def find_file(name, row):
     """The file of a named encoder, downloaded if no copy lies in WEIGHTS or torch.hub's cache; or the path given."""
     if row is None and not Path(name).is_file():
-        raise UserError(f"{name}: neither a file nor a known encoder; the names are {', '.join(ENCODERS)}")
+        what = "a folder: give the file in it" if Path(name).is_dir() else "neither a file nor a known encoder"
+        raise UserError(f"{name}: {what}; the names are {', '.join(ENCODERS)}")
     if row is None:
         return Path(name)
     file = Path(row.file or row.url).name
@@ -872,9 +892,10 @@ def find_file(name, row):
 
 def bare(path):
     """A file's name without its ending and without the hash that DeiT's and DINOv3's files carry."""
-    return re.sub(r"(-[0-9a-f]{8})?\.(pth|pt|bin)$", "", Path(path).name)
+    return re.sub(r"(-[0-9a-f]{8})?\.(pth|pt|bin|safetensors)$", "", Path(path).name)
 
 
+# --- Files of any origin --------------------------------------------------------------------------------------------
 # Checkpoints of mmengine, timm and the authors pickle objects beside their tensors. Those are read by an unpickler that
 # knows what tensors are made of and nothing else: whatever class or function a file names, none is imported or called.
 
@@ -896,7 +917,7 @@ class InertPickle:
 
     class Unpickler(pickle.Unpickler):
         def find_class(self, module, name):
-            return InertPickle.KNOWN.get((module, name), Inert)
+            return InertPickle.KNOWN.get((module, name)) or type(name, (Inert,), dict(__module__=module))
 
     @staticmethod
     def load(file, **options):                          # files of torch before 1.6 are several pickles
@@ -905,126 +926,246 @@ class InertPickle:
 
 def open_checkpoint(path):
     """The dict in a checkpoint of any origin, on the CPU; UserError where there is none. Runs no code from it."""
+    path, _ = split_options(path)
     if not Path(path).is_file():
         raise UserError(f"{path}: there is no such file")
     try:
+        with open(path, "rb") as file:
+            if file.read(9)[8:] == b"{":
+                return read_safetensors(file)
         try:
             saved = torch.load(path, map_location="cpu", weights_only=True)
         except pickle.UnpicklingError:                  # it holds other things than tensors
             saved = torch.load(path, map_location="cpu", weights_only=False, pickle_module=InertPickle)
     except Exception as error:                          # damaged bytes raise nearly anything
+        content = Path(path).read_bytes()
         reason = (str(error) or type(error).__name__).splitlines()[0][:100]
-        raise UserError(f"{path} is truncated, damaged, a web page, a pointer of Git LFS or otherwise no checkpoint "
-                        f"({reason}): fetch it again") from None
-    if not isinstance(saved, dict):
+        known = [what for pattern, what in FILES if re.match(pattern, content, re.DOTALL)]
+        what = known[0] if known else f"truncated, damaged or no checkpoint ({reason}): fetch it again"
+        raise UserError(f"{path} is {what}") from None
+    if not isinstance(saved, dict) or isinstance(saved, Inert):
         raise UserError(f"{path} holds no dict of tensors, but {type(saved).__name__}: save the state dict")
     return saved
 
 
-def read_encoder(path, name, row):
+FILES = [   # how files begin that torch.load cannot read, what they are, and what to do
+    (rb"version https://git-lfs", "a pointer of Git LFS, not the file itself: fetch that with git lfs pull"),
+    (rb"\s*<", "a web page: what the address gave is no file of weights"),
+    (rb"\s*\{", "JSON text: give the file of weights that lies beside it"),
+    (rb"\x1f\x8b|PK(?!.*(data\.pkl|\.npy))", "an archive: unpack it and give the file in it"),
+    (rb"PK.*constants\.pkl", "TorchScript, a program: torch.save the state_dict() of the model it was made of"),
+    (rb"\x93NUMPY|PK.*\.npy", "NumPy's, as of a JAX model: torch.save a dict of tensors that have PyTorch's layout"),
+    (rb"\x80", "a pickle that is cut short or not torch.save's: torch.save a dict of tensors"),
+]
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+          "I64": torch.int64, "I32": torch.int32, "U8": torch.uint8, "BOOL": torch.bool}
+
+
+def read_safetensors(file):
+    """The tensors of a .safetensors file: eight bytes of length, JSON of that length, then the raw numbers."""
+    file.seek(0)
+    length = int.from_bytes(file.read(8), "little")
+    state = {}
+    for key, entry in json.loads(file.read(length)).items():
+        if key != "__metadata__":
+            start, end = entry["data_offsets"]
+            file.seek(8 + length + start)
+            numbers = torch.frombuffer(bytearray(file.read(end - start)), dtype=DTYPES[entry["dtype"]])
+            state[key] = numbers.reshape(entry["shape"])
+    return state
+
+
+def tensors_in(contents, prefix=""):
+    """{key: tensor} of a dict and of the dicts in it, whose names stand before a dot."""
+    found = {}
+    for key, value in contents.items():
+        if isinstance(value, dict):
+            found |= tensors_in(value, f"{prefix}{key}.")
+        elif isinstance(value, torch.Tensor):
+            found[f"{prefix}{key}"] = value
+    return found
+
+
+# What files call a part of a tensor's name, and its name here, in this order. A name that becomes "" is left out.
+PATCH_EMBED = r"(.*?)(patch_embed\.proj|embeddings\.patch_embeddings(\.projection)?)\.weight"
+KEYS = [
+    # transformers: Dinov2, Dinov2WithRegisters, DINOv3ViT, ViT and DeiT
+    (r"^embeddings\.patch_embeddings\.(projection\.)?", "patch_embed.proj."),
+    (r"^embeddings\.position_embeddings$", "pos_embed"),
+    (r"^embeddings\.distillation_token$", "dist_token"),
+    (r"^embeddings\.", ""),
+    (r"^(encoder\.)?layer\.(\d+)\.", r"blocks.\2."),
+    (r"\.attention\.(attention\.)?([qkv])(_proj|uery|ey|alue)\.", r".attn.\2."),
+    (r"\.attention\.(output\.dense|o_proj)\.", ".attn.proj."),
+    (r"\.layer_scale(\d)\.lambda1$", r".ls\1.gamma"),
+    (r"\.layernorm_before\.", ".norm1."),
+    (r"\.layernorm_after\.", ".norm2."),
+    (r"\.(intermediate\.dense|mlp\.up_proj)\.", ".mlp.fc1."),
+    (r"\.(output\.dense|mlp\.down_proj)\.", ".mlp.fc2."),
+    (r"\.mlp\.weights_in\.", ".mlp.w12."),
+    (r"\.mlp\.(weights_out)\.", ".mlp.w3."),
+    (r"^layernorm\.", "norm."),
+    # timm: DINOv2 with registers, EVA-02, DINOv3
+    (r"^reg_token$", "register_tokens"),
+    (r"\.gamma_(\d)$", r".ls\1.gamma"),
+    (r"\.mlp\.(fc1_g|gate_proj)\.", ".mlp.w1."),        # the latter: transformers
+    (r"\.mlp\.fc1_x\.", ".mlp.w2."),
+    (r"\.mlp\.norm\.", ".mlp.ffn_ln."),
+    (r"\.attn\.norm\.", ".attn.inner_attn_ln."),
+    (r"^fc_norm\.", "norm."),                           # where an average of the patches follows
+    # official files
+    (r"^blocks\.\d+\.(\d+)\.", r"blocks.\1."),         # DINOv2's training: chunks of blocks, counted throughout
+    (r"\.attn\.([qkv])(_proj)?\.bias$", r".attn.\1_bias"),
+    (r"^storage_tokens$", "register_tokens"),           # DINOv3
+    # of no use here
+    (r"^(head|head_dist|lm_head|pooler)\..*", ""),      # classifiers; DINO's and EVA-02's pretraining heads
+    (r"^(blocks\.\d+\.attn\.)?rope\..*", ""),          # EVA-02's rotation tables: rope_angles computes them
+    (r"^rope_embed\..*", ""),                           # DINOv3's wavelengths: likewise
+    (r"^blocks\.\d+\.attn\.qkv\.bias_mask$", ""),      # DINOv3: 0 for keys, which have no bias here
+    (r"^local_cls_norm\..*", ""),                       # DINOv3's satellite model: for its training only
+]
+OTHERS = [  # a part of a key that tells of an encoder which is not among those here
+    (r"decoder_(embed|blocks)", "an MAE with its decoder: take the file without it, mae_pretrain_vit_*.pth"),
+    (r"layers\.\d+\.blocks\.", "a Swin Transformer, which is not supported"),
+    (r"rel(ative)?_pos", "a BEiT, a SAM or another encoder of relative positions, which is not supported"),
+    (r"dwconv|conv_dw", "a ConvNeXt or another encoder with convolutions, which is not supported"),
+    (r"norm_pre|visual\.|vision_model|attn_pool", "a CLIP or SigLIP, which is not supported"),
+    (r"layer1\.0\.conv1", "a ResNet, which is not supported: encoders here are vision transformers"),
+]
+
+
+def read_encoder(path, name, row, given):
     """The file's encoder: {parameter: tensor}, the ViT's constructor values, and notes on what is new or a guess."""
     checkpoint = open_checkpoint(path)
+    if "learner" in checkpoint and "optimizer" in checkpoint:
+        raise UserError(f"{path} is the state of an unfinished run: give the student.pt or segmenter.pt that its "
+                        "command, started again, ends with")
     state = checkpoint
     for key in ("model", "module", "state_dict", "teacher"):
         if isinstance(state.get(key), dict):
             state = state[key]
-    ending = "patch_embed.proj.weight"                  # every encoder has this key
-    prefixes = [key.removesuffix(ending) for key in map(str, state) if key.endswith(ending)]
-    if not prefixes:
-        raise UserError(f"{path} holds no encoder: no key in it ends in {ending}")
-    prefix = max(prefixes, key=lambda prefix: "student" in prefix)      # official GKD saves its teacher, too
-    notes = [f"keys under {prefix} only"] if prefix else []
-    state = {key.removeprefix(prefix): state[key] for key in state if key.startswith(prefix)}
+    prefix, notes = find_encoder(path, tensors_in(state))
+    state = {key.removeprefix(prefix): p for key, p in tensors_in(state).items() if key.startswith(prefix)}
 
     config = checkpoint.get("encoder")
     ours = isinstance(config, dict) and "embed_dim" in config           # a checkpoint of this project
     if ours and "mask_token" in checkpoint:
         state["mask_token"] = checkpoint["mask_token"]
-    state = official_to_ours(state)
+    state = official_to_ours(path, state)
     if row is not None:
         values = constructor_values(name, row)
     elif ours:
         values = config
     else:
-        values, guess = infer_values(path, state)
-        if prefix.endswith("backbone."):                # official GKD normalises every encoder's images so
-            values |= IMAGENET
-        else:
-            notes += guess
+        values, guess = infer_values(path, prefix, state, given)
+        notes += guess
     if "mask_token" not in state:
         state["mask_token"] = 0.02 * torch.randn(1, values["embed_dim"])
         notes.append("mask_token is new")
     inner_attn_ln = any("inner_attn_ln" in key for key in state)        # EVA-02 exists with and without
-    return state, values | dict(inner_attn_ln=inner_attn_ln), notes
+    return state, values | dict(inner_attn_ln=inner_attn_ln) | given, notes
 
 
-KEYS = [    # what files call a tensor, and its name here; None: no encoder here has a use for it
-    (r"(head|head_dist|lm_head)\..*", None),            # classifiers; DINO's and EVA-02's pretraining heads
-    (r"dist_token", None),                              # DeiT's distillation token (and its row of pos_embed)
-    (r"(blocks\.\d+\.attn\.)?rope\..*", None),          # EVA-02's rotation tables: rope_angles computes them
-    (r"rope_embed\..*", None),                          # DINOv3's wavelengths: likewise
-    (r"blocks\.\d+\.attn\.qkv\.bias_mask", None),       # DINOv3: 0 for keys, which have no bias here
-    (r"local_cls_norm\..*", None),                      # DINOv3's satellite model: for its training only
-    (r"storage_tokens", "register_tokens"),             # DINOv3
-]
+def find_encoder(path, state):
+    """What the keys of a file's encoder begin with, and a note that says so."""
+    def shapes(prefix):
+        return {key.removeprefix(prefix): state[key].shape for key in state if key.startswith(prefix)}
+    prefixes = [found[1] for found in map(re.compile(PATCH_EMBED).fullmatch, state) if found]
+    prefix = max(prefixes, key=lambda prefix: "student" in prefix, default="")  # official GKD saves its teacher, too
+    for pattern, family in OTHERS:
+        if any(re.search(pattern, key) for key in shapes(prefix)):
+            raise UserError(f"{path} holds {family}")
+    if not prefixes:
+        raise UserError(f"{path} holds no encoder: no key in it ends in patch_embed.proj.weight; its tensors are "
+                        f"{', '.join(list(state)[:3]) or 'none: torch.save a state dict, not NumPy arrays or a model'}")
+    for other in prefixes:          # a teacher of the same shapes is the student's average: DINOv2's training
+        if "student" in prefix and "teacher" in other and shapes(other) == shapes(prefix):
+            prefix = other
+    others = [other for other in prefixes if other != prefix]
+    note = f"keys under {prefix} only" + (f", not {', '.join(others)}" if others else "")
+    return prefix, [note] if prefix else []
 
 
-def official_to_ours(state):
+def official_to_ours(path, state):
     """A file's tensors as ViT names and holds them, in fp32. What KEYS does not list keeps its name."""
     ours = {}
     for key, tensor in state.items():
         for pattern, name in KEYS:
-            if re.fullmatch(pattern, key):
-                key = name
-                break
-        if key is not None:
+            key = re.sub(pattern, name, key)
+        if key:
             ours[key] = tensor.float() if tensor.is_floating_point() else tensor    # which load_strictly refuses
-    if "dist_token" in state:
-        ours["pos_embed"] = torch.cat([ours["pos_embed"][:, :1], ours["pos_embed"][:, 2:]], dim=1)
+
+    pos_embed = ours.get("pos_embed", torch.zeros(1, 2, 1))
+    if "dist_token" in ours:                            # DeiT's distillation token has a row of pos_embed
+        del ours["dist_token"]
+        ours["pos_embed"] = torch.cat([pos_embed[:, :1], pos_embed[:, 2:]], dim=1)
+    elif math.isqrt(pos_embed.shape[1]) ** 2 == pos_embed.shape[1]:             # CLS has no row
+        if "blocks.0.ls1.gamma" in ours and "register_tokens" not in ours:
+            raise UserError(f"{path} holds a DeiT III, or a ViT of timm's with rotary positions: neither is supported")
+        ours["pos_embed"] = F.pad(pos_embed, (0, 0, 1, 0))
     if "mask_token" in ours:
         ours["mask_token"] = ours["mask_token"].reshape(1, -1)      # DINOv2 (1, C), EVA-02 (1, 1, C)
-    if "storage_tokens" in state:                       # DINOv3: q, k and v have one bias, whose middle is masked
-        for key in [key for key in ours if key.endswith("attn.qkv.bias")]:
-            q_bias, _, v_bias = ours.pop(key).chunk(3)
-            ours[key.replace("qkv.bias", "q_bias")] = q_bias.clone()
-            ours[key.replace("qkv.bias", "v_bias")] = v_bias.clone()
+
+    fc1, fc2 = [ours.get(f"blocks.0.mlp.fc{i}.weight", torch.zeros(1, 1)) for i in (1, 2)]
+    if "blocks.0.mlp.w1.weight" in ours or len(fc1) == 2 * fc2.shape[1]:        # a SwiGLU under other names
+        fc1_is = "w2" if "blocks.0.mlp.w1.weight" in ours else "w12"
+        ours = {key.replace("mlp.fc1.", f"mlp.{fc1_is}.").replace("mlp.fc2.", "mlp.w3."): ours[key] for key in ours}
+    for key in [key for key in ours if key.endswith((".attn.k.weight", ".attn.k_bias"))]:
+        parts = [key.replace(".attn.k", f".attn.{part}") for part in "qkv"]
+        if ours.keys() >= set(parts):
+            ours[re.sub(r"\.k[._]", ".qkv.", key)] = torch.cat([ours.pop(part) for part in parts])
+    if "pos_embed" not in ours and "register_tokens" in ours:       # DINOv3: the bias of keys is masked or none
+        for key in [key for key in ours if key.endswith("attn.qkv.weight")]:
+            bias = ours.pop(key.replace("weight", "bias"), torch.zeros(len(ours[key])))
+            q_bias, _, v_bias = bias.chunk(3)
+            ours.setdefault(key.replace("qkv.weight", "q_bias"), q_bias.clone())
+            ours.setdefault(key.replace("qkv.weight", "v_bias"), v_bias.clone())
     return ours
 
 
-def infer_values(path, state):
+HEADS = {(1280, ""): 16, (4096, "dinov3"): 32}      # of a width and rope whose heads are not 64 wide: ViT-H, DINOv3-7B
+
+
+def infer_values(path, prefix, state, given):
     """Constructor values of an official file, from its tensors and its name, and notes on what is a guess."""
     kernel = state["patch_embed.proj.weight"]           # (C, 3, P, P)
     pos_embed = state.get("pos_embed")                  # (1, 1 + N, C)
+    swiglu = "blocks.0.mlp.w3.weight" in state
     rope = ""
     if "blocks.0.attn.q_bias" in state:                 # a v_bias, too, but no bias of keys
-        rope = "dinov3" if pos_embed is None else "eva02"
-    if kernel.ndim != 4 or len(kernel) % 64 or (pos_embed is None and rope != "dinov3"):
+        rope = "dinov3" if pos_embed is None else "eva02" if swiglu else ""
+    if kernel.ndim != 4 or (pos_embed is None and rope != "dinov3"):
         raise UserError(f"{path}: the architecture is unclear, as pos_embed is missing or the shape of "
-                        "patch_embed.proj.weight is unusual; give the encoder's name and put the file into WEIGHTS")
+                        "patch_embed.proj.weight is unusual: no encoder here has these tensors")
 
     dim = len(kernel)
     patch_size = kernel.shape[-1]
     side = 16 if pos_embed is None else math.isqrt(pos_embed.shape[1] - 1)      # a row or two are not patches
     blocks = [key.split(".")[1] for key in state if key.startswith("blocks.")]
+    heads = HEADS.get((dim, rope), dim // 64 if dim % 64 == 0 else 0)
+    if re.search("(base|momentum)_encoder", prefix):    # MoCo v3, whose ViT-S has narrow heads
+        heads = 12
     values = dict(
-        embed_dim=dim, depth=len(set(blocks)), num_heads=dim // 64,
+        embed_dim=dim, depth=len(set(blocks)), num_heads=given.get("num_heads", heads),
         patch_size=patch_size, img_size=side * patch_size,
         layerscale="blocks.0.ls1.gamma" in state,
         registers=state["register_tokens"].shape[1] if "register_tokens" in state else 0,
         rope=rope,
-        sub_ln="blocks.0.attn.q_proj.weight" in state,
+        sub_ln="blocks.0.mlp.ffn_ln.weight" in state,
         eps=1e-5 if rope == "dinov3" else 1e-6)
-    if "blocks.0.mlp.w3.weight" in state:
+    if swiglu:
         hidden = state["blocks.0.mlp.w3.weight"].shape[1]
         values.update(mlp="swiglu", mlp_ratio=round(1.5 * hidden / dim))
 
     for name, row in ENCODERS.items():
         if row.url and bare(path) in (name, bare(row.file or row.url)):
             return values | dict(name=name, mean=row.mean, std=row.std), []
-    family = "ImageNet"
+    mean = "imagenet"
     if "augreg" in path.name.lower():
-        family = "AugReg"
-    if rope == "eva02":
-        family = "EVA-02"
-    statistics = {"AugReg": HALF, "EVA-02": CLIP, "ImageNet": IMAGENET}[family]
-    return values | dict(name=bare(path)) | statistics, [f"normalisation taken to be {family}'s"]
+        mean = "half"
+    elif rope == "eva02" and not prefix.endswith("backbone."):      # official GKD normalises every encoder's images so
+        mean = "clip"
+    guess = f"taken to be {values['num_heads']} heads and mean={mean} (other ones: {path}:heads=NUMBER,mean=NAME)"
+    if "num_heads" in given and "mean" in given:
+        guess = f"{values['num_heads']} heads, mean {given['mean'][0]:g} as given"
+    return values | dict(name=bare(path)) | STATISTICS[mean], [guess]

@@ -576,24 +576,89 @@ def test_a_students_and_other_layouts_give_their_encoder(small):
     assert load("gkd", {"state_dict": inside}, vit)["mean"] == qsd.IMAGENET["mean"]         # as the authors normalise
 
 
-class Trap:
-    """Pickled, it makes a folder when it is read by pickle."""
+def shuffled(vit):
+    for p in vit.requires_grad_(False).parameters():
+        p += 0.2 * torch.randn_like(p)
+    return vit
 
-    def __reduce__(self):
-        return os.mkdir, ("trap",)
+
+@pytest.mark.parametrize("reference, options", [
+    ("vit_small_patch14_reg4_dinov2", {}), ("vit_small_patch14_dinov2", {}), ("vit_giant_patch14_reg4_dinov2", {}),
+    ("eva02_tiny_patch14_224", dict(global_pool="token")), ("eva02_base_patch14_224", dict(global_pool="token")),
+    ("eva02_base_patch16_clip_224", {}), ("vit_small_patch16_dinov3", {}), ("vit_small_plus_patch16_dinov3_qkvb", {}),
+    ("vit_huge_patch14_224", {}),                               # 16 heads of 80
+])
+def test_timms_own_names_are_read_from_safetensors_and_give_timms_features(reference, options, small, capsys):
+    model = pytest.importorskip("timm").create_model(reference, depth=1, num_classes=0, img_size=112, **options)
+    safetensors = pytest.importorskip("safetensors.torch")
+    safetensors.save_file(shuffled(model).state_dict(), "timm.safetensors")
+    assert_equals_timm(qsd.load_vit("timm.safetensors"), model, (112, 112))
+    mean = "clip" if "eva" in reference else "imagenet"
+    assert f"taken to be {model.blocks[0].attn.num_heads} heads and mean={mean} " in capsys.readouterr().out
+    Path("timm.safetensors").write_bytes(Path("timm.safetensors").read_bytes()[:-9])
+    with pytest.raises(qsd.UserError, match="timm.safetensors is truncated, damaged or no checkpoint"):
+        qsd.load_vit("timm.safetensors")
 
 
-@pytest.mark.parametrize("new", [True, False])                                  # files of torch 1.6 or later
-def test_objects_beside_the_tensors_of_a_checkpoint_are_passed_over_and_run_nothing(new, small):
-    objects = dict(trap=Trap(), args=argparse.Namespace(lr=0.1, out=Path("x")), epoch=np.float64(3), log=np.ones(3),
-                   count=Counter("aab"), last=deque([1, 2], maxlen=2), names={1, 2}, device=torch.device("cpu"))
-    parameters = {key: torch.nn.Parameter(p) for key, p in small.state_dict().items()}
-    torch.save(objects | dict(state_dict=parameters), "small.pth", _use_new_zipfile_serialization=new)
-    loaded = qsd.load_vit("small.pth")
-    torch.testing.assert_close(dict(loaded.state_dict()), dict(small.state_dict()), rtol=0, atol=0)
-    assert not Path("trap").exists()
-    torch.load("small.pth", weights_only=False)                                 # the file was dangerous
-    assert Path("trap").exists()
+TRANSFORMERS = {    # names of Dinov2WithRegistersModel 4.57.1 and of DINOv3ViTModel's that differ; ours
+    "embeddings.cls_token": "cls_token", "embeddings.mask_token": "mask_token", "layernorm.weight": "norm.weight",
+    "embeddings.position_embeddings": "pos_embed", "embeddings.register_tokens": "register_tokens",
+    "embeddings.patch_embeddings.projection.": "patch_embed.proj.", "layernorm.": "norm.", "encoder.layer.": "blocks.",
+    ".attention.attention.query.": ".attn.q.", ".attention.attention.key.": ".attn.k.",
+    ".attention.attention.value.": ".attn.v.", ".attention.output.dense.": ".attn.proj.",
+    ".mlp.weights_in.": ".mlp.w12.", ".mlp.weights_out.": ".mlp.w3.", ".layer_scale1.lambda1": ".ls1.gamma", ".layer_scale2.lambda1": ".ls2.gamma",
+}
+
+
+@pytest.mark.parametrize("name", ["dinov2_vits14", "dinov2_vits14_reg", "dinov2_vitg14"])
+def test_dinov2s_in_transformers_names_and_in_chunks_of_blocks_are_the_same_encoders(name, small):
+    vit = random_encoder(name, depth=1, img_size=56)
+    theirs = {}
+    chunks = {re.sub(r"^blocks\.", "blocks.0.", key): p for key, p in vit.state_dict().items()}
+    for key, p in vit.state_dict().items():
+        names = [key.replace("qkv", part) for part in "qkv"] if "qkv" in key else [key]
+        for key, part in zip(names, p.chunk(len(names))):
+            for new, old in TRANSFORMERS.items():
+                key = key.replace(old, new) if not old.startswith("norm") or key.startswith("norm") else key
+            theirs[f"dinov2.{key}"] = part.clone()
+    for state in (theirs, chunks, {"net": theirs}):
+        torch.save(state, "theirs.bin")
+        loaded = qsd.load_vit("theirs.bin")
+        assert loaded.config == vit.config | dict(name="theirs")
+        torch.testing.assert_close(dict(loaded.state_dict()), dict(vit.state_dict()), rtol=0, atol=0)
+
+
+def test_heads_and_normalisation_are_named_where_guessed_and_can_be_said_behind_the_path(small, capsys):
+    state = {f"module.base_encoder.{key}": p for key, p in random_encoder("deit_small", depth=1).state_dict().items()}
+    momentum = {key.replace("base", "momentum"): p + 1 for key, p in state.items()}
+    torch.save({"state_dict": state | momentum}, "moco.pth.tar")
+    assert qsd.load_vit("moco.pth.tar").num_heads == 12
+    line = capsys.readouterr().out
+    assert "base_encoder. only, not module.momentum_encoder.; taken to be 12 heads and mean=imagenet (other" in line
+    vit = qsd.load_vit("small.pth:heads=4,mean=half")
+    assert vit.num_heads == 4 and vit.mean == (0.5, 0.5, 0.5)
+    assert qsd.ledger_and_heads("small.pth:heads=4") == ([], None)
+    for wrong, text in [("heads=5", "no width of 64 has 5 heads"), ("mean=grey", "mean=grey is none of heads=NUMB")]:
+        with pytest.raises(qsd.UserError, match=text):
+            qsd.load_vit(f"small.pth:{wrong}")
+
+
+@pytest.mark.parametrize("width", [64, 128])
+def test_of_a_teacher_and_a_student_the_teacher_is_meant_only_if_it_has_the_students_shapes(width, small, capsys):
+    teacher = qsd.ViT(**small.config | dict(embed_dim=width)).state_dict()
+    both = {f"student.backbone.{key}": p for key, p in small.state_dict().items()}
+    torch.save({"model": both | {f"teacher.backbone.{key}": p for key, p in teacher.items()}}, "both.pth")
+    meant = teacher if width == 64 else small.state_dict()
+    assert torch.equal(qsd.load_vit("both.pth").pos_embed, meant["pos_embed"])
+    assert f"keys under {'teacher' if width == 64 else 'student'}.backbone. only, not" in capsys.readouterr().out
+
+
+def test_positions_of_dinov2_with_registers_are_resized_as_in_its_hub_models(small):
+    vit = random_encoder("dinov2_vits14_reg", depth=1, img_size=70)
+    torch.save(vit.state_dict(), "reg.pth")
+    patches = vit.pos_embed[:, 1:].reshape(1, 5, 5, 384).permute(0, 3, 1, 2)
+    want = F.interpolate(patches, size=(3, 4), mode="bicubic", antialias=True).permute(0, 2, 3, 1).flatten(1, 2)
+    assert torch.equal(qsd.load_vit("reg.pth", (42, 56), offset=0.1).pos_embed[:, 1:], want)
 
 
 class Trap:
@@ -624,16 +689,30 @@ BAD_FILES = [        # how small.pth, of path p and state s, is made wrong; opti
     (lambda p, s: torch.save(s | {KEY: s[KEY].char()}, p), {}, f"does not .*: {KEY} holds torch.int8 numbers instead"),
     (lambda p, s: torch.save({KEY: s[KEY]}, p), {}, "small.pth holds no encoder: no key in it ends in patch_embed"),
     (lambda p, s: torch.save(s | {"n": s.pop("pos_embed")}, p), {}, "small.pth: the architecture is unclear, as pos_"),
-    (lambda p, s: p.write_bytes(p.read_bytes()[:5000]), {}, "small.pth is truncated, damaged, .*: fetch it again"),
+    (lambda p, s: p.write_bytes(p.read_bytes()[:5000]), {}, "small.pth is truncated, damaged or no .*: fetch it again"),
     (lambda p, s: torch.save([Path("x")], p), {}, "small.pth holds no dict of tensors, but list: save the state dict"),
-    (lambda p, s: p.write_bytes(pickle.dumps(Trap(), protocol=2)), {}, "small.pth is truncated, damaged, a web page"),
-    (lambda p, s: p.write_text("\n<!DOCTYPE html><html>404</html>"), {}, "small.pth is truncated, damaged, a web page"),
-    (lambda p, s: p.write_text("version https://git-lfs.github.com/spec/v1"), {}, "a pointer of Git LFS .*: fetch it"),
+    (lambda p, s: p.write_bytes(pickle.dumps(Trap(), protocol=2)), {}, "small.pth is a pickle that is cut short or "),
+    (lambda p, s: p.write_text("\n<!DOCTYPE html><html>404</html>"), {}, "small.pth is a web page: what the address"),
+    (lambda p, s: p.write_text("version https://git-lfs.github.com/spec/v1"), {}, "a pointer of Git LFS, .*: fetch that"),
+    (lambda p, s: torch.jit.script(torch.nn.ReLU()).save(p), {}, "small.pth is TorchScript, a program: torch"),
+    (lambda p, s: np.savez(p.open("wb"), s[KEY]), {}, "small.pth is NumPy's, as of a JAX model: torch.save a dict"),
+    (lambda p, s: zipfile.ZipFile(p, "w").writestr("w.pth", "x"), {}, "small.pth is an archive: unpack it and give"),
+    (lambda p, s: p.write_text('{"weight_map": {}}'), {}, "small.pth is JSON text: give the file of weights"),
+    (lambda p, s: torch.save(torch.nn.Linear(2, 2), p), {}, "holds no dict of tensors, but Linear: save the "),
+    (lambda p, s: torch.save({"a": s[KEY].numpy()}, p), {}, "no encoder: .* its tensors are none: torch.save a sta"),
+    (lambda p, s: torch.save(dict(learner=s, optimizer={}), p), {}, "is the state of an unfinished run: give the stu"),
+    (lambda p, s: torch.save(s | {"norm_pre.bias": s[KEY]}, p), {}, "small.pth holds a CLIP or SigLIP, which is not"),
+    (lambda p, s: torch.save(s | {"decoder_embed.bias": s[KEY]}, p), {}, "an MAE with its decoder: take the "),
+    (lambda p, s: torch.save({"layers.0.blocks.0.x": s[KEY]}, p), {}, "small.pth holds a Swin Transformer, "),
+    (lambda p, s: torch.save({"stages.0.0.dwconv.bias": s[KEY]}, p), {}, "small.pth holds a ConvNeXt or "),
+    (lambda p, s: torch.save(s | {"blocks.0.attn.rel_pos_h": s[KEY]}, p), {}, "small.pth holds a BEiT, a SAM or"),
+    (lambda p, s: torch.save(s | {"pos_embed": s["pos_embed"][:, 1:], "blocks.0.gamma_1": s["norm.bias"]}, p), {},
+     "small.pth holds a DeiT III, or a ViT of timm's"),
     (lambda p, s: None, dict(depth=3), "depth must be 1 to 2 for small, not 3"),
     (lambda p, s: None, dict(img_size=30), "30x30 pixels does not divide into patches of 8"),
     (lambda p, s: None, dict(pretrained=False), "only a named encoder can start at random, one of deit_tiny"),
     (lambda p, s: p.unlink(), {}, "small.pth: neither a file nor a known encoder; the names are deit_tiny, deit_small"),
-    (lambda p, s: p.unlink() or p.mkdir(), {}, "small.pth: neither a file nor a known encoder"),
+    (lambda p, s: p.unlink() or p.mkdir(), {}, "small.pth: a folder: give the file in it"),
 ]
 
 
