@@ -19,7 +19,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from itertools import chain
@@ -625,12 +625,14 @@ def work_through(runs, jobs):
     """
     waiting = list(runs)
     working = {}  # {run: its process}
+    followers = Counter(chain.from_iterable(run.chain() for run in runs))
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # it ends this function as Ctrl-C does
     bar = tqdm(total=len(runs), desc="runs", unit="run", dynamic_ncols=True)
     try:
         while waiting or working:
             unfinished = {*waiting, *working}
             ready = [run for run in waiting if unfinished.isdisjoint(run.needs)]
+            ready.sort(key=followers.get, reverse=True)  # the beginnings of long chains first: no core waits at the end
             for run in ready[:jobs - len(working)]:
                 waiting.remove(run)
                 working[run] = begin(run, jobs)

@@ -10,7 +10,7 @@ import pickle
 import re
 import time
 from collections import OrderedDict
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -382,12 +382,12 @@ def build_objective(student, teacher, config):
     hidden = int(config.mask_ratio * N)
     if hidden > N or (config.loss == "proteus" and not hidden):
         raise UserError(f"--mask_ratio {config.mask_ratio} hides {hidden} of {N} patches: give a share of them")
-    if config.loss != "qsd":
-        given = asdict(config)
-        default = asdict(LossConfig())
-        for name in OF_QSD:
-            if given[name] != default[name]:
-                raise UserError(f"--{name} {given[name]} changes nothing: --loss {config.loss} does not read it")
+    unread = () if config.loss == "qsd" else OF_QSD
+    if config.loss not in ("qsd", "proteus"):
+        unread += ("mask_ratio", "mask_all")
+    for name in unread:
+        if getattr(config, name) != getattr(LossConfig, name):
+            raise UserError(f"--{name} {getattr(config, name)} changes nothing: --loss {config.loss} does not read it")
     return LOSSES[config.loss](student, teacher, config)
 
 

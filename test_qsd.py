@@ -303,6 +303,7 @@ def test_targets_are_fp32_and_with_layernorm_every_token_has_mean_0_and_variance
     (dict(alpha=0, beta=0, gamma=0), "nothing is left to learn from"),
     (dict(alpha=0, layers="four"), "--layers four adds to L_feat"),
     (dict(loss="mse", layers="four"), "--layers four changes nothing: --loss mse does not read it"),
+    (dict(loss="g2sd", mask_ratio=0.75), "--mask_ratio 0.75 changes nothing: --loss g2sd does not read it"),
     (dict(mask_ratio=50), "--mask_ratio 50 hides 750 of 15 patches"),
     (dict(loss="proteus", mask_ratio=0.01), "--mask_ratio 0.01 hides 0 of 15 patches"),
     (dict(loss="afdcd", grid=(4, 8)), "--dcd_pool 4 leaves no 4x4 patch on a grid of 4x8"),
@@ -606,7 +607,8 @@ TRANSFORMERS = {    # names of Dinov2WithRegistersModel 4.57.1 and of DINOv3ViTM
     "embeddings.patch_embeddings.projection.": "patch_embed.proj.", "layernorm.": "norm.", "encoder.layer.": "blocks.",
     ".attention.attention.query.": ".attn.q.", ".attention.attention.key.": ".attn.k.",
     ".attention.attention.value.": ".attn.v.", ".attention.output.dense.": ".attn.proj.",
-    ".mlp.weights_in.": ".mlp.w12.", ".mlp.weights_out.": ".mlp.w3.", ".layer_scale1.lambda1": ".ls1.gamma", ".layer_scale2.lambda1": ".ls2.gamma",
+    ".mlp.weights_in.": ".mlp.w12.", ".mlp.weights_out.": ".mlp.w3.", ".layer_scale1.lambda1": ".ls1.gamma",
+    ".layer_scale2.lambda1": ".ls2.gamma",
 }
 
 
@@ -693,7 +695,7 @@ BAD_FILES = [        # how small.pth, of path p and state s, is made wrong; opti
     (lambda p, s: torch.save([Path("x")], p), {}, "small.pth holds no dict of tensors, but list: save the state dict"),
     (lambda p, s: p.write_bytes(pickle.dumps(Trap(), protocol=2)), {}, "small.pth is a pickle that is cut short or "),
     (lambda p, s: p.write_text("\n<!DOCTYPE html><html>404</html>"), {}, "small.pth is a web page: what the address"),
-    (lambda p, s: p.write_text("version https://git-lfs.github.com/spec/v1"), {}, "a pointer of Git LFS, .*: fetch that"),
+    (lambda p, s: p.write_text("version https://git-lfs.github.com/spec/v1"), {}, "a pointer of Git LFS, .*: fetch"),
     (lambda p, s: torch.jit.script(torch.nn.ReLU()).save(p), {}, "small.pth is TorchScript, a program: torch"),
     (lambda p, s: np.savez(p.open("wb"), s[KEY]), {}, "small.pth is NumPy's, as of a JAX model: torch.save a dict"),
     (lambda p, s: zipfile.ZipFile(p, "w").writestr("w.pth", "x"), {}, "small.pth is an archive: unpack it and give"),
@@ -2408,7 +2410,8 @@ def fake_cuda(monkeypatch):
     monkeypatch.setattr(torch.nn.Module, "to", moved)
     for name, row in qsd.ENCODERS.items():
         monkeypatch.setitem(qsd.ENCODERS, name, row._replace(url=None, depth=2))    # all start at random
-    monkeypatch.setattr(distill, "two_images", lambda size: (torch.zeros(2, 3, size, size, dtype=torch.uint8), [Mock()]))
+    two = lambda size: (torch.zeros(2, 3, size, size, dtype=torch.uint8), [Mock()])
+    monkeypatch.setattr(distill, "two_images", two)
     monkeypatch.setattr(data, "erase", lambda x, *rest: x)
     monkeypatch.setattr(data, "mix", lambda *numbers: 0)
     monkeypatch.setattr(data, "uniform_noise", lambda draws, N, seed: torch.rand(2, N))
@@ -2492,7 +2495,8 @@ def test_the_bench_prints_speed_parts_and_ratio_of_a_step_and_writes_nothing(tmp
     monkeypatch.chdir(tmp_path)
     distill.main("--data toy --bench official --micro 2 --student_depth 1".split())
     speed, parts, ratio = capsys.readouterr().out.splitlines()[-3:]
-    images, tflops = re.search(r" --precision auto, 64 px, patch 8, 2 images a step: (\S+) images/s \[\S+], (\S+) TFLOP/s", speed).groups()
+    found = re.search(r" 64 px, patch 8, 2 images a step: (\S+) images/s \[\S+], (\S+) TFLOP/s", speed)
+    images, tflops = found.groups()
     assert 1e3 * float(tflops) / float(images) == pytest.approx(0.176, rel=0.03)    # GFLOP an image
     shares = [int(share) for share in re.findall(r"(-?\d+)%", parts)]
     assert len(shares) == 3 and sum(shares) == pytest.approx(100, abs=2)
@@ -3535,7 +3539,9 @@ def test_table_10_distils_on_the_source_and_replaces_the_decoder_and_its_labels(
             assert (row[-1].data, row[-1].decoder, row[-1].blocks) == (labels, "boxes", "last")
         assert [cfg.data for cfg in rows["GKD"][:2]] == ["toy-proxy" if world == "toy" else "imagenet", source]
         assert rows["GKD"][-1].freeze and not rows["one-stage CWD"][-1].freeze
-    names = [run.result.parent.name for table in ("9", "10") for _, name, run in rows_of(table, "toy") if name == "no KD"]
+    names = []
+    for table in ("9", "10"):
+        names += [run.result.parent.name for _, name, run in rows_of(table, "toy") if name == "no KD"]
     assert names == ["no-kd", "no-kd-toy-boxes"]
     block, = blocks_of("10", "paper")
     assert block.source + block.unseen == ["voc", "voc-corruptions"] and block.paper["GKD"] == ["72.9"]
