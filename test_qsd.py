@@ -1,8 +1,6 @@
 """What the code promises, on a CPU without network; tests of real weights and images want GKD_TEST_DATA."""
 import argparse
-import cmath
 import colorsys
-import contextlib
 import dataclasses
 import hashlib
 import io
@@ -13,9 +11,7 @@ import multiprocessing
 import os
 import pickle
 import re
-import resource
 import runpy
-import shlex
 import shutil
 import signal
 import socket
@@ -25,7 +21,6 @@ import sys
 import threading
 import time
 import types
-import warnings
 import zipfile
 import zlib
 from collections import Counter, OrderedDict, deque
@@ -52,7 +47,7 @@ import distill
 import eval as evaluation
 import qsd
 import segment
-from segment import Linear, MaskDecoder, SemFPN, hungarian, pyramid, resize, sample, sine_position
+from segment import Linear, MaskDecoder, SemFPN, hungarian, pyramid, resize, sine_position
 
 REAL = Path(os.environ.get("GKD_TEST_DATA", "nowhere")) / "data"      # weights and imagenet, if there are any
 torch.set_num_threads(1)
