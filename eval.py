@@ -532,7 +532,7 @@ def blocks(cfg):
     seeds = [0]
     if small:
         stands = written(cfg.table).get(cfg.data, {"": {}})[""]
-        reported = [rows for settings in numbers.values() for rows in settings.values()]
+        reported = list(chain(*[settings.values() for settings in numbers.values()]))
         rows = stands or reported[0]
         beside = next(iter(numbers.get(LIKENED, {}).values()), {})
         paper = {row: beside.get(row, "") for row in rows if row != FOUNDATION}
@@ -551,7 +551,9 @@ def blocks(cfg):
             groups.append([])
             for budget in table["budgets"].split() or [""]:
                 rows = [row for row in paper if not stands.get(row) or budget in stands[row].split()]
-                runs = [{row: last_run(p, row, budget) for row in rows} for p in pairs]
+                runs = []
+                for p in pairs:
+                    runs.append({row: last_run(p, row, budget) for row in rows})
                 if rows:
                     groups[-1].append(Block(title, runs, own, list(unseen), paper, budget, Path(pairs[0].here)))
     if not groups:
@@ -596,7 +598,10 @@ def tables(cfg, device):
 
 def run_missing(group, cfg):
     """Run what is missing of some blocks; at the paper's scale only what this machine can, after printing all of it."""
-    chains = [run.chain() for block in group for rows in block.seeds for run in rows.values()]
+    chains = []
+    for block in group:
+        for rows in block.seeds:
+            chains += [run.chain() for run in rows.values()]
     lacks = {}  # {missing run: what this machine lacks for it}
     for run in chain(*chains):
         if run.result.exists():
@@ -607,7 +612,10 @@ def run_missing(group, cfg):
                 lacks[run] = absent(run.cfg.data, run.cfg.root) + ([] if torch.cuda.is_available() else ["a GPU"])
             if cfg.data == "paper" or not cfg.run:
                 print(f"{run}  # needs {' and '.join(lacks[run])}" if lacks[run] else run)
-    possible = chain(*[runs for runs in chains if not any(lacks.get(run) for run in runs)])
+    possible = []
+    for runs in chains:
+        if not any(map(lacks.get, runs)):
+            possible += runs
     if cfg.run:
         work_through([run for run in dict.fromkeys(possible) if run in lacks], cfg.jobs)
 
@@ -799,10 +807,11 @@ def chart(lines, path, x_title, y_title, log=False, x_texts=None):
     x_texts: what stands at x = 0, 1, .. in place of round numbers.
     """
     points = list(chain(*lines.values()))
-    reached = [y + side * half for _, y, half in points for side in (-1, 0, 1)]
+    reached = [y - half for _, y, half in points] + [y + half for _, y, half in points]
     log = log and min(reached) > 0
     height_of = np.log10 if log else np.float64
-    x_texts = dict(enumerate(x_texts)) if x_texts else {x: f"{x:g}" for x in ticks([x for x, *_ in points])}
+    xs = [x for x, *_ in points]
+    x_texts = dict(enumerate(x_texts)) if x_texts else {x: f"{x:g}" for x in ticks(xs)}
     y_texts = {y: f"{y:g}" for y in ticks(reached, log)}
     x_ends = [min(x_texts), max(x_texts)]
     y_ends = height_of([min(y_texts), max(y_texts)])
@@ -890,7 +899,9 @@ def sheet(columns, titles, path, names=(), colors=(), width=136):
     font = ImageFont.load_default(13)
     left = 16 + round(max(map(font.getlength, "\n".join(titles).split("\n"))))
     width = max(width, *[12 + round(font.getlength(name)) for name in columns])
-    rows = [[scaled_to(width, cell) for cell in cells] for cells in zip(*columns.values())]
+    rows = []
+    for cells in zip(*columns.values()):
+        rows.append([scaled_to(width, cell) for cell in cells])
     heights = [4 + max(picture.height for picture in row) for row in rows]
     canvas = Image.new("RGB", (left + len(columns) * (width + 4), 28 + sum(heights)), "white")
     pen = ImageDraw.Draw(canvas)
