@@ -73,7 +73,7 @@ def projection(dim_s, dim_t):
     return nn.Sequential(nn.LayerNorm(dim_s), nn.Linear(dim_s, dim_t))
 
 
-def matmul(a, b):
+def matmul_fp32(a, b):
     """a @ b of fp32 numbers, under autocast, too: a softmax of large, unscaled logits does not bear bf16's rounding."""
     dtype = torch.promote_types(b.dtype, torch.float32)
     with torch.autocast(a.device.type, enabled=False):
@@ -92,11 +92,11 @@ class QSD(nn.Module):
         self.varphi = projection(dim_s, dim_t)                      # the paper's φ makes the queries
         self.phi = projection(dim_s, dim_t)                         # the paper's ϕ makes the values
         if attention != "learned":
-            self.varphi = None                                      # nothing asks for learned queries
+            self.varphi = None                                      # phi is drawn as it is beside learned queries
 
     def forward(self, v_s, v_t):
         W = self.weights(v_s, v_t)                                  # (B, N, N)
-        return matmul(W, self.phi(v_s)), W                          # Eq. 8  (B, N, C_t)
+        return matmul_fp32(W, self.phi(v_s)), W                     # Eq. 8  (B, N, C_t)
 
     def weights(self, v_s, v_t):
         """σ(W): how much each student token takes of the value at each place, a row summing up to 1."""
@@ -105,7 +105,7 @@ class QSD(nn.Module):
         query = v_t if self.attention == "teacher" else self.varphi(v_s)    # paper: φ(v_s)
         if self.scale == "sqrt":                                    # ablation: as in a transformer
             query = query * v_t.shape[-1] ** -0.5
-        W = matmul(query, v_t.mT)                                   # Eq. 7  (B, N, N)
+        W = matmul_fp32(query, v_t.mT)                              # Eq. 7  (B, N, N)
         return W.softmax(-1)
 
 
@@ -151,14 +151,14 @@ class GKD(Objective):
             L_feat = distance(v_s_prime, v_t)                       # Eq. 9
             diagonal = W.detach().diagonal(dim1=1, dim2=2).mean()
         if c.beta:
-            v_s_mask = self.masked_pass(student, x, v_s, noise)     # (B, N, C_s)
+            v_s_mask = self.masked_pass(student, x, v_s, noise)     # (B, N, C_s), every second image without a mask
             v_s_mask_prime, _ = self.mask(v_s_mask, v_t)            # (B, N, C_t)
             L_mask = distance(v_s_mask_prime, v_t)                  # Eq. 10
         if c.gamma:                                                 # one key: the softmax is 1, only phi learns
             v_s_cls_prime, _ = self.cls(v_s_cls[:, None], v_t_cls[:, None])     # (B, 1, C_t)
             L_cls = distance(v_s_cls_prime[:, 0], v_t_cls)          # Eq. 11
         if c.alpha and c.gamma and c.feat_with_cls:
-            L_feat = (N * L_feat + L_cls) / (N + 1)                 # the official mean over [CLS; patches]
+            L_feat = (N * L_feat + L_cls) / (N + 1)                 # official: [CLS; patches], so CLS counts twice
         loss = c.alpha * L_feat + c.beta * L_mask + c.gamma * L_cls     # Eq. 12
 
         losses = {"L_feat": L_feat, "L_mask": L_mask, "L_cls": L_cls, "diagonal": diagonal}
