@@ -1158,10 +1158,12 @@ def test_sets_can_be_pickled_for_processes_that_begin_anew_and_loading_ones_outl
         os.kill(worker.pid, number)
     for _ in range(10):
         next(batches)
+    handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL)         # torch's would raise that a worker was killed
     os.kill(worker.pid, signal.SIGTERM)                             # as Python ends it after a crash
     worker.join(20)
     assert worker.exitcode == -signal.SIGTERM
     batches._shutdown_workers()
+    signal.signal(signal.SIGCHLD, handler)
 
 
 def test_each_epoch_has_a_shuffle_of_its_own_and_repeated_images_follow_one_another():
