@@ -1044,8 +1044,9 @@ def read_encoder(path, name, row, given):
     for key in ("model", "module", "state_dict", "teacher"):
         if isinstance(state.get(key), dict):
             state = state[key]
-    prefix, notes = find_encoder(path, tensors_in(state))
-    state = {key.removeprefix(prefix): p for key, p in tensors_in(state).items() if key.startswith(prefix)}
+    state = tensors_in(state)
+    prefix, notes = find_encoder(path, state)
+    state = {key.removeprefix(prefix): tensor for key, tensor in state.items() if key.startswith(prefix)}
 
     config = checkpoint.get("encoder")
     ours = isinstance(config, dict) and "embed_dim" in config           # a checkpoint of this project
