@@ -216,16 +216,8 @@ MAX_SKIPS = 10              # non-finite steps in a row that end a run
 class Run:
     """A training run: its processes and device, its folder --out, its ledger and log, its checkpoints, its budget.
 
-        run = Run(cfg, "student.pt")            # joins the processes, looks at --out
-        run.start(learner, optimizer, ...)      # weights, optimiser and order of the images: as --out left them
-        with run:                               # SIGTERM and Ctrl-C wait for the end of a step
-            for micro_batches in run.steps():   # until --budget is spent
-                ...
-                run.after()                     # ledger, log, checkpoint; leaves if a signal has come
-            run.finish(checkpoint)              # writes the result; what resuming needed is deleted
-
     --out holds log.jsonl (a header with the Config, then a line every log_every steps), last.pt while the run goes on
-    and the result when it has ended.
+    and the result when it has ended. main above shows in which order its methods are called.
     """
 
     def __init__(self, cfg, result):
@@ -244,7 +236,8 @@ class Run:
             say(f"{self.result} is finished; nothing to do")
             self.tidy()
         else:
-            say(f"{self.out}: set over the defaults: {changed(cfg)}")
+            changes = changes_of(cfg, dataclasses.asdict(type(cfg)()))
+            say(f"{self.out}: " + (", ".join(changes.values()) or "all constants have their defaults"))
 
     def start(self, learner, optimizer, dataset, flops, tokens, repeats=1, pairs=True):
         """Continue where last.pt ends, or begin; flops and tokens are those of one image.
@@ -410,27 +403,28 @@ class Run:
 
 
 def check_folder(cfg):
-    """UserError if --out is a file, holds other files than a run's, or a run with other constants than those of cfg.
+    """UserError if --out holds something else than a run, or a run with other constants; those in FREE may differ.
 
-    Those in FREE may differ. A constant that the run did not know yet had what is its default today.
+    A constant that the run did not know yet had what is its default today.
     """
     out = Path(cfg.out)
     log = out / "log.jsonl"
-    if out.is_file():
-        raise UserError(f"--out {out} is a file, not a folder; choose another --out")
     if not log.exists():
-        if out.exists() and any(not path.name.startswith("part.") for path in out.iterdir()):
-            raise UserError(f"--out {out} is not empty and holds no log.jsonl of a run; choose another --out")
+        begun = [path for path in out.glob("*") if not path.name.startswith("part.")]
+        if begun or out.is_file():
+            raise UserError(f"--out {out} holds something else than a run; choose another --out")
         return
     with open(log) as file:
         stored = json.loads(file.readline())["config"]
-    before = dataclasses.asdict(type(cfg)()) | stored
-    differing = []
-    for name, value in vars(cfg).items():
-        if value != before[name] and name not in FREE:
-            differing.append(f"{name} {before[name]} -> {value}")
+    changes = changes_of(cfg, dataclasses.asdict(type(cfg)()) | stored)
+    differing = ", ".join(text for name, text in changes.items() if name not in FREE)
     if differing:
-        raise UserError(f"--out {out} holds a run with other constants ({', '.join(differing)}); choose another --out")
+        raise UserError(f"--out {out} holds a run with other constants ({differing}); choose another --out")
+
+
+def changes_of(cfg, before):
+    """{constant: "constant old -> new"} of those that differ between a dict of values and a Config."""
+    return {name: f"{name} {before[name]} -> {value}" for name, value in vars(cfg).items() if value != before[name]}
 
 
 def save(path, checkpoint):
@@ -503,13 +497,6 @@ def number(text, kind):
     return value
 
 
-def changed(cfg):
-    """What preset and command line set over a Config's defaults, as text."""
-    defaults = type(cfg)()
-    differing = [f"{name} {value}" for name, value in vars(cfg).items() if value != getattr(defaults, name)]
-    return ", ".join(differing) or "nothing"
-
-
 def cli(main):
     """Run a script's main: a user's mistake is one line on stderr and exit status 2, a bug is a traceback."""
     try:
@@ -517,8 +504,6 @@ def cli(main):
     except UserError as error:
         print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:                                       # before the first step or after the last
-        sys.exit(128 + signal.SIGINT)
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -639,10 +624,9 @@ def passes_of(batch, micro, world, pairs=True):
 # --- How fast a step is: python distill.py --bench ------------------------------------------------------------------
 
 class OfficialLearner(Learner):
-    """The authors' step, which --bench official compares with: the same losses, with their additional work.
+    """The authors' step: the same losses, with their second pass of unmasked images, 16-bit logits and four waits.
 
-    That is the second pass of unmasked images, 16-bit logits and four waits for the device. Left out are their moving
-    average of all weights and the search for unused parameters, which would make it slower; it is never compiled.
+    Left out are their moving average of all weights and the search for unused parameters, which make it slower still.
     """
     def forward(self, x, t, noise):
         v_t_cls, v_t, _ = t
@@ -650,7 +634,7 @@ class OfficialLearner(Learner):
         mask = torch.zeros_like(noise, dtype=torch.bool)
         mask[which] = qsd.random_mask(noise[which], self.objective.config.mask_ratio)
         cls, v_s = self.student(x)
-        _, v_s_mask = self.student(x, mask)                         # all images again, masked or not
+        _, v_s_mask = self.student(x, mask)             # all images again, masked or not
         cls = self.attend(self.objective.cls, cls[:, None], v_t_cls[:, None])
         feat = self.attend(self.objective.feat, v_s, v_t)
         L_cls = F.mse_loss(cls, v_t_cls[:, None])
@@ -658,67 +642,66 @@ class OfficialLearner(Learner):
         L_mask = F.mse_loss(self.attend(self.objective.mask, v_s_mask, v_t), v_t)
         losses = {"L_feat": L_feat, "L_mask": L_mask, "L_cls": L_cls, "loss": L_feat + L_mask + L_cls}
         for value in losses.values():
-            value.item()                                            # their log waits four times for the device
+            value.item()                                # their log waits four times for the device
         return losses
 
     def attend(self, head, v_s, v_t):
         query = head.varphi(v_s)
-        W = query @ v_t.mT.to(query.dtype)                          # (B, N, N), in autocast's precision
+        W = query @ v_t.mT.to(query.dtype)              # (B, N, N), in autocast's precision
         W = W.softmax(-1, dtype=v_t.dtype).to(query.dtype)
         return (W @ head.phi(v_s)).to(v_t.dtype)
 
 
 def bench(cfg, run, learner, teacher, losses_of, optimizer, flops):
     """Print images/s, FLOP/s and what a step's time is spent on; --bench official: beside the authors' step."""
-    default = qsd.LossConfig(dcd_pool=cfg.dcd_pool)
-    changed_loss = [name for name, value in vars(default).items() if getattr(cfg, name) != value]
-    if cfg.bench == "official" and changed_loss:
-        raise UserError(f"--bench official is about the paper's objective: leave --{changed_loss[0]} alone")
-    device = run.device
+    of_paper = [getattr(cfg, name) == value for name, value in vars(qsd.LossConfig(dcd_pool=cfg.dcd_pool)).items()]
+    if cfg.bench == "official" and not all(of_paper):
+        raise UserError("--bench official is about the paper's objective: leave --loss and its constants alone")
+    on_cuda = run.device.type == "cuda"
+    B = cfg.micro if on_cuda else min(cfg.micro, 8)
+    images = torch.randint(0, 256, (B, 3, cfg.size, cfg.size), dtype=torch.uint8)
+    draws = torch.arange(B)
 
     def seconds(work, *args):
         """How long work(*args) takes, on CUDA with all that it starts there."""
         began = time.perf_counter()
         work(*args)
-        if device.type == "cuda":
+        if on_cuda:
             torch.cuda.synchronize()
         return time.perf_counter() - began
 
-    def step(model, its_optimizer, images):
-        losses = losses_of(model, images, torch.arange(len(images)))
-        losses["loss"].backward()
+    def step(model, its_optimizer):
+        losses_of(model, images, draws)["loss"].backward()
         its_optimizer.step()
         its_optimizer.zero_grad()
 
-    B = cfg.micro if device.type == "cuda" else min(cfg.micro, 8)
-    images = torch.randint(0, 256, (B, 3, cfg.size, cfg.size), dtype=torch.uint8)
-    seconds(step, learner, optimizer, images)                       # warms up, compiles
-    times = [seconds(step, learner, optimizer, images) for _ in range(5)]
+    seconds(step, learner, optimizer)                   # warms up, compiles
+    times = [seconds(step, learner, optimizer) for _ in range(5)]
     whole = statistics.median(times)
-    print(f"{device_name(device)}, --precision {cfg.precision}, {cfg.size} px, patch {cfg.patch}, {B} images a step: "
-          f"{B / whole:.2f} images/s [{B / max(times):.2f}..{B / min(times):.2f}], "
+    print(f"{device_name(run.device)}, --precision {cfg.precision}, {cfg.size} px, patch {cfg.patch}, "
+          f"{B} images a step: {B / whole:.2f} images/s [{B / max(times):.2f}..{B / min(times):.2f}], "
           f"{B / whole * flops / 1e12:.3g} TFLOP/s")
 
-    x = data.normalize(images.to(device), learner.student.mean, learner.student.std)
+    x = data.normalize(images.to(run.device), learner.student.mean, learner.student.std)
     with run.autocast, torch.no_grad():
         of_teacher = statistics.median(seconds(teacher.run, x) for _ in range(3)) / whole
-    forward = statistics.median(seconds(losses_of, learner, images, torch.arange(B)) for _ in range(3)) / whole
+    forward = statistics.median(seconds(losses_of, learner, images, draws) for _ in range(3)) / whole
     print(f"of a step: teacher {of_teacher:.0%}, student with heads and losses {forward - of_teacher:.0%}, "
           f"backward pass and optimiser {1 - forward:.0%}")
-    if device.type == "cuda":
+    if on_cuda:
         print(f"peak memory {torch.cuda.max_memory_allocated() / 2 ** 30:.2f} GiB")
+    if cfg.bench == "yes":
+        return
 
-    if cfg.bench == "official":
-        official = OfficialLearner(learner.student, learner.objective)
-        groups = weight_decay_groups(learner, cfg.weight_decay)
-        theirs = torch.optim.AdamW(groups, betas=(0.9, 0.999), foreach=False)   # one parameter after the other
-        seconds(step, official, theirs, images)
-        ratios = []
-        for _ in range(7):                                          # by turns, so that a busy machine harms both
-            ours = seconds(step, learner, optimizer, images)
-            ratios.append(seconds(step, official, theirs, images) / ours)
-        print(f"the authors' step: {statistics.median(ratios):.2f} times as long "
-              f"[{min(ratios):.2f}..{max(ratios):.2f}]")
+    official = OfficialLearner(learner.student, learner.objective)      # never compiled
+    groups = weight_decay_groups(learner, cfg.weight_decay)
+    theirs = torch.optim.AdamW(groups, betas=(0.9, 0.999), foreach=False)       # one parameter after the other
+    seconds(step, official, theirs)
+    ratios = []
+    for _ in range(7):                                  # by turns, so that a busy machine harms both
+        ours = seconds(step, learner, optimizer)
+        ratios.append(seconds(step, official, theirs) / ours)
+    print(f"the authors' step: {statistics.median(ratios):.2f} times as long [{min(ratios):.2f}..{max(ratios):.2f}]")
 
 
 if __name__ == "__main__":
