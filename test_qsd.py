@@ -1998,15 +1998,15 @@ def test_another_value_of_each_constant_gives_other_weights(script, name, after_
     assert after_two_steps(script, needs) != after_two_steps(script, f"{needs} --{name} {value}")
 
 
-STUDENTS = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]]).view(2, 3, 1, 1)   # mean and std of images
-TEACHERS = torch.tensor([[0.5, 0.4, 0.3], [0.2, 0.3, 0.1]]).view(2, 3, 1, 1)
+STATISTICS = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]]).view(2, 3, 1, 1)     # the student's
+OTHER = dict(mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.1))
 
 
 @pytest.mark.parametrize("script, more", [("distill", "--erase 0"), ("segment", "--freeze no --kd 1 --kd_logits 1")])
 def test_student_and_teachers_see_the_same_pixels_each_normalised_as_it_was_trained(
         script, more, teacher, flags, tmp_path):
     saved = torch.load(teacher, weights_only=True)
-    saved["encoder"] |= dict(zip(("mean", "std"), TEACHERS.flatten(1).tolist()))
+    saved["encoder"] |= OTHER
     torch.save(saved, tmp_path / "other.pt")
     calls = []
     def record(run):
@@ -2014,17 +2014,16 @@ def test_student_and_teachers_see_the_same_pixels_each_normalised_as_it_was_trai
     more += f" --teacher {tmp_path}/other.pt --target_norm layernorm"
     train(script, flags(script, tmp_path / "a", more), record)
     x, *inputs = calls[0]
-    t = inputs[0] if script == "distill" else inputs[3]
-    pixels = x * STUDENTS[1] + STUDENTS[0]
-    x_t = (pixels - TEACHERS[0]) / TEACHERS[1]
+    t, noise = inputs[:2] if script == "distill" else inputs[3:5]
+    pixels = 255 * (x * STATISTICS[1] + STATISTICS[0])
+    x_t = (pixels / 255 - torch.tensor(OTHER["mean"]).view(3, 1, 1)) / torch.tensor(OTHER["std"]).view(3, 1, 1)
     judge, _ = segment.load_segmenter(tmp_path / "other.pt")
     cls, patches, _ = judge.encoder.run(x_t)
     close = partial(torch.testing.assert_close, rtol=1e-3, atol=1e-3)
-    close(255 * pixels, (255 * pixels).round())
-    noise = inputs[1] if script == "distill" else inputs[4]
+    close(pixels, pixels.round())
+    close(t[0], F.layer_norm(cls, (128,)))
+    close(t[1], F.layer_norm(patches, (128,)))
     assert torch.equal(noise, data.uniform_noise(torch.arange(4, 8), 64, 0))    # the second batch's draws
-    close(t[0], torch.nn.functional.layer_norm(cls, (128,)))
-    close(t[1], torch.nn.functional.layer_norm(patches, (128,)))
     if script == "segment":
         close(inputs[-1], judge.decoder.scores(judge(x_t), (64, 64)))
         assert inputs[1].initial_seed() == data.mix(0, 5, 4)        # of the points of the batch that begins with draw 4
@@ -2062,10 +2061,9 @@ def test_a_flag_beats_the_preset_of_data_and_stage_which_beats_the_default(flags
     def found(script, text=""):
         cfg = distill.configure(script.Config, script.preset, text.split())
         return cfg.size, cfg.batch, cfg.lr, cfg.budget
-    proxy = (224, 512, 5e-4, "100ep")
-    source = (512, 128, 5e-4, "300ep")
-    assert found(distill, "--data imagenet") == found(distill, "--data gtav --stage proxy") == proxy
-    assert found(distill, "--data gtav") == found(distill, "--data imagenet --stage source") == source
+    assert found(distill, "--data imagenet") == found(distill, "--data gtav --stage proxy") == (224, 512, 5e-4, "100ep")
+    assert found(distill, "--data gtav") == found(distill, "--data imagenet --stage source")
+    assert found(distill, "--data gtav") == (512, 128, 5e-4, "300ep")
     assert found(distill, "--data toy-proxy") == found(distill, "--stage proxy") == (64, 16, 2e-3, "1000")
     assert found(distill, "--data toy+toy-arcade") == found(distill) == (64, 16, 1e-3, "1000")
     assert found(distill, "--data imagenet --size 96 --lr 7") == (96, 512, 7, "100ep")
@@ -2452,7 +2450,7 @@ def test_on_cuda_evaluation_leaves_no_tensor_behind(fake_cuda, monkeypatch):
     assert compared == [(fake_cuda, fake_cuda, True)]
 
 
-# --- Runs: compiled ---------------------------------------------------------------------------------------------------
+# --- Runs: compiled, and how fast they are ----------------------------------------------------------------------------
 
 def test_a_compiled_run_is_two_graphs_compiled_once_with_the_losses_of_eager_mode(flags, tmp_path, monkeypatch):
     run = partial(flags, "distill", more="--budget 3 --student_depth 1")
@@ -2467,8 +2465,6 @@ def test_a_compiled_run_is_two_graphs_compiled_once_with_the_losses_of_eager_mod
         assert compiled == pytest.approx(eager, rel=1e-5)
 
 
-# --- Runs: how fast they are ------------------------------------------------------------------------------------------
-
 def test_without_a_c_compiler_compile_is_one_line(flags, tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "which", lambda name: None)
     monkeypatch.delenv("CC", raising=False)
@@ -2480,11 +2476,9 @@ def test_the_bench_prints_speed_parts_and_ratio_of_a_step_and_writes_nothing(tmp
     monkeypatch.chdir(tmp_path)
     distill.main("--data toy --bench official --micro 2 --student_depth 1".split())
     speed, parts, ratio = capsys.readouterr().out.splitlines()[-3:]
-    found = re.search(r" 64 px, patch 8, 2 images a step: (\S+) images/s \[\S+], (\S+) TFLOP/s", speed)
-    images, tflops = found.groups()
+    images, tflops = re.search(r" 2 images a step: (\S+) images/s \[\S+], (\S+) TFLOP/s", speed).groups()
     assert 1e3 * float(tflops) / float(images) == pytest.approx(0.176, rel=0.03)    # GFLOP an image
-    shares = [int(share) for share in re.findall(r"(-?\d+)%", parts)]
-    assert len(shares) == 3 and sum(shares) == pytest.approx(100, abs=2)
+    assert sum(map(int, re.findall(r"(-?\d+)%", parts))) == pytest.approx(100, abs=2)
     low, high = re.search(r"times as long \[(\S+)\.\.(\S+)]", ratio).groups()
     assert 0 < float(low) <= float(high) and not contents(tmp_path)
 
