@@ -1,14 +1,13 @@
-"""Stage 2 of GKD: train a decoder on labelled source images, the encoder frozen. Also the one-stage baselines.
+"""Stage 2 of GKD: train a decoder on labelled source images, the encoder frozen; and the one-stage baselines.
 
     python segment.py --data gtav --root /data --encoder runs/source/student.pt --out runs/gtav
     python segment.py --data voc --decoder boxes --root /data --encoder runs/source/student.pt --out runs/voc
     python segment.py --data folder --root my_images --classes 5 --encoder dinov2_vits14 --out runs/mine
 
-The same command resumes. `--kd 1 --loss cwd --teacher dinov2_vitb14 --freeze no` trains a rival of the paper instead:
-task loss and distillation at once. --kd_logits 1 is Hinton's distillation, which the paper does not have.
+The same command resumes. With `--kd 1 --loss cwd --teacher dinov2_vitb14 --freeze no` a rival of the paper learns
+from labels and teacher at once. --kd_logits 1 is Hinton's distillation, which the paper does not have.
 """
 import math
-import warnings
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -32,9 +31,9 @@ from qsd import UserError
 # --- From the encoder to the decoders --------------------------------------------------------------------------------
 
 def pyramid(outs, grid):
-    """Four block outputs become maps of 4, 2, 1 and 0.5 times the token grid, the earliest block the finest map.
+    """Outputs of four blocks as maps of 4, 2, 1 and 0.5 times the token grid, as in the official code.
 
-    outs 4 x (B, N, C), not normalised; grid (h, w), h w = N -> 4 x (B, C, ., .). As in the official code.
+    outs 4 x (B, N, C), not normalised; grid (h, w), h w = N -> 4 x (B, C, ., .), finest first.
     """
     maps = []
     for x, scale in zip(outs, (4, 2, 1, 0.5), strict=True):
@@ -57,10 +56,7 @@ def centres(size, device):
 
 
 def sine_position(size, width, device):
-    """Sines and cosines at geometric frequencies of each place of an (h, w) grid, (h w, width).
-
-    As in mmdet: pixels are counted from 1, and first y, then x has its sines and cosines by turns.
-    """
+    """mmdet's encoding of the places of an (h, w) grid, (h w, width): sines and cosines of y, then of x."""
     h, w = size
     frequency = 2 * math.pi * 10000 ** (-4 * torch.arange(width // 4, device=device) / width)
     y = torch.arange(1, h + 1, device=device) / (h + 1e-6)
@@ -71,8 +67,8 @@ def sine_position(size, width, device):
 
 
 def sample(x, points):
-    """Bilinear values of maps x (B, C, h, w) at points (B, P, 2), (x, y) in 0..1 -> (B, C, P); outside the map is 0."""
-    points = 2 * points[:, :, None] - 1  # (B, P, 1, 2), in -1..1 as grid_sample counts
+    """Bilinear values of maps x (B, C, h, w) at points (B, P, 2), (x, y) in 0..1 -> (B, C, P); 0 outside the map."""
+    points = 2 * points[:, :, None] - 1  # (B, P, 1, 2), in -1..1
     return F.grid_sample(x, points, align_corners=False)[..., 0]
 
 
@@ -89,15 +85,23 @@ def drawn(module, draw, zero_biases=True):
 zeros = partial(drawn, draw=nn.init.zeros_)
 xavier_uniform = partial(drawn, draw=nn.init.xavier_uniform_)
 xavier_normal = partial(drawn, draw=nn.init.xavier_normal_, zero_biases=False)
-caffe2_xavier = partial(drawn, draw=partial(nn.init.kaiming_uniform_, a=1))  # uniform within sqrt(3 / fan_in)
+caffe2_xavier = partial(drawn, draw=partial(nn.init.kaiming_uniform_, a=1))
+
+
+def with_norm(conv):
+    return nn.Sequential(conv, nn.GroupNorm(32, conv.out_channels))
+
+
+def feed_forward(width, hidden):
+    return xavier_normal(nn.Sequential(nn.Linear(width, hidden), nn.ReLU(), nn.Linear(hidden, width)))
 
 
 # --- Pixel decoder: the levels learn from each other -----------------------------------------------------------------
 
 class DeformableAttention(nn.Module):
-    """Each token reads a few places per head and level, at offsets it chooses (Zhu et al., Deformable DETR, 2021).
+    """Each token reads a few places per head and level, at offsets it chooses (Zhu et al., 2021).
 
-    query, value (B, N, width): the tokens of all levels in a row; sizes: (h, w) of each level -> (B, N, width).
+    query, value (B, N, width): tokens of all levels in a row; sizes: (h, w) of each -> (B, N, width).
     """
     def __init__(self, width, heads, levels=3, points=4):
         super().__init__()
@@ -109,7 +113,7 @@ class DeformableAttention(nn.Module):
         self.attention_weights = zeros(nn.Linear(width, heads * levels * points))
         self.sampling_offsets = zeros(nn.Linear(width, heads * levels * points * 2))
 
-        # At first head h looks in the direction 2 pi h / heads, its points 1, 2, .. pixels away, all with equal weight.
+        # At first head h looks in the direction 2 pi h / heads, its points 1, 2, .. pixels away.
         angle = 2 * math.pi * torch.arange(heads) / heads
         ray = torch.stack([angle.cos(), angle.sin()], -1)  # (heads, 2)
         ray = ray / ray.abs().amax(-1, keepdim=True)  # on the border of the unit square
@@ -118,8 +122,7 @@ class DeformableAttention(nn.Module):
         self.sampling_offsets.bias.data.copy_(start.expand(-1, levels, -1, -1).flatten())
 
     def forward(self, query, value, sizes):
-        weights = self.attention_weights(query).unflatten(-1, (self.heads, -1))
-        weights = weights.softmax(-1)  # a head's places weigh 1 in all
+        weights = self.attention_weights(query).unflatten(-1, (self.heads, -1)).softmax(-1)
         weights = weights.unflatten(-1, (self.levels, self.points))  # (B, N, heads, levels, points)
         offsets = self.sampling_offsets(query)  # in pixels of the level
         offsets = offsets.unflatten(-1, (self.heads, self.levels, self.points, 2))
@@ -132,7 +135,7 @@ class DeformableAttention(nn.Module):
         for i, (h, w) in enumerate(sizes):
             at = here + offsets[:, :, :, i] / offsets.new_tensor([w, h])  # (B, N, heads, points, 2)
             at = 2 * at.transpose(1, 2).flatten(0, 1) - 1  # (B heads, N, points, 2)
-            seen = F.grid_sample(levels[i].unflatten(2, (h, w)), at, align_corners=False)  # 0 outside the map
+            seen = F.grid_sample(levels[i].unflatten(2, (h, w)), at, align_corners=False)
             weight = weights[:, :, :, i].transpose(1, 2).flatten(0, 1)  # (B heads, N, points)
             out = out + (seen * weight[:, None]).sum(-1)  # (B heads, d, N)
         out = out.unflatten(0, (-1, self.heads)).flatten(1, 2).transpose(1, 2)  # (B, N, width)
@@ -143,7 +146,7 @@ class DeformableLayer(nn.Module):
     def __init__(self, width, heads, ffn):
         super().__init__()
         self.self_attn = DeformableAttention(width, heads)
-        self.ffn = xavier_normal(nn.Sequential(nn.Linear(width, ffn), nn.ReLU(), nn.Linear(ffn, width)))
+        self.ffn = feed_forward(width, ffn)
         self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(2))
 
     def forward(self, x, pos, sizes):
@@ -154,21 +157,19 @@ class DeformableLayer(nn.Module):
 class PixelDecoder(nn.Module):
     """The maps that the queries read, and the finest map, whose pixels they compare with.
 
-    feats 4 x (B, dim, ., .), finest first -> maps 3 x (B, width, ., .), coarsest first, and pixels (B, width, h, w).
-    The three mix by deformable attention (kind "deform", as in Mask2Former) or by a top-down sum ("fpn", light).
+    feats 4 x (B, dim, ., .), finest first -> maps 3 x (B, width, ., .), coarsest first; pixels (B, width, h, w).
+    Levels mix by deformable attention ("deform", Mask2Former's) or a top-down sum ("fpn", light).
     """
     def __init__(self, dim, width, kind, layers, heads, ffn):
         super().__init__()
         self.deform = kind == "deform"
-        finest = caffe2_xavier(nn.Conv2d(dim, width, 1, bias=False))
-        self.lateral = nn.Sequential(finest, nn.GroupNorm(32, width))
+        self.lateral = with_norm(caffe2_xavier(nn.Conv2d(dim, width, 1, bias=False)))
         convs = [xavier_uniform(nn.Conv2d(dim, width, 1)) for _ in range(3)]  # finer ones first
-        self.input_convs = nn.ModuleList(nn.Sequential(conv, nn.GroupNorm(32, width)) for conv in convs[::-1])
+        self.input_convs = nn.ModuleList(map(with_norm, convs[::-1]))
         if self.deform:
             self.level_encoding = nn.Embedding(3, width)
             self.layers = nn.ModuleList(DeformableLayer(width, heads, ffn) for _ in range(layers))
-        # The finest map costs the most, so the light decoder filters it depthwise.
-        groups = 1 if self.deform else width
+        groups = 1 if self.deform else width  # depthwise where it must be light
         smooth = caffe2_xavier(nn.Conv2d(width, width, 3, padding=1, groups=groups, bias=False))
         pixels = caffe2_xavier(nn.Conv2d(width, width, 1))
         self.embed = nn.Sequential(smooth, nn.GroupNorm(32, width), nn.ReLU(), pixels)
@@ -188,7 +189,7 @@ class PixelDecoder(nn.Module):
         positions = []
         for size, level in zip(sizes, self.level_encoding.weight):
             positions.append(sine_position(size, len(level), level.device) + level)
-        positions = torch.cat(positions)  # (N, width), N tokens in all three maps
+        positions = torch.cat(positions)  # (N, width), of all three maps
         x = torch.cat([x.flatten(2) for x in maps], 2).transpose(1, 2)  # (B, N, width)
         for layer in self.layers:
             x = layer(x, positions, sizes)
@@ -199,9 +200,9 @@ class PixelDecoder(nn.Module):
 # --- Mask classification ---------------------------------------------------------------------------------------------
 
 class MaskLayer(nn.Module):
-    """Queries read the map under their masks, then each other; the norms come after each sum, as in Mask2Former.
+    """Queries read the map under their masks, then each other.
 
-    x (B, Q, width), pos (Q, width): the queries. tokens (B, N, width), tokens_pos (N, width): the map they read.
+    x (B, Q, width), pos (Q, width): the queries. tokens (B, N, width), tokens_pos (N, width): the map.
     hidden (B, Q, N): True where a query may not read.
     """
     def __init__(self, width, heads, ffn):
@@ -209,12 +210,13 @@ class MaskLayer(nn.Module):
         self.heads = heads
         self.cross_attn = xavier_normal(nn.MultiheadAttention(width, heads, batch_first=True))
         self.self_attn = xavier_normal(nn.MultiheadAttention(width, heads, batch_first=True))
-        self.ffn = xavier_normal(nn.Sequential(nn.Linear(width, ffn), nn.ReLU(), nn.Linear(ffn, width)))
+        self.ffn = feed_forward(width, ffn)
         self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(3))
 
     def forward(self, x, pos, tokens, tokens_pos, hidden):
         hidden = hidden.repeat_interleave(self.heads, 0)  # (B heads, Q, N)
-        read, _ = self.cross_attn(x + pos, tokens + tokens_pos, tokens, attn_mask=hidden, need_weights=False)
+        keys = tokens + tokens_pos
+        read, _ = self.cross_attn(x + pos, keys, tokens, attn_mask=hidden, need_weights=False)
         x = self.norms[0](x + read)
         heard, _ = self.self_attn(x + pos, x + pos, x, need_weights=False)
         x = self.norms[1](x + heard)
@@ -222,11 +224,10 @@ class MaskLayer(nn.Module):
 
 
 class MaskDecoder(nn.Module):
-    """Each query names a class (K, or "no object") and the pixels it stands for (Cheng et al., Mask2Former, 2022).
+    """Each query names one of K classes or "no object", and its pixels (Mask2Former, Cheng et al., 2022).
 
-    feats 4 x (B, dim, ., .) -> a dict: logits (R, B, Q, K+1), and the masks as two factors, embed (R, B, Q, width) and
-    pixels (B, width, h, w), which are multiplied out only where they are used. The queries are read out R = L + 1
-    times: at first and after each of the L layers. The defaults are a light decoder; Config has the paper's.
+    feats 4 x (B, dim, ., .) -> a dict: logits (R, B, Q, K+1), and two factors of the masks: embed (R, B, Q, width),
+    pixels (B, width, h, w). The queries are read out R times, at first and after each layer.
     """
     # Mask2Former's constants
     ce_weight = 2      # of the three losses
@@ -239,8 +240,6 @@ class MaskDecoder(nn.Module):
     def __init__(self, dim, num_classes, width=64, queries=32, layers=3, heads=4, ffn=256,
                  pixel="fpn", pixel_layers=6, pixel_ffn=1024, points=12544):
         super().__init__()
-        if width % 32 or width % heads:
-            raise UserError(f"--width {width}: GroupNorm wants a multiple of 32, and attention one of --heads {heads}")
         if queries < num_classes:
             raise UserError(f"{queries} queries for {num_classes} classes: each class needs a query of its own")
         self.num_classes = num_classes
@@ -262,8 +261,7 @@ class MaskDecoder(nn.Module):
             size = x.shape[-2:]
             tokens = x.flatten(2).transpose(1, 2) + level  # (B, N, width)
             pos = sine_position(size, x.shape[1], x.device)  # (N, width)
-            # Masks are linear in the pixels, so the masks of small pixels are the small versions of the full masks.
-            small = resize(pixels, size).flatten(2)  # (B, width, N)
+            small = resize(pixels, size).flatten(2)  # (B, width, N), for small masks
             levels.append((tokens, pos, small))
 
         x = self.query_feat.weight.expand(pixels.shape[0], -1, -1)  # (B, Q, width)
@@ -278,7 +276,7 @@ class MaskDecoder(nn.Module):
         return {"logits": self.cls_embed(states), "embed": self.mask_embed(states), "pixels": pixels}
 
     def scores(self, outputs, size):
-        """Scores (B, K, H, W) at `size`: where its mask is, each query votes for classes, but not for "no object"."""
+        """Scores (B, K, H, W) at `size`: each query votes for classes where its mask is."""
         with torch.autocast(outputs["pixels"].device.type, enabled=False):
             embed = outputs["embed"][-1].float()  # (B, Q, width)
             masks = torch.einsum("bqc,bchw->bqhw", embed, outputs["pixels"].float())
@@ -286,45 +284,44 @@ class MaskDecoder(nn.Module):
             votes = outputs["logits"][-1].float().softmax(-1)[..., :-1]  # (B, Q, K)
             return torch.einsum("bqk,bqhw->bkhw", votes, masks.sigmoid())
 
-    def loss(self, outputs, label, generator=None, divisors=None):
-        """Class, BCE and dice losses after matching, summed over the read-outs; label (B, H, W) int64, 255 = ignore.
+    def loss(self, outputs, label, generator, divisors):
+        """Class, BCE and dice losses after matching, summed over the read-outs; for the log the last one's, too.
 
-        -> "loss", and for the log the last read-out's "ce", "bce", "dice", unweighted. The generator, on the label's
-        device, draws the points. divisors: what to divide by (see divisors_of) where this is only a part of the batch.
+        label (B, H, W) int64, 255 = ignore; generator, on its device, draws the points; divisors: see divisors_of.
         """
         with torch.autocast(label.device.type, enabled=False):
             logits, embed, pixels = [outputs[name].float() for name in ("logits", "embed", "pixels")]
             classes, real, masks = self.targets(label)
-            num_masks = int(real.sum()) if divisors is None else divisors[0]
+            num_masks, _ = divisors
             cost = self.matching_cost(logits, embed, pixels, classes, masks, generator)
             query_of_mask, class_of_query = self.match(cost, classes, real)
 
             R, B, Q = class_of_query.shape
             weight = logits.new_ones(self.num_classes + 1)
             weight[-1] = self.no_object
-            ce = F.cross_entropy(logits.flatten(0, 2), class_of_query.flatten(), weight, reduction="none").view(R, -1)
-            ce = ce.sum(1) / (num_masks + weight[-1] * (B * Q - num_masks))  # (R,)
+            ce = F.cross_entropy(logits.flatten(0, 2), class_of_query.flatten(), weight, reduction="none")
+            ce = ce.view(R, -1).sum(1) / (num_masks + weight[-1] * (B * Q - num_masks))  # (R,)
 
             matched = query_of_mask[..., None].expand(-1, -1, -1, embed.shape[-1])  # (R, B, S, width)
             bce, dice = self.mask_losses(embed.gather(2, matched), pixels, masks, generator)  # (B, S, R) each
             bce = (bce * real[..., None]).sum((0, 1)) / max(num_masks, 1)  # (R,)
             dice = (dice * real[..., None]).sum((0, 1)) / max(num_masks, 1)  # (R,)
             total = self.ce_weight * ce.sum() + self.bce_weight * bce.sum() + self.dice_weight * dice.sum()
-            return {"loss": total, "ce": ce[-1].detach(), "bce": bce[-1].detach(), "dice": dice[-1].detach()}
+            return {"loss": total, "ce": ce[-1], "bce": bce[-1], "dice": dice[-1]}
 
     def targets(self, label):
-        """Classes present (B, S), ascending; which are no padding (B, S); their masks (B, S, H, W), 0 at label 255."""
+        """Classes present (B, S), ascending; which are no padding (B, S); their masks (B, S, H, W), without void."""
         K = self.num_classes
-        present = torch.zeros(len(label), K + 1, dtype=torch.bool, device=label.device)  # void counts as class K here
+        present = torch.zeros(len(label), K + 1, dtype=torch.bool, device=label.device)  # void is class K here
         present = present.scatter(1, label.masked_fill(label == IGNORE, K).flatten(1), True)[:, :K]
         S = max(1, int(present.sum(1).max()))
-        classes = present.int().argsort(dim=1, descending=True, stable=True)[:, :S]  # those present come first
+        classes = present.int().argsort(dim=1, descending=True, stable=True)[:, :S]
         masks = label[:, None] == classes[..., None, None]
         return classes, present.gather(1, classes), masks.float()
 
     @torch.no_grad()
-    def matching_cost(self, logits, embed, pixels, classes, masks, generator=None):
-        """The loss that each query would have with each mask, (R, B, S, Q); points are shared by an image's masks."""
+    def matching_cost(self, logits, embed, pixels, classes, masks, generator):
+        """The loss of each query with each mask, (R, B, S, Q), on points that an image's masks share."""
         B, _, h, w = pixels.shape
         R, _, Q, _ = logits.shape
         if self.points >= h * w:  # a mask knows no more than its own pixels
@@ -341,17 +338,14 @@ class MaskDecoder(nn.Module):
         probability = logits.softmax(-1).transpose(0, 1).flatten(1, 2)  # (B, R Q, K+1)
         named = probability.gather(2, classes[:, None].expand_as(bce))
         cost = self.ce_weight * -named + self.bce_weight * bce + self.dice_weight * dice
-        cost = cost.nan_to_num()  # a diverged step is skipped by its gradients, whatever it is matched to
+        cost = cost.nan_to_num()  # a diverged step is skipped anyway
         return cost.view(B, R, Q, -1).permute(1, 0, 3, 2)
 
     def match(self, cost, classes, real):
-        """Give each class present a query of its own, at least total cost (R, B, S, Q).
-
-        -> query_of_mask (R, B, S), and class_of_query (R, B, Q), K = no object.
-        """
+        """A query for each mask -> query_of_mask (R, B, S), class_of_query (R, B, Q)."""
         R, B, S, Q = cost.shape
         query_of_mask = np.zeros((R, B, S), dtype=np.int64)
-        class_of_query = np.full((R, B, Q), self.num_classes)
+        class_of_query = np.full((R, B, Q), self.num_classes)  # no object
         costs, classes, real = [x.cpu().numpy() for x in (cost, classes, real)]
         for r, b in np.ndindex(R, B):
             queries = hungarian(costs[r, b, real[b]])
@@ -359,11 +353,8 @@ class MaskDecoder(nn.Module):
             class_of_query[r, b, queries] = classes[b, real[b]]
         return torch.from_numpy(query_of_mask).to(cost.device), torch.from_numpy(class_of_query).to(cost.device)
 
-    def mask_losses(self, embed, pixels, masks, generator=None):
-        """BCE and dice between the masks (B, S, H, W) and those of the queries matched to them, (B, S, R) each.
-
-        embed (R, B, S, width) and pixels (B, width, h, w): factors of the queries' masks.
-        """
+    def mask_losses(self, embed, pixels, masks, generator):
+        """BCE and dice, (B, S, R) each, of matched queries (R, B, S, width) and masks (B, S, H, W)."""
         R, B, S, _ = embed.shape
         H, W = masks.shape[-2:]
         x = embed.permute(1, 2, 0, 3).flatten(1, 2) @ pixels.flatten(2)  # (B, S R, h w), mask logits
@@ -382,25 +373,19 @@ class MaskDecoder(nn.Module):
         return bce, dice
 
     @torch.no_grad()
-    def uncertain_points(self, x, generator=None):
-        """Points (n, P, 2) for masks x (n, 1, h, w), most of them where the logit is near 0 (PointRend, 2020).
-
-        A share `importance` are the most uncertain of `oversample` P candidates, the others lie anywhere.
-        """
+    def uncertain_points(self, x, generator):
+        """Points (n, P, 2) for masks x (n, 1, h, w), most where logits are near 0 (PointRend, 2020)."""
         candidates = self.oversample * self.points
         hard = int(self.importance * self.points)
-        points = torch.rand(len(x), candidates + self.points - hard, 2, generator=generator, device=x.device)
+        others = self.points - hard
+        points = torch.rand(len(x), candidates + others, 2, generator=generator, device=x.device)
         distance = sample(x, points[:, :candidates])[:, 0].abs()  # (n, candidates)
         chosen = distance.topk(hard, largest=False).indices[..., None].expand(-1, -1, 2)
         return torch.cat([points.gather(1, chosen), points[:, candidates:]], 1)
 
 
 def hungarian(cost):
-    """The assignment of least total cost, in which each row gets a column of its own.
-
-    cost (n, m) array of finite numbers, n <= m -> the column of each row (n,). Exact, in O(n^2 m), by shortest
-    augmenting paths (Jonker and Volgenant, 1987).
-    """
+    """Each row's column at least total cost (n, m), n <= m -> (n,); exact (Jonker and Volgenant, 1987)."""
     cost = np.asarray(cost, dtype=np.float64)
     n, m = cost.shape
     price = np.zeros(m)  # less its column's price, each assigned pair is a cheapest of its row
@@ -432,14 +417,11 @@ def hungarian(cost):
 
 
 def divisors_of(labels):
-    """What the losses of a micro-batch are divided by: the masks and labelled pixels of the step's average one.
-
-    labels: this process's micro-batches, each (B, H, W). So the mean of their losses is the loss of the whole batch.
-    """
+    """Masks and labelled pixels to divide a micro-batch's losses by, so that their mean is the whole batch's."""
     images = torch.cat(labels)
     masks = sum(len(label[label != IGNORE].unique()) for label in images)
     pixels = int((images != IGNORE).sum())
-    device = "cuda" if torch.cuda.is_available() and distill.world_size() > 1 else "cpu"  # a lone process need not wait
+    device = "cuda" if torch.cuda.is_available() and distill.world_size() > 1 else "cpu"
     total = distill.summed(torch.tensor([masks, pixels], dtype=torch.float64, device=device))
     return (total / distill.world_size() / len(labels)).tolist()
 
@@ -449,11 +431,11 @@ def divisors_of(labels):
 class PixelClassifier(nn.Module):
     """Loss and scores of the decoders whose outputs are class logits (B, K, h, w)."""
 
-    def loss(self, outputs, label, generator=None, divisors=None):
-        """Cross-entropy per labelled pixel; divisors as in MaskDecoder; nothing is drawn."""
+    def loss(self, outputs, label, generator, divisors):
+        """Cross-entropy per labelled pixel; nothing is drawn."""
+        _, pixels = divisors
         logits = resize(outputs.float(), label.shape[1:])
         ce = F.cross_entropy(logits, label, ignore_index=IGNORE, reduction="sum")
-        pixels = int((label != IGNORE).sum()) if divisors is None else divisors[1]
         return {"loss": ce / max(pixels, 1)}
 
     def scores(self, outputs, size):
@@ -461,8 +443,7 @@ class PixelClassifier(nn.Module):
 
 
 class Linear(PixelClassifier):
-    """LayerNorm and one linear layer per map; their logits are added up at the finest size."""
-
+    """LayerNorm and one linear layer per map; their logits are added at the finest size."""
     def __init__(self, dim, num_classes):
         super().__init__()
         self.heads = nn.ModuleList(nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, num_classes)) for _ in range(4))
@@ -476,20 +457,16 @@ class Linear(PixelClassifier):
 
 
 class SemFPN(PixelClassifier):
-    """Panoptic FPN's semantic branch (Kirillov et al., 2019), as in the supplement's Table 7.
-
-    A top-down pyramid, then per level 3x3 convolutions, doubling the size after each up to the finest. These widths
-    give 11.2 M parameters on ViT-S as in the paper, 11.8 M on ViT-B (paper 13.3 M); the usual 256 and 128 4.4 M.
-    """
-    def __init__(self, dim, num_classes, width=384, channels=256):
+    """Panoptic FPN's semantic branch (Kirillov et al., 2019), as in the supplement's Table 7."""
+    def __init__(self, dim, num_classes, width=384, channels=256):  # the paper's 11.2 M parameters on ViT-S
         super().__init__()
         self.laterals = nn.ModuleList(nn.Conv2d(dim, width, 1) for _ in range(4))
         self.outputs = nn.ModuleList(nn.Conv2d(width, width, 3, padding=1) for _ in range(4))
         self.towers = nn.ModuleList()
         for count in (1, 1, 2, 3):  # convolutions of each level, the finest first
-            convs = [nn.Conv2d(dim, channels, 3, padding=1, bias=False) for dim in [width, channels, channels][:count]]
-            blocks = [nn.Sequential(conv, nn.GroupNorm(32, channels), nn.ReLU()) for conv in convs]
-            self.towers.append(nn.ModuleList(blocks))
+            inputs = [width, channels, channels][:count]
+            convs = [nn.Conv2d(wide, channels, 3, padding=1, bias=False) for wide in inputs]
+            self.towers.append(nn.ModuleList(with_norm(conv).append(nn.ReLU()) for conv in convs))
         self.classify = nn.Conv2d(channels, num_classes, 1)
 
     def forward(self, feats):
@@ -513,22 +490,21 @@ class SemFPN(PixelClassifier):
 class BoxDecoder(nn.Module):
     """torchvision's Faster R-CNN (Ren et al., 2015) on the simple feature pyramid of ViTDet (Li et al., 2022).
 
-    Of the four feats the map of the token grid's own size is read -> 5 maps (B, width, ., .) of 4, 2, 1, 0.5 and 0.25
-    times that size. The box head learns from `rois` boxes of an image; when it predicts it sees `proposals` boxes.
+    It reads one map, of the token grid's size -> 5 maps (B, width, ., .) of 4, 2, 1, 0.5, 0.25 times it.
     """
     def __init__(self, dim, num_classes, patch=16, width=256, ffn=1024, rois=512, proposals=1000):
         super().__init__()
-        if patch not in (4, 8, 16, 32) or width % 32:  # torchvision takes strides for powers of two
-            raise UserError(f"--decoder boxes wants a --patch of 4, 8, 16 or 32, not {patch}, and --width 32, 64, ...")
+        if patch not in (4, 8, 16, 32):  # torchvision takes strides for powers of two
+            raise UserError(f"--decoder boxes wants a --patch of 4, 8, 16 or 32, not {patch}")
         self.patch = patch
-        self.lateral = nn.Sequential(nn.Conv2d(dim, width, 1), nn.GroupNorm(32, width))
+        self.lateral = with_norm(nn.Conv2d(dim, width, 1))
         twice = partial(nn.ConvTranspose2d, width, width, kernel_size=2, stride=2)
         four_times = nn.Sequential(twice(), nn.GroupNorm(32, width), nn.GELU(), twice())
         self.scales = nn.ModuleList([four_times, twice(), nn.Identity(), nn.MaxPool2d(2)])
-        smooth = [nn.Sequential(nn.Conv2d(width, width, 3, padding=1), nn.GroupNorm(32, width)) for _ in self.scales]
-        self.smooth = nn.ModuleList(smooth)
+        convs = [nn.Conv2d(width, width, 3, padding=1) for _ in self.scales]
+        self.smooth = nn.ModuleList(map(with_norm, convs))
 
-        self.out_channels = width  # is all that torchvision asks of a pyramid whose maps it does not make
+        self.out_channels = width  # all that torchvision asks of a backbone
         anchors = AnchorGenerator([[2 * patch * 2 ** level] for level in range(5)], [[0.5, 1.0, 2.0]] * 5)
         parts = FasterRCNN(
             self, rpn_anchor_generator=anchors, box_head=TwoMLPHead(7 * 7 * width, ffn),
@@ -543,8 +519,8 @@ class BoxDecoder(nn.Module):
         maps = [smooth(scale(x)) for scale, smooth in zip(self.scales, self.smooth)]
         return [*maps, F.max_pool2d(maps[-1], 1, stride=2)]
 
-    def loss(self, maps, label, generator, divisors=None):
-        """torchvision's four losses, and "loss", their sum; label (B, OBJECTS, 6): see data.as_label. No divisors."""
+    def loss(self, maps, label, generator, divisors):
+        """torchvision's four losses, and "loss", their sum; label (B, OBJECTS, 6): see data.as_label."""
         targets = []
         for objects in map(data.objects_of, label):
             objects = objects[objects[:, 5] == 0]  # not the difficult ones
@@ -555,16 +531,16 @@ class BoxDecoder(nn.Module):
         return losses | {"loss": sum(losses.values())}
 
     def scores(self, maps, size):
-        """The objects found in each image of size (H, W), [(D, 6)], best first: box in pixels, class, score."""
+        """The objects found in each image, [(D, 6)], best first: box in pixels, class, score."""
         found, _ = self.both_stages(maps, size)
         return [torch.column_stack([image["boxes"], image["labels"] - 1, image["scores"]]) for image in found]
 
     def both_stages(self, maps, size, targets=None):
-        """Proposals, then their classes and boxes, in fp32 -> found objects, or with targets the losses."""
+        """Proposals, then classes and boxes, in fp32 -> found objects, or with targets losses."""
         self.train(targets is not None)  # decides which of the two torchvision returns
-        maps = {str(level): x.float() for level, x in enumerate(maps)}  # the names by which torchvision knows them
+        maps = {str(level): x.float() for level, x in enumerate(maps)}  # torchvision's names
         padded = [side * self.patch // 4 for side in maps["0"].shape[2:]]
-        images = ImageList(torch.empty(padded, device="meta"), [size or padded] * len(maps["0"]))  # only sizes count
+        images = ImageList(torch.empty(padded, device="meta"), [size or padded] * len(maps["0"]))  # sizes only
         with torch.autocast(maps["0"].device.type, enabled=False):
             boxes, of_proposals = self.propose(images, maps, targets)
             found, of_boxes = self.judge(maps, boxes, images.image_sizes, targets)
@@ -577,39 +553,39 @@ class BoxDecoder(nn.Module):
 class Config(qsd.LossConfig):
     """Every constant of stage 2 and of the one-stage baselines."""
     # what is trained
-    data: str = "gtav"              # a name of data.DATASETS, or several joined with +; picks a preset
+    data: str = "gtav"              # a name of data.DATASETS, or several joined with +
     root: str = "data"              # the folder that holds the data sets
-    labels: str = "1"               # share of the labelled images: 1, 1/4, 1/8, 1/16 (Table 3), a fixed subset
-    classes: int = 0                # number of classes of your own folder; 0 = as the data set says
-    encoder: str = "dinov2_vits14"  # a name of qsd.ENCODERS or a checkpoint, usually distill.py's student.pt
+    labels: str = "1"               # share of the labelled images: 1, 1/4, 1/8, 1/16 (Table 3)
+    classes: int = 0                # how many --data folder has; 0: as the data set says
+    encoder: str = "dinov2_vits14"  # a name of qsd.ENCODERS or a checkpoint, usually a student.pt
     depth: int | None = None        # only the encoder's first k blocks
-    freeze: bool = True             # the paper's stage 2; no: the encoder is trained, too (a row of Table 5)
+    freeze: bool = True             # no: the encoder is trained, too (Table 5)
     out: str = "runs/segment"       # log.jsonl, last.pt, segmenter.pt
     # decoder
-    decoder: Literal["mask", "fpn", "linear", "boxes"] = "mask"  # Mask2Former; SemFPN; one layer; Faster R-CNN
-    blocks: Literal["four", "last"] = "four"  # that the decoder reads: [3, 5, 7, 11] of 12 (official); 4 x the last
+    decoder: Literal["mask", "fpn", "linear", "boxes"] = "mask"  # Mask2Former, SemFPN, one layer, Faster R-CNN
+    blocks: Literal["four", "last"] = "four"  # that it reads: [3, 5, 7, 11] of 12 (official); 4 x the last
     width: int = 256                # channels of the mask and box decoders
     queries: int = 100              # of the mask decoder, each proposes a mask
     decoder_layers: int = 9         # transformer layers of the mask decoder
-    ffn: int = 2048                 # hidden width of those layers, and of the box decoder's head
-    pixel: Literal["fpn", "deform"] = "deform"  # pixel decoder of the mask decoder: Mask2Former's; fpn: light
-    heads: int = 8                  # attention heads of mask decoder and pixel decoder
+    ffn: int = 2048                 # hidden width of those layers, and of the box head
+    pixel: Literal["fpn", "deform"] = "deform"  # pixel decoder: Mask2Former's; fpn: light
+    heads: int = 8                  # of the mask decoder's attention
     points: int = 12544             # pixels on which its masks are compared
-    rois: int = 512                 # boxes of an image from which the head of the box decoder learns
-    proposals: int = 1000           # boxes of an image that this head sees when it predicts; twice as many in training
+    rois: int = 512                 # boxes of an image from which the box decoder's head learns
+    proposals: int = 1000           # boxes it sees when it predicts; in training twice as many
     # one-stage distillation (equation 3)
-    kd: float = 0.0                 # weight of the objective --loss, in units of its published weight; 0 = no teacher
-    kd_logits: float = 0.0          # weight of Hinton's logit distillation; its teacher is a segmenter.pt
-    teacher: str = "none"           # encoder name or checkpoint for --kd; a segmenter.pt for --kd_logits
+    kd: float = 0.0                 # weight of --loss, in units of its published weight
+    kd_logits: float = 0.0          # weight of Hinton's logit distillation
+    teacher: str = "none"           # an encoder for --kd, a segmenter.pt for --kd_logits
     # images
     size: int = 512                 # side of the square crop, pixels
     patch: int = 16                 # patch side of the encoder, pixels
     cat_max_ratio: float = 0.75     # a crop is drawn again while one class fills more of it
-    workers: int = 8                # image-loading processes per training process; 0 = load in the training process
+    workers: int = 8                # image-loading processes per training process; 0: none
     # optimiser
     batch: int = 4                  # global, whatever the number of processes
-    micro: int = 4                  # most images of one forward pass; the rest is gradient accumulation
-    budget: str = "40000"           # 40000 (steps), 50ep, 2h, 3e18flop: the schedule follows the fraction spent
+    micro: int = 4                  # most images of one forward pass; the rest is accumulation
+    budget: str = "40000"           # 40000 (steps), 50ep, 2h, 3e18flop
     lr: float = 1e-4                # of the decoder
     lr_backbone: float = 1e-5       # of the encoder where it is trained (the paper's 1e-5)
     power: float = 0.9              # of the polynomial decay to 0
@@ -621,13 +597,12 @@ class Config(qsd.LossConfig):
     save_minutes: float = 10.0      # between checkpoints
 
 
-POINTS = data.MASKS + 1  # the points on which masks are compared have random numbers of their own, see data.mix
+POINTS = data.MASKS + 1  # for data.mix: the points of masks have random numbers of their own
 
-# The light decoder of the small worlds.
-LIGHT = dict(width=64, queries=32, decoder_layers=3, ffn=256, heads=4, pixel="fpn")
+LIGHT = dict(width=64, queries=32, decoder_layers=3, ffn=256, heads=4, pixel="fpn")  # for small worlds
 TOY = LIGHT | dict(encoder="toy_student", size=64, patch=8, batch=8, micro=8, budget="200", lr=2e-3, lr_backbone=1e-3,
                    workers=1, seed=0, log_every=20, cat_max_ratio=1.0, blocks="last", dcd_pool=1)
-WIDE = TOY | dict(batch=16, micro=16, budget="16000", lr=1.5e-3, lr_backbone=1.5e-3)  # the teacher's
+WIDE = TOY | dict(batch=16, micro=16, budget="16000", lr=1.5e-3, lr_backbone=1.5e-3)
 CAMVID = LIGHT | dict(size=224, points=2048, batch=8, micro=8, budget="250", lr=1e-3, lr_backbone=1e-4,
                       workers=1, seed=0, log_every=20, dcd_pool=1)
 VOC = dict(decoder="boxes", blocks="last", ffn=1024, batch=16, micro=16, budget="12ep")
@@ -636,15 +611,14 @@ PRESETS = dict.fromkeys(data.TOY_SOURCES, TOY) | {"toy-wide": WIDE, "toy-boxes":
 
 
 def preset(given):
-    """What --data changes in the defaults: the row of PRESETS for its first name; given: the flags as a dict."""
+    """The row of PRESETS for the first name of --data; given: the flags as a dict."""
     return PRESETS.get(given.get("data", Config.data).split("+")[0], {})
 
 
 # --- Encoder and decoder together ------------------------------------------------------------------------------------
 
 class Segmenter(nn.Module):
-    """An encoder and a decoder: x (B, 3, H, W) normalised -> the decoder's outputs."""
-
+    """x (B, 3, H, W) normalised -> the decoder's outputs."""
     def __init__(self, encoder, decoder, frozen=True, blocks="four"):
         super().__init__()
         self.encoder = encoder.requires_grad_(not frozen)
@@ -655,14 +629,13 @@ class Segmenter(nn.Module):
         return self.run(x)[1]
 
     def run(self, x, layers=()):
-        """One pass for two losses: the encoder's (cls, patches, outs of `layers`), and the decoder's outputs."""
+        """One pass for two losses: the encoder's (cls, patches, outs of `layers`), the decoder's outputs."""
         cls, patches, outs = self.encoder.run(x, layers=[*layers, *self.layers])
         maps = pyramid(outs[len(layers):], qsd.grid_of(x.shape[2:], self.encoder.patch_size))
         return (cls, patches, outs[:len(layers)]), self.decoder(maps)
 
 
 def build_decoder(dim, num_classes, cfg):
-    """The decoder that a Config describes, for an encoder of width dim."""
     if cfg.decoder == "linear":
         return Linear(dim, num_classes)
     if cfg.decoder == "fpn":
@@ -674,21 +647,22 @@ def build_decoder(dim, num_classes, cfg):
 
 
 def load_segmenter(path, device="cpu"):
-    """A trained segmenter, ready to predict, and what its segmenter.pt holds; a released checkpoint is read as one.
+    """A segmenter.pt or a released checkpoint: the model, ready to predict, and what a segmenter.pt holds.
 
-    A constant that its run did not know has today's default. UserError if the file is no segmenter, or not a whole one.
+    Constants that its run did not know have today's default. UserError if it is no whole segmenter.
     """
     saved = qsd.open_checkpoint(Path(path))
     try:
         if "classes" not in saved:
             saved = from_mmsegmentation(path, saved.get("state_dict", saved))
-        cfg = Config(**{name: value for name, value in saved["config"].items() if hasattr(Config, name)})
+        known = {name: value for name, value in saved["config"].items() if hasattr(Config, name)}
+        cfg = Config(**known)
         encoder = qsd.ViT(**saved["encoder"])
         decoder = build_decoder(encoder.embed_dim, len(saved["classes"]), cfg)
         model = Segmenter(encoder, decoder, blocks=cfg.blocks)
         qsd.load_strictly(model, saved["model"], f"{path} does not fit its segmenter")
     except KeyError as error:
-        raise UserError(f"{path} is no whole segmenter: {error.args[0]} is missing") from None
+        raise UserError(f"{path} is no segmenter.pt, nor a whole released one: {error.args[0]} is missing") from None
     return model.to(device).eval().requires_grad_(False), saved
 
 
@@ -708,16 +682,11 @@ MMDET_NAMES = {
     ".ffn.layers.0.0.": ".ffn.0.",
     ".ffn.layers.1.": ".ffn.2.",
 }
-RELEASED_CLASSES = {19: "cityscapes", 6: "potsdam-rgb"}  # number of classes: the data set whose names they have
+RELEASED_CLASSES = {19: "cityscapes", 6: "potsdam-rgb"}  # by their number
 
 
 def from_mmsegmentation(path, state):
-    """What a segmenter.pt would hold, from mmsegmentation's state dict; UserError or KeyError where that is another.
-
-    The sizes follow from its shapes. What the classes mean does not: see RELEASED_CLASSES; others get numbers.
-    """
-    if not any(str(key).startswith("decode_head.") for key in state):
-        raise UserError(f"{path}: neither a segmenter.pt of this project nor a checkpoint of mmsegmentation")
+    """What a segmenter.pt would hold, from mmsegmentation's state dict; classes without names are numbered."""
     encoder = qsd.load_vit(path)  # reads what lies under backbone.
     model = {f"encoder.{key}": tensor for key, tensor in encoder.state_dict().items()}
     for key, tensor in state.items():
@@ -728,12 +697,14 @@ def from_mmsegmentation(path, state):
 
     queries, width = model["decoder.query_feat.weight"].shape
     num_classes = len(model["decoder.cls_embed.weight"]) - 1
-    places = len(model["decoder.pixel_decoder.layers.0.self_attn.attention_weights.weight"])  # heads x levels x points
-    layers = {key.split(".")[2] for key in model if key.startswith("decoder.layers.")}
+    attention = "decoder.pixel_decoder.layers.0.self_attn.attention_weights.weight"
+    heads = len(model[attention]) // 12  # 3 levels, 4 points
+    ffn = len(model["decoder.layers.0.ffn.0.weight"])
+    layers = sum(key.endswith("cross_attn.in_proj_weight") for key in model)
     name = RELEASED_CLASSES.get(num_classes, "folder")
     entry = data.entries(name, num_classes if name == "folder" else 0)[name]
-    cfg = Config(data=name, size=encoder.config["img_size"], patch=encoder.patch_size, width=width, queries=queries,
-                 heads=places // 12, ffn=len(model["decoder.layers.0.ffn.0.weight"]), decoder_layers=len(layers))
+    cfg = Config(data=name, size=encoder.config["img_size"], patch=encoder.patch_size, width=width,
+                 queries=queries, decoder_layers=layers, ffn=ffn, heads=heads)
     return dict(model=model, encoder=encoder.config, config=asdict(cfg), released=True, ledger=[],
                 classes=list(entry.classes), colors=[list(color) for color in entry.colors])
 
@@ -741,8 +712,7 @@ def from_mmsegmentation(path, state):
 # --- The training step -----------------------------------------------------------------------------------------------
 
 class Learner(nn.Module):
-    """All that is trained, as one module for DDP: the segmenter and, in one-stage distillation, the objective."""
-
+    """All that is trained, as one module: the segmenter and, of a one-stage baseline, the objective."""
     def __init__(self, segmenter, objective, cfg):
         super().__init__()
         self.segmenter = segmenter
@@ -750,56 +720,54 @@ class Learner(nn.Module):
         self.cfg = cfg
 
     def forward(self, x, label, generator, divisors, t=None, noise=None, teacher_scores=None):
-        """The losses of normalised images x (B, 3, H, W) and their labels, as a dict; "loss" is minimised.
+        """The losses of normalised images x (B, 3, H, W), as a dict; "loss" is minimised.
 
-        generator and divisors as in MaskDecoder.loss; t, noise: as in the objective; teacher_scores (B, K, H, W).
+        t, noise: as in qsd.Objective; teacher_scores (B, K, H, W); the rest as in MaskDecoder.loss.
         """
         decoder = self.segmenter.decoder
         s, outputs = self.segmenter.run(x, self.objective.layers_s if self.objective else ())
-        losses = decoder.loss(outputs, label, generator, divisors)                              # Eq. 6
+        losses = decoder.loss(outputs, label, generator, divisors)  # Eq. 6
         if self.objective:
             distilled = self.objective(self.segmenter.encoder, x, s, t, noise)
             losses["kd"] = self.cfg.kd * self.objective.weight * distilled["loss"]
         if teacher_scores is not None:
-            losses["kd_logits"] = self.cfg.kd_logits * divergence(teacher_scores, decoder.scores(outputs, x.shape[2:]))
-        losses["loss"] = losses["loss"] + losses.get("kd", 0) + losses.get("kd_logits", 0)      # Eq. 3
+            student_scores = decoder.scores(outputs, x.shape[2:])
+            losses["kd_logits"] = self.cfg.kd_logits * divergence(teacher_scores, student_scores)
+        losses["loss"] = losses["loss"] + losses.get("kd", 0) + losses.get("kd_logits", 0)  # Eq. 3
         return losses
 
 
 def divergence(teacher_scores, student_scores):
-    """Hinton's logit distillation at temperature 1: KL divergence of class scores (B, K, H, W), made to sum to 1."""
-    teacher_scores = teacher_scores.clamp(min=1e-6)
-    student_scores = student_scores.clamp(min=1e-6)
-    p_t = teacher_scores / teacher_scores.sum(1, keepdim=True)
-    p_s = student_scores / student_scores.sum(1, keepdim=True)
+    """Hinton's logit distillation at temperature 1: KL divergence of class scores (B, K, H, W)."""
+    scores = teacher_scores.clamp(min=1e-6), student_scores.clamp(min=1e-6)
+    p_t, p_s = [x / x.sum(1, keepdim=True) for x in scores]
     return (p_t * (p_t / p_s).log()).sum(1).mean()
 
 
-def parameter_groups(learner, cfg):
-    """AdamW's groups: the encoder at lr_backbone, all else at lr.
+STILL = (nn.LayerNorm, nn.GroupNorm, nn.Embedding)  # whose parameters do not decay outside the encoder
 
-    Officially the encoder decays as a whole, all else but norms and the embeddings outside the pixel decoder.
-    """
+
+def parameter_groups(learner, cfg):
+    """AdamW's groups, as in the official code: the encoder at lr_backbone, all else at lr."""
     groups = {}
     for name, module in learner.named_modules():
-        in_encoder = name.startswith("segmenter.encoder")
-        lr = cfg.lr_backbone if in_encoder else cfg.lr
-        spared = isinstance(module, (nn.LayerNorm, nn.GroupNorm, nn.Embedding)) and not name.endswith("level_encoding")
-        weight_decay = 0.0 if spared and not in_encoder else cfg.weight_decay
+        lr = cfg.lr
+        weight_decay = cfg.weight_decay
+        if name.startswith("segmenter.encoder"):
+            lr = cfg.lr_backbone
+        elif isinstance(module, STILL) and not name.endswith("level_encoding"):
+            weight_decay = 0.0
         for parameter in module.parameters(recurse=False):
             if parameter.requires_grad:
-                group = dict(params=[], lr=lr, peak=lr, weight_decay=weight_decay)
-                groups.setdefault((lr, weight_decay), group)["params"].append(parameter)
-    return list(groups.values())
+                groups.setdefault((lr, weight_decay), []).append(parameter)
+    return [dict(params=group, lr=lr, peak=lr, weight_decay=decay) for (lr, decay), group in groups.items()]
 
 
 def check_flags(cfg):
     """UserError where flags of the one-stage baselines contradict each other."""
     distils = cfg.kd or cfg.kd_logits
-    if distils and cfg.freeze:
-        raise UserError("--kd and --kd_logits train the encoder: add --freeze no")
-    if distils and cfg.teacher == "none":
-        raise UserError("--kd and --kd_logits need a --teacher")
+    if distils and (cfg.freeze or cfg.teacher == "none"):
+        raise UserError("--kd and --kd_logits train the encoder with a teacher: add --freeze no and --teacher")
     if not distils and cfg.teacher != "none":
         raise UserError(f"--teacher {cfg.teacher} teaches nothing: add --kd 1 or --kd_logits 1")
     if not cfg.kd and cfg.loss != Config.loss:
@@ -820,7 +788,8 @@ def main(argv=None):
         transform = partial(data.detect_transform, size=cfg.size)
     dataset = data.scenes(cfg.data, cfg.root, "train", transform, cfg.labels, cfg.classes)
     if dataset.boxes != (cfg.decoder == "boxes"):
-        raise UserError(f"--decoder {cfg.decoder}: --data {cfg.data} labels {'boxes' if dataset.boxes else 'pixels'}")
+        labelled = "boxes" if dataset.boxes else "pixels"
+        raise UserError(f"--decoder {cfg.decoder}: --data {cfg.data} labels {labelled}")
     load_vit = partial(qsd.load_vit, img_size=cfg.size, patch_size=cfg.patch)
     encoder = load_vit(cfg.encoder, depth=cfg.depth)
     decoder = build_decoder(encoder.embed_dim, dataset.num_classes, cfg)
@@ -828,19 +797,19 @@ def main(argv=None):
     ancestors, _ = qsd.ledger_and_heads(cfg.encoder)
     N = (cfg.size // cfg.patch) ** 2
 
-    # the teachers of the one-stage baselines: an encoder to imitate in its tokens, a segmenter in its class scores
-    teacher = objective = teacher_segmenter = None
+    # what a one-stage baseline imitates: the tokens of an encoder, the class scores of a segmenter
+    objective = None
     if cfg.kd:
         teacher = load_vit(cfg.teacher).to(run.device).eval().requires_grad_(False)
         objective = qsd.build_objective(encoder, teacher, cfg).to(run.device)
     if cfg.kd_logits:
         teacher_segmenter, trained = load_segmenter(cfg.teacher, run.device)
         if trained["classes"] != list(dataset.classes):
-            raise UserError(f"--teacher {cfg.teacher} was trained on other classes than those of --data {cfg.data}")
+            raise UserError(f"--teacher {cfg.teacher} was trained on other classes than --data {cfg.data} has")
     learner = Learner(segmenter, objective, cfg)
 
     def losses_of(model, images, label, draws, divisors):
-        """The losses on uint8 images (B, 3, H, W), their label and their draws (B), which decide all that is random."""
+        """The losses on uint8 images (B, 3, H, W), their label and their draws (B)."""
         x = data.normalize(images.to(run.device, non_blocking=True), encoder.mean, encoder.std)
         label = label.to(run.device, non_blocking=True)
         generator = torch.Generator(run.device).manual_seed(data.mix(cfg.seed, POINTS, draws[0].item()))
@@ -848,9 +817,9 @@ def main(argv=None):
         with run.autocast:
             with torch.no_grad():
                 if cfg.kd:
-                    noise = data.uniform_noise(draws, N, cfg.seed).to(run.device)  # (B, N), which patches to hide
+                    noise = data.uniform_noise(draws, N, cfg.seed).to(run.device)  # (B, N)
                     t = teacher.run(data.renormalize(x, encoder, teacher), layers=objective.layers_t)
-                    t = qsd.normalize_targets(t, cfg.target_norm)  # cls (B, C_t), patches (B, N, C_t), outs
+                    t = qsd.normalize_targets(t, cfg.target_norm)
                 if cfg.kd_logits:
                     outputs = teacher_segmenter(data.renormalize(x, encoder, teacher_segmenter.encoder))
                     teacher_scores = teacher_segmenter.decoder.scores(outputs, x.shape[2:])  # (B, K, H, W)
@@ -858,10 +827,9 @@ def main(argv=None):
 
     # two black images through one step: its cost per image, and which parameters it does not train
     images, draws = distill.two_images(cfg.size)
-    label = torch.zeros(2, data.OBJECTS, 6) if dataset.boxes else torch.zeros(2, cfg.size, cfg.size, dtype=torch.int64)
-    flops = distill.dry_run(learner, partial(losses_of, learner, images, label, draws, divisors=None))
+    label = torch.zeros(2, data.OBJECTS, 6) if dataset.boxes else images[:, 0].long()
+    flops = distill.dry_run(learner, partial(losses_of, learner, images, label, draws, divisors=(1, 1)))
     optimizer = torch.optim.AdamW(parameter_groups(learner, cfg), fused=True)
-    warnings.filterwarnings("ignore", "Grad strides do not match")  # DDP copies the small gradients of 1x1 convolutions
     run.start(learner, optimizer, dataset, flops, tokens=N, pairs=bool(cfg.kd))
 
     with run:  # signals now wait for the end of a step
