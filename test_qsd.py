@@ -1421,16 +1421,15 @@ def shaken(module):
 def test_hungarian_finds_the_cheapest_assignment_of_all():
     rng = np.random.default_rng(0)
     for n, m in itertools.combinations_with_replacement(range(1, 7), 2):
-        negative = rng.normal(size=(n, m)) * 10.0 ** rng.integers(-6, 7)
-        for cost in (rng.random((n, m)), rng.integers(0, 3, (n, m)), np.full((n, m), 0.3), negative):  # with ties
-            columns = hungarian(cost)
-            assert len(columns) == n == len(set(columns))
-            best = min(cost[range(n), choice].sum() for choice in itertools.permutations(range(m), n))
-            assert cost[range(n), columns].sum() == pytest.approx(best, rel=1e-9)
+        choices = np.array(list(itertools.permutations(range(m), n)))
+        for power in range(-6, 7):
+            for cost in (rng.normal(size=(n, m)) * 10.0 ** power, rng.integers(0, 3, (n, m))):  # the second with ties
+                columns = hungarian(cost)
+                assert len(columns) == n == len(set(columns))
+                assert cost[range(n), columns].sum() == pytest.approx(cost[range(n), choices].sum(1).min(), rel=1e-9)
 
 
 def slow_mask_losses(x, t):
-    """BCE and dice of one mask: logits x and target t, (h, w) each."""
     dice = 1 - (2 * (x.sigmoid() * t).sum() + 1) / (x.sigmoid().sum() + t.sum() + 1)
     return F.binary_cross_entropy_with_logits(x.double(), t), dice
 
@@ -1477,11 +1476,10 @@ def test_costs_matching_and_loss_equal_a_slow_reference_in_value_and_gradient(si
     torch.testing.assert_close(fast, slow, rtol=1e-5, atol=1e-5, check_dtype=False)
     fast_gradients, slow_gradients = [torch.autograd.grad(x, outputs.values()) for x in (fast, slow)]
     torch.testing.assert_close(fast_gradients, slow_gradients, rtol=1e-4, atol=1e-5)
-    for bad in (math.nan, math.inf):  # a step that diverged still gives each class a query
-        outputs["embed"] = torch.full((3, 4, 5, 8), bad)
-        cost = decoder.matching_cost(**outputs, classes=classes, masks=masks, generator=None)
-        _, class_of_query = decoder.match(cost, classes, real)
-        assert (class_of_query < 3).sum() == 3 * real.sum()
+    outputs["embed"] = torch.full((3, 4, 5, 8), math.nan)  # a step that diverged still gives each class a query
+    cost = decoder.matching_cost(**outputs, classes=classes, masks=masks, generator=None)
+    _, class_of_query = decoder.match(cost, classes, real)
+    assert (class_of_query < 3).sum() == 3 * real.sum()
 
 
 def test_points_lie_where_masks_are_uncertain_and_those_at_all_pixels_give_the_dense_losses(monkeypatch):
@@ -1499,7 +1497,7 @@ def test_points_lie_where_masks_are_uncertain_and_those_at_all_pixels_give_the_d
     torch.testing.assert_close(decoder.mask_losses(*given), dense, rtol=1e-4, atol=1e-5)
 
 
-# --- Decoders ---------------------------------------------------------------------------------------------------------
+# --- Decoders and the segmenter ---------------------------------------------------------------------------------------
 
 def test_the_light_decoders_equal_slow_references():  # the heavy one: see the released segmenters
     feats = features((3, 5))
@@ -1510,7 +1508,6 @@ def test_the_light_decoders_equal_slow_references():  # the heavy one: see the r
     large = large + resize(middle, sizes[1])
     pixels = light.embed(light.lateral(feats[0]) + resize(large, sizes[0]))
     torch.testing.assert_close(light(feats), ([small, middle, large], pixels))
-
     fpn = shaken(SemFPN(32, 3, width=32, channels=64))
     merged = torch.zeros(2, 32, 1, 1).double()
     total = 0
@@ -1522,17 +1519,10 @@ def test_the_light_decoders_equal_slow_references():  # the heavy one: see the r
         total = total + x
     torch.testing.assert_close(fpn(feats), fpn.classify(total))
 
-    linear = shaken(Linear(32, 3))
-    logits = [head(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2) for head, x in zip(linear.heads, feats)]
-    torch.testing.assert_close(linear(feats), sum(resize(x, sizes[0]) for x in logits))
 
-
-DECODERS = [partial(MaskDecoder, width=32), partial(MaskDecoder, width=32, pixel="deform", pixel_layers=1, points=50),
-            partial(SemFPN, width=32, channels=32), Linear,
-            partial(segment.BoxDecoder, patch=8, width=32, ffn=16, rois=8, proposals=20)]
-
-
-@pytest.mark.parametrize("build", DECODERS)
+@pytest.mark.parametrize("build", [
+    partial(MaskDecoder, width=32), partial(MaskDecoder, width=32, pixel="deform", pixel_layers=1, points=50), Linear,
+    partial(SemFPN, width=32, channels=32), partial(segment.BoxDecoder, patch=8, width=32, ffn=16, rois=8)])
 def test_every_decoder_trains_all_its_parameters_and_computes_losses_and_scores_in_fp32(build):
     decoder = build(32, 3)
     boxes = isinstance(decoder, segment.BoxDecoder)
@@ -1578,8 +1568,6 @@ def test_initial_weights_are_drawn_as_mmdet_draws_them():
     torch.testing.assert_close(start[:2, 1, 2], torch.tensor([[3.0, 0], [0, 3]]))  # the third points of two heads
 
 
-# --- The segmenter ----------------------------------------------------------------------------------------------------
-
 def test_the_one_stage_loss_is_the_task_loss_plus_the_weighted_objectives():
     encoder = mini_vit(16, depth=4, grid=(2, 4))
     cfg = segment.Config(kd=0.5, kd_logits=2.0, loss="cwd")
@@ -1599,7 +1587,6 @@ def test_the_one_stage_loss_is_the_task_loss_plus_the_weighted_objectives():
     given = x, label, None, segment.divisors_of([label])
     for used, extra, want in [(None, (), task), (objective, (t, None, p_t), task + kd + kl)]:
         torch.testing.assert_close(segment.Learner(segmenter, used, cfg)(*given, *extra)["loss"], want)
-    assert min(task, kd, kl) > 0
 
 
 HERE = Path(__file__).parent
@@ -1697,7 +1684,6 @@ def same_runs(a, b):
 # --- Released segmenters: equal to the authors' code ------------------------------------------------------------------
 # The numbers were recorded from mmsegmentation 1.2.2, mmdet 3.3.0 and mmcv 2.1.0 in float64 with the authors'
 # configuration, but a backbone of width 64, one head, 12 blocks, and 5 classes. Weights follow from the names there.
-
 SLIDE_NORM = 821.2294028203435
 SLIDE = {(0, 0, 0): 0.8595307808175633, (1, 10, 20): 6.787133105731442, (2, 31, 63): 3.370055302344709,
          (3, 63, 5): 0.8882775287196047, (4, 40, 40): 0.8006591065745017}
@@ -1709,14 +1695,12 @@ THEIRS = {  # what mmsegmentation calls a part of a name of ours
     r"(convs\.\d)\.1": r"\1.gn", r"ffn\.0": "ffn.layers.0.0", r"ffn\.2": "ffn.layers.1"}
 
 
-def z(name, shape):
-    """Normal random numbers that follow from a name, float64."""
+def normal_numbers(name, shape):
     return np.random.RandomState(zlib.crc32(name.encode())).standard_normal(shape)
 
 
 def recorded_value(key, shape):
-    """The tensor that the numbers were recorded with."""
-    values = z(f"segmenter {key}", shape)
+    values = normal_numbers(f"segmenter {key}", shape)
     if len(shape) == 1 and key.endswith("weight"):
         return torch.from_numpy(1 + 0.2 * values).float()
     unit = 1 / math.sqrt(math.prod(shape[1:]))
@@ -1727,7 +1711,6 @@ def recorded_value(key, shape):
 
 
 def as_released(depth=12, width=256, layers=9):
-    """The state dict of a checkpoint of mmsegmentation."""
     with torch.device("meta"):
         decoder = MaskDecoder(64, 5, width=width, queries=100, layers=layers, heads=8, ffn=8 * width, pixel="deform")
         encoder = qsd.ViT("small", embed_dim=64, depth=depth, num_heads=1, patch_size=16, img_size=64)
@@ -1739,25 +1722,21 @@ def as_released(depth=12, width=256, layers=9):
     return state
 
 
-def test_a_released_segmenter_computes_what_the_official_code_computes_also_once_saved(tmp_path, monkeypatch):
+def test_a_released_segmenter_computes_what_the_official_code_computes(tmp_path, monkeypatch):
     package = types.ModuleType("mmengine")  # which is not there when the file is read
     package.ConfigDict = type("ConfigDict", (dict,), dict(__module__="mmengine"))
     with monkeypatch.context() as patch:
         patch.setitem(sys.modules, "mmengine", package)
         torch.save(dict(meta=package.ConfigDict(epoch=1), state_dict=as_released()), tmp_path / "iter_40000.pth")
-    _, saved = segment.load_segmenter(tmp_path / "iter_40000.pth")
-    del saved["config"]["blocks"]
-    saved["config"]["a_constant_of_another_time"] = 1
-    torch.save(saved, tmp_path / "segmenter.pt")
-    model, _ = segment.load_segmenter(tmp_path / "segmenter.pt")
-    image = torch.from_numpy(z("image", (1, 3, 80, 96))).float().double()
+    model, saved = segment.load_segmenter(tmp_path / "iter_40000.pth")
+    image = torch.from_numpy(normal_numbers("image", (1, 3, 80, 96))).float().double()
     slid, = evaluation.slide(model.double(), image, 64, 2 / 3)
     assert slid.norm().item() == pytest.approx(SLIDE_NORM, rel=1e-5)  # one bit of one attention mask would be 3e-5
     assert {at: slid[at].item() for at in SLIDE} == pytest.approx(SLIDE, rel=1e-5)
     assert saved["classes"] == list("01234") and (saved["config"]["size"], saved["config"]["patch"]) == (64, 16)
 
 
-def test_a_released_state_dict_that_does_not_fit_is_refused_in_one_line_and_its_classes_are_known(tmp_path):
+def test_a_released_state_dict_that_does_not_fit_is_one_line_and_one_that_does_becomes_a_segmenter(tmp_path):
     path = tmp_path / "a.pth"
     state = as_released(depth=1, width=32, layers=1)
     for key, value, reason in [("decode_head.query_feat.weight", None, "query_feat.weight is missing"),
@@ -1772,11 +1751,14 @@ def test_a_released_state_dict_that_does_not_fit_is_refused_in_one_line_and_its_
     command = f"--data toy --encoder toy_small --freeze no --kd_logits 1 --teacher {path} --out {tmp_path}/a"
     with pytest.raises(qsd.UserError, match="was trained on other classes than --data toy has"):
         segment.main(command.split())
-    for name, K in (("cityscapes", 19), ("potsdam-rgb", 6)):
-        head = {"cls_embed.weight": torch.zeros(K + 1, 32), "cls_embed.bias": torch.zeros(K + 1)}
-        torch.save(state | {f"decode_head.{key}": value for key, value in head.items()}, path)
-        _, saved = segment.load_segmenter(path)
-        assert saved["classes"] == list(data.DATASETS[name].classes)
+    head = {"decode_head.cls_embed.weight": torch.zeros(20, 32), "decode_head.cls_embed.bias": torch.zeros(20)}
+    torch.save(state | head, path)
+    _, saved = segment.load_segmenter(path)
+    assert saved["classes"] == list(data.DATASETS["cityscapes"].classes)
+    del saved["config"]["blocks"]
+    saved["config"]["a_constant_of_another_time"] = 1
+    torch.save(saved, path)
+    segment.load_segmenter(path)  # its run knew other constants
 
 
 # --- Runs: every setting reaches the weights --------------------------------------------------------------------------
@@ -3141,9 +3123,7 @@ def test_losses_and_boxes_of_the_box_decoder_are_those_of_torchvisions_faster_rc
     for p in decoder.judge.box_predictor.parameters():
         p.data.normal_()
     maps = decoder([x.float() for x in features((4, 8))])
-    backbone = torch.nn.Module()
-    backbone.out_channels = 32
-    backbone.forward = lambda x: dict(zip(["0", "1", "2", "3", "pool"], maps))
+    backbone = Mock(out_channels=32, return_value=dict(zip(["0", "1", "2", "3", "pool"], maps)))
     anchors = segment.AnchorGenerator(((32,), (64,), (128,), (256,), (512,)), ((0.5, 1.0, 2.0),) * 5)
     official = segment.FasterRCNN(backbone, min_size=64, max_size=128, rpn_anchor_generator=anchors, num_classes=4)
     official.transform.eval()  # else it draws an image's size, of which there is one
@@ -3202,7 +3182,6 @@ def test_ap_counts_hits_duplicates_difficult_and_missing_objects_of_several_imag
     classes, scores, hits = torch.cat(verdicts).numpy().T
     ap = evaluation.average_precision(scores[classes == 0], hits[classes == 0], count=4)
     assert ap == pytest.approx((1 + 2 / 3) / 4) == pytest.approx(slow_ap(images, 0))
-    assert evaluation.average_precision(scores[:0], hits[:0], count=3) == 0
     assert math.isnan(evaluation.average_precision(scores[:1], hits[:1], count=0)) and math.isnan(slow_ap(images, 2))
 
 
