@@ -31,7 +31,7 @@ from qsd import UserError
 # --- From the encoder to the decoders --------------------------------------------------------------------------------
 
 def pyramid(outs, grid):
-    """Outputs of four blocks as maps of 4, 2, 1 and 0.5 times the token grid, as in the official code.
+    """Outputs of four blocks as maps of 4, 2, 1 and 0.5 times the token grid (official).
 
     outs 4 x (B, N, C), not normalised; grid (h, w), h w = N -> 4 x (B, C, ., .), finest first.
     """
@@ -56,7 +56,7 @@ def centres(size, device):
 
 
 def sine_position(size, width, device):
-    """mmdet's encoding of the places of an (h, w) grid, (h w, width): sines and cosines of y, then of x."""
+    """mmdet's sines and cosines of the places of an (h, w) grid, of y, then of x: (h w, width)."""
     h, w = size
     frequency = 2 * math.pi * 10000 ** (-4 * torch.arange(width // 4, device=device) / width)
     y = torch.arange(1, h + 1, device=device) / (h + 1e-6)
@@ -385,7 +385,7 @@ class MaskDecoder(nn.Module):
 
 
 def hungarian(cost):
-    """Each row's column at least total cost (n, m), n <= m -> (n,); exact (Jonker and Volgenant, 1987)."""
+    """Each row's column at least total cost (n, m), n <= m -> (n,) (Jonker and Volgenant, 1987)."""
     cost = np.asarray(cost, dtype=np.float64)
     n, m = cost.shape
     price = np.zeros(m)  # less its column's price, each assigned pair is a cheapest of its row
@@ -744,18 +744,16 @@ def divergence(teacher_scores, student_scores):
     return (p_t * (p_t / p_s).log()).sum(1).mean()
 
 
-STILL = (nn.LayerNorm, nn.GroupNorm, nn.Embedding)  # whose parameters do not decay outside the encoder
-
-
 def parameter_groups(learner, cfg):
     """AdamW's groups, as in the official code: the encoder at lr_backbone, all else at lr."""
     groups = {}
+    still = (nn.LayerNorm, nn.GroupNorm, nn.Embedding)  # whose parameters do not decay outside the encoder
     for name, module in learner.named_modules():
         lr = cfg.lr
         weight_decay = cfg.weight_decay
         if name.startswith("segmenter.encoder"):
             lr = cfg.lr_backbone
-        elif isinstance(module, STILL) and not name.endswith("level_encoding"):
+        elif isinstance(module, still) and not name.endswith("level_encoding"):
             weight_decay = 0.0
         for parameter in module.parameters(recurse=False):
             if parameter.requires_grad:
@@ -788,10 +786,8 @@ def main(argv=None):
         transform = partial(data.detect_transform, size=cfg.size)
     dataset = data.scenes(cfg.data, cfg.root, "train", transform, cfg.labels, cfg.classes)
     if dataset.boxes != (cfg.decoder == "boxes"):
-        labelled = "boxes" if dataset.boxes else "pixels"
-        raise UserError(f"--decoder {cfg.decoder}: --data {cfg.data} labels {labelled}")
-    load_vit = partial(qsd.load_vit, img_size=cfg.size, patch_size=cfg.patch)
-    encoder = load_vit(cfg.encoder, depth=cfg.depth)
+        raise UserError(f"--data {cfg.data} has other labels than --decoder {cfg.decoder} reads: boxes or pixels")
+    encoder = qsd.load_vit(cfg.encoder, cfg.size, cfg.patch, cfg.depth)
     decoder = build_decoder(encoder.embed_dim, dataset.num_classes, cfg)
     segmenter = Segmenter(encoder, decoder, cfg.freeze, cfg.blocks).to(run.device)
     ancestors, _ = qsd.ledger_and_heads(cfg.encoder)
@@ -800,7 +796,7 @@ def main(argv=None):
     # what a one-stage baseline imitates: the tokens of an encoder, the class scores of a segmenter
     objective = None
     if cfg.kd:
-        teacher = load_vit(cfg.teacher).to(run.device).eval().requires_grad_(False)
+        teacher = qsd.load_vit(cfg.teacher, cfg.size, cfg.patch).to(run.device).eval().requires_grad_(False)
         objective = qsd.build_objective(encoder, teacher, cfg).to(run.device)
     if cfg.kd_logits:
         teacher_segmenter, trained = load_segmenter(cfg.teacher, run.device)

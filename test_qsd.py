@@ -2071,7 +2071,7 @@ MISTAKES = {    # a command as typed, and what its one line says
     f"{S} --encoder toy_small --freeze no --teacher toy_base": "--teacher toy_base teaches nothing: add --kd 1",
     f"{S} --encoder toy_small --freeze no --loss cwd": "--loss cwd distils nothing: add --kd 1",
     f"{S} --encoder toy_small --freeze no --kd_logits 1 --teacher {{student}}": "student.pt is no segmenter.pt, nor",
-    f"{S} --decoder boxes": "--data toy labels pixels",
+    f"{S} --decoder boxes": "--data toy has other labels than --decoder boxes",
     "eval.py --checkpoint {tmp}/short.pt --data toy": "short.pt is truncated, damaged or no checkpoint",
     "eval.py --checkpoint {teacher} --data cityscapes": "--data cityscapes has the 19 classes",
     "data.py --data gtva": "--data gtva: not one of",
@@ -3323,7 +3323,7 @@ BAD_EVALUATIONS = {
     "eval.py --checkpoint {detector} --export {tmp}/model.pt2": "finds boxes",
     "eval.py --checkpoint {detector} --data toy": "--data toy has the 8 classes",
     "eval.py --checkpoint {teacher} --data toy-boxes": "--data toy-boxes has the 3 classes car, pole, person",
-    "segment.py --data toy-boxes --decoder linear": "--decoder linear: --data toy-boxes labels boxes",
+    "segment.py --data toy-boxes --decoder linear": "--data toy-boxes has other labels than",
     "segment.py --data toy-boxes --kd_logits 1 --freeze no --teacher {teacher}": "was trained on other classes",
     "segment.py --data toy-boxes --patch 14 --size 56": "wants a --patch of 4, 8, 16 or 32",
 }
