@@ -3177,11 +3177,12 @@ def test_ap_counts_hits_duplicates_difficult_and_missing_objects_of_several_imag
         return [left, 0, left + 10, 10, kind, last]
     images = [([box(0, 0, 0.9), box(1, 0, 0.5), box(20, 0, 0.45), box(40, 1, 0.4)],  # hit, again, difficult, another
                [box(0, 0, 0), box(20, 0, 1), box(40, 0, 0)]),
-              ([box(0, 0, 0.8), box(60, 0, 0.7), box(85, 0, 0.6)], [box(61, 0, 0), box(90, 0, 0)])]  # hit: the second
+              ([box(0, 0, 0.95), box(60, 0, 0.7), box(85, 0, 0.6)], [box(61, 0, 0), box(90, 0, 0)])]  # one hit
     verdicts = [evaluation.matched(torch.tensor(found), torch.tensor(objects)) for found, objects in images]
     classes, scores, hits = torch.cat(verdicts).numpy().T
     ap = evaluation.average_precision(scores[classes == 0], hits[classes == 0], count=4)
-    assert ap == pytest.approx((1 + 2 / 3) / 4) == pytest.approx(slow_ap(images, 0))
+    assert ap == pytest.approx((2 / 3 + 2 / 3) / 4) == pytest.approx(slow_ap(images, 0))
+    assert not hits[classes == 1].any()
     assert math.isnan(evaluation.average_precision(scores[:1], hits[:1], count=0)) and math.isnan(slow_ap(images, 2))
 
 
