@@ -7,9 +7,8 @@
     python eval.py --checkpoint runs/gtav/segmenter.pt --images photos --out segmented    # or --export model.pt2
     python eval.py --figure 5 --models teacher=dinov2_vitb14,GKD=runs/source --patch 16 --data cityscapes --root /data
 
-Results are printed as Markdown for people and as one line of JSON for programs.
+Results are printed as Markdown for people and as a line of JSON for programs.
 """
-import io
 import json
 import math
 import os
@@ -21,18 +20,19 @@ import sys
 import time
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field, replace
-from functools import lru_cache, partial
-from itertools import chain
+from functools import partial
+from itertools import chain, product
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch.utils.data import ConcatDataset, DataLoader, Subset
 from torchvision.ops import box_iou
 from torchvision.transforms.v2 import functional as TF
+from torchvision.utils import make_grid
 from tqdm import tqdm
 
 import data
@@ -42,40 +42,42 @@ import segment
 from data import SETTINGS
 from qsd import UserError
 
+TABLES = "main effects variants steps clock flops 1 2 3 4 5 6 7 8 9 10 fig6".split()  # their rows: assets/tables.txt
+
 
 @dataclass
 class Config:
     """Every constant of the evaluation."""
     # what is measured
     checkpoint: str = ""            # segmenter.pt
-    data: str = "paper"             # domains, joined with +; for --demo and --table: toy, camvid or paper (its scale)
+    data: str = "paper"             # domains, joined with +; of a --table: toy, camvid or paper (its scale)
     setting: Literal[("none", *SETTINGS)] = "none"  # its unseen domains instead of --data; a part of a --table
     root: str = "data"              # the folder that holds the data sets
     # protocol
     window: int = 0                 # side of the sliding window, pixels; 0: the training crop (official 512)
     stride: float = 2 / 3           # of the window, rounded (official 341 of 512)
-    batch: int = 1                  # images at once; more than 1 needs images and labels of one size
+    batch: int = 1                  # images at once; more than 1 must be of one size
     workers: int = 2                # image-loading processes
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "fp32"  # official: fp32
     # figures of several models
-    figure: Literal["none", "3b", "5", "7a", "7b", "8", "9"] = "none"  # a figure of the paper; 9 is printed as a table
-    models: str = ""                # name=path,name=path; a path is a run's folder, a checkpoint or an encoder's name
-    patch: int = 0                  # patch side of the encoders in figures 5, 7a and 7b, pixels; 0: as trained
+    figure: Literal["none", "3b", "5", "7a", "7b", "8", "9"] = "none"  # 9 is printed as a table
+    models: str = ""                # name=path,name=path: a run's folder, a checkpoint or an encoder's name
+    patch: int = 0                  # side of a patch in figures 5, 7a and 7b, pixels; 0: as trained
     examples: int = 2               # images of each domain in figures 5 and 8
     subset: int = 300               # images of each domain that figure 7a measures
     tokens: int = 10000             # distances in figure 7a (the paper's number)
     # a segmenter at work
-    images: str = ""                # segment this image or folder of images with --checkpoint; the results go to --out
+    images: str = ""                # segment this image or folder of images with --checkpoint, into --out
     export: str = ""                # write --checkpoint as a torch.export program, a file that ends in .pt2
     # the paper's tables
-    table: str = "none"             # main, effects, steps, variants, clock, flops, 1 to 10, fig6: run what is missing
+    table: Literal[("none", *TABLES)] = "none"  # run what is missing of it, print what is there
     demo: bool = False              # --table main --data toy with one seed, and a picture
     seed: int = 0                   # the first seed of the small worlds' runs
     seeds: int = 0                  # how many seeds; 0: 3, 5 for --table effects, 1 for --demo
     jobs: int = 2                   # runs at the same time, each on its share of the cores
     processes: int = 0              # of each distillation; 0: one per GPU
     run: bool = True                # no: only print what is missing and what is there
-    out: str = "runs"               # folder of the tables' runs and of pictures; for --figure also a file
+    out: str = "runs"               # folder of runs and pictures; for --figure also a file
 
 
 PRESETS = {"toy": dict(batch=50, workers=0), "camvid": dict(batch=8, workers=1), "paper": dict(jobs=1)}
@@ -108,7 +110,7 @@ def iou(conf):
 def slide(model, x, window, stride=2 / 3):
     """Class scores (B, K, H, W) of normalised images x (B, 3, H, W): the mean over the windows that see a pixel.
 
-    window: pixels; stride: a share of it. UserError where scores are not finite.
+    window: pixels; stride: a share of it.
     """
     if stride > 1:
         raise UserError(f"--stride {stride}: a share of the window was expected, as 0.667 for 341 of 512 pixels")
@@ -155,7 +157,7 @@ def evaluate(model, dataset, window, cfg, device, title=""):
 
 
 def batches(model, dataset, cfg, device, title):
-    """The images of a labelled dataset, normalised for a model, and their labels; a bar shows the progress."""
+    """A labelled dataset's images, normalised for a model, and labels, behind a bar of progress."""
     loader = DataLoader(dataset, cfg.batch, num_workers=cfg.workers)
     for images, label, _ in tqdm(loader, title, disable=distill.rank() > 0, leave=False):
         yield data.normalize(images.to(device), model.encoder.mean, model.encoder.std), label
@@ -165,7 +167,7 @@ def batches(model, dataset, cfg, device, title):
 
 @torch.no_grad()
 def find_objects(model, x, side):
-    """The objects in each of normalised images x (B, 3, H, W) of any size: [(D, 6)], see BoxDecoder.scores."""
+    """The objects in each of normalised images x (B, 3, H, W): [(D, 6)], see BoxDecoder.scores."""
     H, W = x.shape[2:]
     x = TF.resize(x, [side], max_size=2 * side)  # the short edge as in training, but for long strips
     h, w = x.shape[2:]
@@ -179,8 +181,8 @@ def find_objects(model, x, side):
 def matched(found, objects):
     """VOC's verdict on what was found in an image (D, 6), best first, given its objects (M, 6): rows class, score, hit.
 
-    A box stands for the object of its class that it overlaps most, with an IoU of at least 0.5. It is a hit if it is
-    the first for this object; a box that stands for a difficult object does not count at all.
+    A box stands for the object of its class that it overlaps most, with an IoU of at least 0.5, and is a hit if it is
+    the first for this object. A box that stands for a difficult object does not count at all.
     """
     objects = F.pad(objects, (0, 0, 0, 1))  # a row of zeros, which no box overlaps: there may be no objects
     ious = box_iou(found[:, :4], objects[:, :4]) * (found[:, 4:5] == objects[:, 4])  # (D, M + 1), 0 between classes
@@ -200,12 +202,12 @@ def average_precision(scores, hits, count):
 
 
 def evaluate_boxes(model, dataset, side, cfg, device, title=""):
-    """AP (K,) of each class; of a corrupted set the mean over its corruptions and severities, shared by processes."""
-    versions = list(dict.fromkeys(sample.corruption for sample in dataset.samples))  # [None] of a set without any
+    """AP (K,) of each class; of a corrupted set the mean over its versions, which processes share."""
+    versions = list(dict.fromkeys(sample.corruption for sample in dataset.samples))  # or [None]
     total = torch.zeros(dataset.num_classes, dtype=torch.float64)
     for number in range(distill.rank(), len(versions), distill.world_size()):
         verdicts = []  # of each image: (D, 3), see matched
-        labels = []    # the class of each object that counts
+        labels = []  # the class of each object that counts
         share = Subset(dataset, range(number, len(dataset), len(versions)))  # an image's versions follow each other
         for x, label in batches(model, share, cfg, device, f"{title} {versions[number] or ''}"):
             for found, objects in zip(find_objects(model, x, side), map(data.objects_of, label)):
@@ -221,10 +223,7 @@ def evaluate_boxes(model, dataset, side, cfg, device, title=""):
 # --- What is measured ------------------------------------------------------------------------------------------------
 
 def measure(title, model, saved, cfg, device):
-    """{domain: IoU in percent of each class (K,), or AP} of a segmenter on cfg.data; NaN as iou says.
-
-    title: what an error calls the segmenter.
-    """
+    """{domain: IoU in percent of each class (K,), or AP} of a segmenter on cfg.data; NaN as iou says."""
     window = cfg.window or saved["config"]["size"]
     ious = {}
     for name in data.entries(cfg.data):
@@ -241,7 +240,7 @@ def measure(title, model, saved, cfg, device):
 
 
 def val_split(name, cfg, title="", saved=None):
-    """The val split of a data set, which must have a segmenter's classes; of your own folder, without one, images."""
+    """The val split of a data set, which must have the classes of a segmenter; title: what an error calls it."""
     if name == "folder" and not saved:
         return data.images(name, cfg.root, split="val")
     if name == "folder":
@@ -275,16 +274,11 @@ SCRIPTS = {"distill.py": (distill, "student.pt"), "segment.py": (segment, "segme
 @dataclass(frozen=True)
 class Run:
     """A command of a training script. Two with the same text are equal: rows that begin alike share their runs."""
-    text: str                                   # without the `python` before it
-    cfg: object = field(compare=False)          # its script's Config
-    result: Path = field(compare=False)         # student.pt or segmenter.pt in the folder --out
-    needs: tuple = field(compare=False)         # the runs whose results it begins with
+    text: str
+    cfg: object = field(compare=False)  # its script's Config
+    result: Path = field(compare=False)  # student.pt or segmenter.pt in the folder --out
+    needs: tuple = field(compare=False)  # the runs whose results it begins with
     processes: int = field(compare=False)
-
-    def __str__(self):
-        """What a user types."""
-        several = f"torchrun --standalone --nproc_per_node={self.processes}"
-        return f"{several if self.processes > 1 else 'python'} {self.text}"
 
     def chain(self):
         """The runs that lead to this one, and then it."""
@@ -293,7 +287,7 @@ class Run:
 
 def run_of(script, processes=1, **flags):
     """A script's Run with these flags; one that is a Run stands for its result, one that is None is left out."""
-    words = [script]
+    words = []
     for name, value in flags.items():
         if isinstance(value, Run):
             value = value.result
@@ -302,24 +296,25 @@ def run_of(script, processes=1, **flags):
         if value is not None:
             words += [f"--{name}", str(value)]
     module, result = SCRIPTS[script]
-    cfg = distill.configure(module.Config, module.preset, words[1:])
+    cfg = distill.configure(module.Config, module.preset, words)
     needs = tuple(value for value in flags.values() if isinstance(value, Run))
-    return Run(shlex.join(words), cfg, Path(cfg.out, result), needs, processes)
+    launcher = f"torchrun --standalone --nproc_per_node={processes}" if processes > 1 else "python"
+    return Run(f"{launcher} {script} {shlex.join(words)}", cfg, Path(cfg.out, result), needs, processes)
 
 
 class Pair(NamedTuple):
     """Who is distilled into whom; and, as `placed` fills it in, on which images and in which folders."""
     teacher: str
     student: str
-    student_depth: int | None = None     # only its first blocks
-    proxy: str = "imagenet"              # --data of the proxy stage; "": none, the student is a foundation model (F2F)
-    flags: dict = {}                     # for "proxy", "source", "one-stage" and "tuned": more flags of these runs
-    source: str = ""                     # --data of the source stage
-    labelled: str = ""                   # --data of the task stage: the source, or the same images with boxes
-    common: dict = {}                    # flags of every command
-    shared: str = ""                     # folder of the runs that do not depend on the source
-    here: str = ""                       # folder of those that do
-    processes: int = 1                   # of each run of distill.py
+    student_depth: int | None = None  # only its first blocks
+    proxy: str = "imagenet"  # --data of the proxy stage; "": none, the student is a foundation model (F2F)
+    flags: dict = {}     # for "proxy", "source", "one-stage" and "tuned": more flags of these runs
+    source: str = ""     # --data of the source stage
+    labelled: str = ""   # --data of the task stage: the source, or the same images with boxes
+    common: dict = {}    # flags of every command
+    shared: str = ""     # folder of the runs that do not depend on the source
+    here: str = ""       # folder of those that do
+    processes: int = 1   # of each run of distill.py
 
 
 EVA_PROXY = "imagenet"  # as the official scripts; the paper's text: "", source images only for all of F2F
@@ -348,16 +343,15 @@ SMALLER = {"dinov2_vitl14": "dinov2_vitb14", "dinov2_vitb14": "dinov2_vits14"}  
 
 def placed(name, setting, seed, cfg):
     """One of PAIRS on the images of a setting, with the folders of its runs below --out."""
-    labelled, _ = data.SETTINGS[setting]
+    labelled, _ = SETTINGS[setting]
     if name in SMALL:
         folder = f"{cfg.out}/{name}/{seed}"
         return PAIRS[name]._replace(source=name, labelled=labelled, common=dict(root=cfg.root, seed=seed),
                                     shared=folder, here=folder, processes=cfg.processes or 1)
     folder = f"{cfg.out}/paper/{name.replace(' -> ', '-to-').lower()}"
-    gpus = torch.cuda.device_count() or 8
+    gpus = 2 ** int(math.log2(torch.cuda.device_count() or 8))  # as the batch, a power of two
     return PAIRS[name]._replace(source=labelled, labelled=labelled, common=dict(root=cfg.root),
-                                shared=folder, here=f"{folder}/{labelled}",
-                                processes=cfg.processes or 2 ** int(math.log2(gpus)))  # as the batch, a power of two
+                                shared=folder, here=f"{folder}/{labelled}", processes=cfg.processes or gpus)
 
 
 def distilled(p, name, proxy=True, source=None, source_name=None, **flags):
@@ -384,8 +378,8 @@ def task(p, name, encoder, source=None, **flags):
 def as_released(p, role, encoder, ending="", **flags):
     """The run of a decoder on a foundation model as it is: frozen, but for those that the official configs train.
 
-    They train EVA02-B without the smaller rate for encoders, and with drop path 0.15, which is left out here. The paper
-    gives it 46.6 mIoU as a teacher and 56.2 as a student: one command cannot give both, so that a teacher stays frozen.
+    They train EVA02-B at the decoder's rate, and with drop path 0.15, which is left out here. The paper gives it 46.6
+    mIoU as a teacher and 56.2 as a student: one command cannot give both, so that a teacher stays frozen.
     """
     trained = {}
     if encoder == "eva02_base" and role != "teacher":
@@ -397,7 +391,7 @@ def as_released(p, role, encoder, ending="", **flags):
 
 # --- Rows: each is named after a method, here and in assets/tables.txt -----------------------------------------------
 
-TWO_STAGE = {  # row, beside "two-stage" and a rival: the name of its runs, and flags of distill.py
+TWO_STAGE = {  # method, beside "two-stage" and a rival: the name of its runs, and flags of distill.py
     "MSE on source images": ("mse-only", dict(loss="mse", proxy=False)),
     "GKD": ("qsd", dict(loss="qsd")),
     "identity attention": ("identity", dict(loss="qsd", attention="identity")),
@@ -410,7 +404,7 @@ CHANGES = {  # after a comma in a row's name: of which script flags change, what
     "four layers": ("distill", "-layers-four", dict(layers="four")),
     "LayerNorm targets": ("distill", "-target_norm-layernorm", dict(target_norm="layernorm")),
     "frozen": ("segment", "-frozen", dict(freeze=None)),
-    "tuned": ("segment", "-tuned", dict(freeze=False)),     # the labels train the encoder, too
+    "tuned": ("segment", "-tuned", dict(freeze=False)),  # the labels train the encoder, too
     "1/16 labels": ("segment", "-1of16", dict(labels="1/16")),
     "1/8 labels": ("segment", "-1of8", dict(labels="1/8")),
     "1/4 labels": ("segment", "-1of4", dict(labels="1/4")),
@@ -425,54 +419,58 @@ FOUNDATION = "foundation model of that size"
 def last_run(p, row, budget=""):
     """The run that makes a row's segmenter; those before it are its needs.
 
-    budget: steps of each stage of distillation; or, with a unit, what all training of a student may take (Laube et al.,
-    2026, arXiv 2604.25530): of two stages, either part of distillation has 40 % and the task stage the rest. What the
+    budget: steps of each stage of distillation; or, with a unit, what all training of a student may take. What the
     teacher took, and its decoder for logit distillation, does not count. For seconds the machine must be idle.
     """
     method, *changes = row.split(", ")
     if method.startswith("labels of"):
         return with_more_sources(p, row, int(budget))
-    if p.source == "toy" and budget == distill.PRESETS["toy proxy"]["budget"]:
-        budget = ""                         # that world's own: these are the runs of the other tables
-    endings = {"distill": "", "segment": ""}
-    flags = {"distill": {}, "segment": {}}
-    for change in changes:
-        script, ending, changed = CHANGES[change]
-        endings[script] += ending
-        flags[script] |= changed | p.flags.get(change, {})
-    if budget:
-        endings["distill"] += f"-{budget}"
-        flags["distill"]["budget"] = budget
-    unit = budget.lstrip("0123456789.e")
-    loss = method.split()[-1].replace("-", "").lower()  # of a rival: afdcd in "one-stage Af-DCD"
     two_stages = method in TWO_STAGE or method.startswith("two-stage")
-    if unit:
-        shares = [share * float(budget.removesuffix(unit)) for share in (0.4, 0.2)]
-        stage, rest = [f"{amount:g}{unit}".replace("+", "") for amount in shares]
-        flags["distill"]["budget"] = stage
-        flags["segment"]["budget"] = rest if two_stages else budget
-
+    endings, flags = changed(p, changes, budget, two_stages)
     ending = endings["distill"] + endings["segment"]
     task_flags = flags["segment"]
+    loss = method.split()[-1].replace("-", "").lower()  # of a rival: afdcd in "one-stage Af-DCD"
     if two_stages:
         name, objective = TWO_STAGE.get(method, (loss, dict(loss=loss)))
         encoder = distilled(p, name + endings["distill"], **objective, **flags["distill"])
         return task(p, name + ending, encoder, **task_flags)
-    student = dict(encoder=p.student, depth=p.student_depth)
-    if method.startswith("one-stage"):
-        return task(p, f"one-stage-{loss}{ending}", **student, freeze=False, kd=1, loss=loss,
-                    **p.flags.get("one-stage", {}), teacher=p.teacher, **task_flags)
+
+    if method == "teacher":
+        return as_released(p, "teacher", p.teacher, ending, **task_flags)
+    if method == FOUNDATION:
+        return as_released(p, "smaller", SMALLER[p.teacher], ending, **task_flags)
+    if method == "no KD" and p.student.startswith(("dinov2", "eva02")):
+        return as_released(p, "student", p.student, ending, **task_flags)
+    student = dict(encoder=p.student, depth=p.student_depth, freeze=False)
+    if method == "no KD":
+        return task(p, f"no-kd{ending}", **(student | task_flags))
     if method == "logit KD":
-        return task(p, f"logits{ending}", **student, freeze=False, kd_logits=1, teacher=last_run(p, "teacher"),
-                    **task_flags)
-    if method == "no KD" and not p.student.startswith(("dinov2", "eva02")):
-        return task(p, f"no-kd{ending}", **student, **(dict(freeze=False) | task_flags))
-    role, encoder = {
-        "teacher": ("teacher", p.teacher),
-        "no KD": ("student", p.student),
-        FOUNDATION: ("smaller", SMALLER.get(p.teacher)),
-    }[method]
-    return as_released(p, role, encoder, ending, **task_flags)
+        return task(p, f"logits{ending}", **student, kd_logits=1, teacher=last_run(p, "teacher"), **task_flags)
+    return task(p, f"one-stage-{loss}{ending}", **student, kd=1, loss=loss, **p.flags.get("one-stage", {}),
+                teacher=p.teacher, **task_flags)
+
+
+def changed(p, changes, budget, two_stages):
+    """What the changes in a row's name and its budget add to names and flags: ({script: ending}, {script: flags}).
+
+    Of all training of a student, each stage of distillation has 40 % and the task stage the rest (Laube et al., 2026,
+    arXiv 2604.25530).
+    """
+    endings = {"distill": "", "segment": ""}
+    flags = {"distill": {}, "segment": {}}
+    for change in changes:
+        script, ending, more = CHANGES[change]
+        endings[script] += ending
+        flags[script] |= more | p.flags.get(change, {})
+    if budget and (p.source, budget) != ("toy", distill.PRESETS["toy proxy"]["budget"]):  # else that of other tables
+        endings["distill"] += f"-{budget}"
+        flags["distill"]["budget"] = budget
+    unit = budget.lstrip("0123456789.e")
+    if unit:
+        stage, rest = [f"{share * float(budget.removesuffix(unit)):g}{unit}".replace("+", "") for share in (0.4, 0.2)]
+        flags["distill"]["budget"] = stage
+        flags["segment"]["budget"] = rest if two_stages else budget
+    return endings, flags
 
 
 def with_more_sources(p, row, count):
@@ -483,33 +481,29 @@ def with_more_sources(p, row, count):
     joined = "+".join(sources[:count])
     name = f"qsd-on-{count}"
     student = distilled(p, "qsd", source=joined, source_name=name, loss="qsd")  # the proxy stage is that of all rows
-    return task(p, name, student, joined) if row == "labels of all" else task(p, f"{name}-labels-1", student)
+    if row == "labels of all":
+        return task(p, name, student, joined)
+    return task(p, f"{name}-labels-1", student)
 
 
 # --- Tables: their rows, and which of them are compared ---------------------------------------------------------------
 
-@lru_cache
-def written(table):
-    """A table's paragraphs in assets/tables.txt, {pair, world or "gains": {column: {row: text}}}; a list is column "".
-
-    The table "tables" has a line about each table.
-    """
-    found = {}
+def read_tables():
+    """assets/tables.txt: {table: {pair, world or "gains": {column: {row: text}}}}; a list is column ""."""
+    found = defaultdict(dict)
     text = (Path(__file__).parent / "assets" / "tables.txt").read_text()
     for paragraph in text.strip().split("\n\n")[1:]:
         (heading, *columns), *rows = [re.split(r" *\| *", line) for line in paragraph.splitlines()]
         tables, pairs = [part.split(", ") for part in heading.split(": ")]
-        for pair in pairs if table in tables else []:
-            found[pair] = {}
+        for table, pair in product(tables, pairs):
+            found[table][pair] = {}
             for i, column in enumerate(columns or [""], start=1):
-                found[pair][column] = {row[0]: row[i] if i < len(row) else "" for row in rows}
+                found[table][pair][column] = {row[0]: [*row, ""][i] for row in rows}
     return found
 
 
-TABLES = {}  # {name: {title, reference, worlds, seeds, budgets, axis: text}}
-for column, texts in written("tables")["all"].items():
-    for name, text in texts.items():
-        TABLES.setdefault(name, {})[column] = text
+WRITTEN = read_tables()
+ABOUT = WRITTEN["tables"]["all"]  # {title, reference, worlds, seeds, budgets, axis: {table: text}}
 
 
 class Block(NamedTuple):
@@ -525,36 +519,35 @@ class Block(NamedTuple):
 
 def blocks(cfg):
     """The blocks of --table: a list for each pair and setting, and in it one for each budget."""
-    table = TABLES[cfg.table]
     small = cfg.data in SMALL
-    numbers = {pair: settings for pair, settings in written(cfg.table).items() if " -> " in pair}
+    numbers = {pair: settings for pair, settings in WRITTEN[cfg.table].items() if " -> " in pair}
     stands = {}  # of rows of a small world: the budgets at which they stand; "" or nothing: at all
     seeds = [0]
     if small:
-        stands = written(cfg.table).get(cfg.data, {"": {}})[""]
-        reported = list(chain(*[settings.values() for settings in numbers.values()]))
-        rows = stands or reported[0]
+        stands = WRITTEN[cfg.table].get(cfg.data, {"": {}})[""]
+        rows = stands or next(chain(*[settings.values() for settings in numbers.values()]))
         beside = next(iter(numbers.get(LIKENED, {}).values()), {})
         paper = {row: beside.get(row, "") for row in rows if row != FOUNDATION}
         numbers = {cfg.data: {"toy-boxes" if cfg.table == "10" else cfg.data: paper}}
-        seeds = range(cfg.seed, cfg.seed + (cfg.seeds or int(table["seeds"])))
+        seeds = range(cfg.seed, cfg.seed + (cfg.seeds or int(ABOUT["seeds"][cfg.table])))
     groups = []
     for pair, settings in numbers.items():
         for setting, paper in settings.items():
             if cfg.setting not in ("none", setting):
                 continue
-            source, unseen = data.SETTINGS[setting]
+            source, unseen = SETTINGS[setting]
             own = [source] if small or setting == "voc" else []
-            title = table["title"] + (f", in the {pair} world" if small else f": {pair}, trained on {setting}")
+            title = ABOUT["title"][cfg.table]
+            title += f", in the {pair} world" if small else f": {pair}, trained on {setting}"
             pairs = [placed(pair, setting, seed, cfg) for seed in seeds]
             paper = {row: text.split() for row, text in paper.items()}
             groups.append([])
-            for budget in table["budgets"].split() or [""]:
+            for budget in ABOUT["budgets"][cfg.table].split() or [""]:
                 rows = [row for row in paper if not stands.get(row) or budget in stands[row].split()]
-                runs = []
-                for p in pairs:
-                    runs.append({row: last_run(p, row, budget) for row in rows})
                 if rows:
+                    runs = []
+                    for p in pairs:
+                        runs.append({row: last_run(p, row, budget) for row in rows})
                     groups[-1].append(Block(title, runs, own, list(unseen), paper, budget, Path(pairs[0].here)))
     if not groups:
         offered = " ".join(dict.fromkeys(chain(*numbers.values())))
@@ -566,34 +559,31 @@ def blocks(cfg):
 
 def tables(cfg, device):
     """Print --table, after running what is missing of it; --demo and tables with budgets also draw a picture."""
-    if cfg.table not in TABLES:
-        raise UserError(f"--table {cfg.table}: not one of {' '.join(TABLES)}")
-    if cfg.demo and cfg.table != "main":
-        raise UserError(f"--demo is --table main: without it, --table {cfg.table} --data toy")
-    worlds = TABLES[cfg.table]["worlds"].split()
+    worlds = ABOUT["worlds"][cfg.table].split()
     if cfg.data not in worlds:
         raise UserError(f"--table {cfg.table} --data {cfg.data}: this table is made with --data {' or '.join(worlds)}")
-    if Path(cfg.out).is_file():
-        raise UserError(f"--out {cfg.out} is a file, not a folder; choose another --out")
     for group in blocks(cfg):
         run_missing(group, cfg)
-        curves = {}  # {budget: {row that all seeds have finished: [unseen mean of each]}}
-        for block in group:
+        lines = defaultdict(list)  # {row: [(number of the budget, mean of its seeds, their standard deviation)]}
+        for x, block in enumerate(group):
             results = {}
-            unseen = {}
+            unseen = {}  # {row that all seeds have finished: [unseen mean of each]}
             for name in block.seeds[0]:
                 found = [measured(rows[name], block, cfg, device) for rows in block.seeds]
                 results[name] = [result for result in found if result]
                 if all(found):
                     unseen[name] = [result["unseen mean"] for result in found]
+                    deviation = np.std(unseen[name], ddof=1) if len(found) > 1 else 0
+                    lines[name].append((x, np.mean(unseen[name]), deviation))
             show_block(block, results, cfg)
             if len(block.seeds) > 1:
                 show_gains(unseen, cfg)
-            curves[block.budget] = unseen
-        if sum(map(bool, curves.values())) > 1:
-            print(f"picture: {draw_budgets(curves, group[0].folder / f'{cfg.table}.png', TABLES[cfg.table]['axis'])}")
-        if cfg.demo and len(unseen) == len(results):
-            print(f"picture: {demo_picture(block, block.folder / 'demo.png', cfg)}")
+        if len(group) > 1 and lines:
+            path = block.folder / f"{cfg.table}.png"
+            y_title = "mIoU, mean of the unseen domains"
+            chart(lines, path, ABOUT["axis"][cfg.table], y_title, x_texts=[block.budget for block in group])
+        if cfg.demo and cfg.table == "main" and len(unseen) == len(results):
+            demo_picture(block, block.folder / "demo.png", cfg)
 
 
 def run_missing(group, cfg):
@@ -603,21 +593,21 @@ def run_missing(group, cfg):
         for rows in block.seeds:
             chains += [run.chain() for run in rows.values()]
     lacks = {}  # {missing run: what this machine lacks for it}
-    for run in chain(*chains):
+    for run in dict.fromkeys(chain(*chains)):
         if run.result.exists():
             distill.check_folder(run.cfg)  # UserError if it holds a run with other constants
-        elif run not in lacks:
-            lacks[run] = []
-            if cfg.data == "paper":
-                lacks[run] = absent(run.cfg.data, run.cfg.root) + ([] if torch.cuda.is_available() else ["a GPU"])
-            if cfg.data == "paper" or not cfg.run:
-                print(f"{run}  # needs {' and '.join(lacks[run])}" if lacks[run] else run)
-    possible = []
+            continue
+        lacks[run] = []
+        if cfg.data == "paper":
+            lacks[run] = absent(run.cfg.data, run.cfg.root) + ([] if torch.cuda.is_available() else ["a GPU"])
+        if cfg.data == "paper" or not cfg.run:
+            print(f"{run.text}  # needs {' and '.join(lacks[run])}" if lacks[run] else run.text)
+    possible = {}  # as keys: each run once, in order
     for runs in chains:
         if not any(map(lacks.get, runs)):
-            possible += runs
+            possible |= dict.fromkeys(run for run in runs if run in lacks)
     if cfg.run:
-        work_through([run for run in dict.fromkeys(possible) if run in lacks], cfg.jobs)
+        work_through(possible, cfg.jobs)
 
 
 def absent(names, root):
@@ -631,16 +621,15 @@ def work_through(runs, jobs):
 
     Where one fails, and at SIGTERM or Ctrl-C, the others end with their step saved: the same command resumes them.
     """
-    waiting = list(runs)
-    working = {}  # {run: its process}
     followers = Counter(chain.from_iterable(run.chain() for run in runs))
+    waiting = sorted(runs, key=followers.get, reverse=True)  # beginnings of long chains first: no core waits at the end
+    working = {}  # {run: its process}
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # it ends this function as Ctrl-C does
-    bar = tqdm(total=len(runs), desc="runs", unit="run", dynamic_ncols=True)
+    bar = tqdm(total=len(waiting), desc="runs", unit="run", dynamic_ncols=True)
     try:
         while waiting or working:
             unfinished = {*waiting, *working}
             ready = [run for run in waiting if unfinished.isdisjoint(run.needs)]
-            ready.sort(key=followers.get, reverse=True)  # the beginnings of long chains first: no core waits at the end
             for run in ready[:jobs - len(working)]:
                 waiting.remove(run)
                 working[run] = begin(run, jobs)
@@ -648,8 +637,8 @@ def work_through(runs, jobs):
             for run in [run for run, process in working.items() if process.poll() is not None]:
                 if working.pop(run).returncode:
                     *_, reason = Path(f"{run.cfg.out}.txt").read_text(errors="replace").strip().split("\n")
-                    raise UserError(f"{run} has failed: {reason} (see {run.cfg.out}.txt)")
-                bar.write(str(run), file=sys.stdout)
+                    raise UserError(f"{run.text} has failed: {reason} (see {run.cfg.out}.txt)")
+                bar.write(run.text, file=sys.stdout)
                 bar.update()
     finally:
         for process in working.values():
@@ -661,15 +650,14 @@ def work_through(runs, jobs):
 
 def begin(run, jobs):
     """Start a run in a process of its own, on its share of the cores; what it prints goes to <out>.txt."""
-    script, *flags = shlex.split(run.text)
-    words = [sys.executable]
-    if run.processes > 1:
-        words += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={run.processes}"]
-    words += [str(Path(__file__).parent / script), *flags]
+    launcher, *words = shlex.split(run.text)
+    words = [str(Path(__file__).with_name(word)) if word in SCRIPTS else word for word in words]
+    launch = [sys.executable] if launcher == "python" else [sys.executable, "-m", "torch.distributed.run"]
     threads = max(1, (os.cpu_count() or 1) // jobs // run.processes)
     run.result.parent.parent.mkdir(parents=True, exist_ok=True)
     with open(f"{run.cfg.out}.txt", "w") as file:
-        return subprocess.Popen(words, stdout=file, stderr=file, env=os.environ | {"OMP_NUM_THREADS": str(threads)})
+        return subprocess.Popen([*launch, *words], stdout=file, stderr=file,
+                                env=os.environ | {"OMP_NUM_THREADS": str(threads)})
 
 
 def measured(run, block, cfg, device):
@@ -716,19 +704,19 @@ def show_block(block, results, cfg):
     """
     small = cfg.data in SMALL
     mious = [*block.source, *block.unseen, "unseen mean"]
-    formats = dict.fromkeys(mious, ".1f")
+    digits = dict.fromkeys(mious, 1)
     if small:
-        formats |= {"seconds": ".0f", "TFLOP": ".1f"}
+        digits |= dict(seconds=0, TFLOP=1)
     if cfg.table == "steps":
-        formats["diagonal"] = ".3f"
+        digits["diagonal"] = 3
     cells = {}
     for name, found in results.items():
         texts = {}
-        for column, digits in formats.items():
+        for column, n in digits.items():
             values = [result[column] for result in found if column in result]
-            texts[column] = f"{np.mean(values):{digits}}" if values else "-"
+            texts[column] = f"{np.mean(values):.{n}f}" if values else "-"
             if column in mious and len(values) > 1:
-                texts[column] += f" ± {np.std(values, ddof=1):{digits}}"
+                texts[column] += f" ± {np.std(values, ddof=1):.{n}f}"
         paper = block.paper[name]  # of all unseen domains and their mean, or the mean alone
         if not small:
             for column, number in zip(reversed(mious), reversed(paper)):
@@ -736,8 +724,8 @@ def show_block(block, results, cfg):
         elif any(block.paper.values()):
             texts["paper"] = paper[-1] if paper else "-"
         cells[name] = texts.values()
+    budget = f"; {ABOUT['axis'][cfg.table]}: {block.budget}" if block.budget else ""
     several = ", mean and standard deviation of seeds" if len(block.seeds) > 1 else ""
-    budget = f"; {TABLES[cfg.table]['axis']}: {block.budget}" if block.budget else ""
     print(f"\n{block.title}{budget}{several}{'' if small else ' [paper]'}")
     show(cells, texts)
     print(json.dumps({"table": cfg.table, "title": block.title, "budget": block.budget, "rows": results}))
@@ -748,15 +736,15 @@ STUDENT_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # 
 
 def show_gains(unseen, cfg):
     """Print what a table compares, beside the paper's gains, from {finished row: [unseen mean of each seed]}."""
-    reference = TABLES[cfg.table]["reference"]
+    reference = ABOUT["reference"][cfg.table]
     compared = [(f"{row} over {reference}", reference, row) for row in unseen if row != reference]
-    gains = written(cfg.table).get("gains", {"from": {}})
+    gains = WRITTEN[cfg.table].get("gains", {"from": {}})
     compared += [(name, before, gains["to"][name]) for name, before in gains["from"].items()]
     cells = {}
     record = {}
     for name, before, after in compared:
         if before in unseen and after in unseen:
-            differences = np.subtract(unseen[after], unseen[before])    # (seeds,)
+            differences = np.subtract(unseen[after], unseen[before])  # (seeds,)
             n = len(differences)
             mean = np.mean(differences)
             half = STUDENT_T[min(n - 1, len(STUDENT_T)) - 1] * np.std(differences, ddof=1) / math.sqrt(n)
@@ -772,27 +760,19 @@ def show_gains(unseen, cfg):
 def paper_gain(table, before, after):
     """What the paper gains between two rows, of this table or else of another one; None if none has both."""
     for name in (table, *TABLES):
-        for numbers in written(name).get(LIKENED, {}).values():
+        for numbers in WRITTEN[name].get(LIKENED, {}).values():
             means = [float(numbers[row].split()[-1]) for row in (before, after) if numbers.get(row)]
             if len(means) == 2:
                 return round(means[1] - means[0], 1)
 
 
-def draw_budgets(curves, path, axis):
-    """Draw {budget: {row: [unseen mean of each seed]}}: means, and whiskers of one standard deviation."""
-    lines = defaultdict(list)
-    for x, rows in enumerate(curves.values()):  # budgets double, or are counted
-        for name, values in rows.items():
-            lines[name].append((x, np.mean(values), np.std(values, ddof=1) if len(values) > 1 else 0))
-    return chart(lines, path, axis, "mIoU, mean of the unseen domains", x_texts=list(curves))
-
-
 def demo_picture(block, path, cfg):
     """Draw images of the unseen domains: predictions, and the features of the teacher and the students."""
-    folders = {name: block.seeds[0][name].result.parent for name in ("no KD", "two-stage MSE", "GKD", "teacher")}
+    rows = block.seeds[0]
+    folders = {name: rows[name].result.parent for name in ("no KD", "two-stage MSE", "GKD", "teacher")}
     teacher_first = {"teacher": folders["teacher"]} | folders
     cfg = Config(data="+".join(block.unseen), root=cfg.root, examples=8 // len(block.unseen))
-    return compare(folders, teacher_first, cfg, path, torch.device("cpu"))
+    compare(folders, teacher_first, cfg, path, torch.device("cpu"))
 
 
 # --- Drawing ---------------------------------------------------------------------------------------------------------
@@ -802,15 +782,14 @@ LINE_COLORS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#17becf",
 
 
 def chart(lines, path, x_title, y_title, log=False, x_texts=None):
-    """Draw lines {name: [(x, y, half a whisker)]} with axes and a legend, y logarithmic if log; returns the path.
+    """Draw lines {name: [(x, y, half a whisker)]} with axes and a legend, y logarithmic if log.
 
     x_texts: what stands at x = 0, 1, .. in place of round numbers.
     """
-    points = list(chain(*lines.values()))
-    reached = [y - half for _, y, half in points] + [y + half for _, y, half in points]
+    xs, ys, halves = np.array(list(chain(*lines.values()))).T
+    reached = [*(ys - halves), *(ys + halves)]
     log = log and min(reached) > 0
     height_of = np.log10 if log else np.float64
-    xs = [x for x, *_ in points]
     x_texts = dict(enumerate(x_texts)) if x_texts else {x: f"{x:g}" for x in ticks(xs)}
     y_texts = {y: f"{y:g}" for y in ticks(reached, log)}
     x_ends = [min(x_texts), max(x_texts)]
@@ -850,7 +829,8 @@ def chart(lines, path, x_title, y_title, log=False, x_texts=None):
         y = top + 20 + 36 * i
         pen.line((right + 15, y, right + 55, y), color, 6)
         pen.text((right + 65, y), name, "black", font, anchor="lm")
-    return save_picture(canvas.resize((800, 420), Image.Resampling.LANCZOS), path)
+    save_picture(canvas.resize((800, 420), Image.Resampling.LANCZOS), path)
+    print(f"picture: {path}")
 
 
 def ticks(values, log=False):
@@ -880,8 +860,8 @@ def with_legend(picture, names, colors, left=10, size=13):
     width = max(picture.width, math.ceil(left + wide), 24 * size)
     columns = max(1, int((width - left) / wide))
     lines = math.ceil(len(names) / columns)
-    canvas = Image.new("RGB", (width, round(picture.height + size * (1.6 * lines + 0.4))), "white")
-    canvas.paste(picture)
+    below = round(size * (1.6 * lines + 0.4))
+    canvas = ImageOps.expand(picture, (0, 0, width - picture.width, below), "white")
     pen = ImageDraw.Draw(canvas)
     for i, (name, color) in enumerate(zip(names, colors)):
         x = left + wide * (i % columns)
@@ -892,42 +872,38 @@ def with_legend(picture, names, colors, left=10, size=13):
 
 
 def sheet(columns, titles, path, names=(), colors=(), width=136):
-    """Write {column title: [RGB arrays]} as one picture; returns the path.
+    """Write {column title: [RGB arrays]} as one picture.
 
     titles: of the rows. names, colors: of the legend below, if there is one. width: of a column, pixels.
     """
     font = ImageFont.load_default(13)
     left = 16 + round(max(map(font.getlength, "\n".join(titles).split("\n"))))
     width = max(width, *[12 + round(font.getlength(name)) for name in columns])
-    rows = []
-    for cells in zip(*columns.values()):
-        rows.append([scaled_to(width, cell) for cell in cells])
-    heights = [4 + max(picture.height for picture in row) for row in rows]
-    canvas = Image.new("RGB", (left + len(columns) * (width + 4), 28 + sum(heights)), "white")
+    cells = list(chain(*zip(*columns.values())))  # row by row
+    height = max(round(width * cell.shape[0] / cell.shape[1]) for cell in cells)
+    pictures = [TF.to_image(fitted(cell, width, height)) for cell in cells]
+    grid = make_grid(pictures, len(columns), padding=4, pad_value=255)[:, 4:, 4:]  # no gap before the first
+    canvas = ImageOps.expand(TF.to_pil_image(grid), (left, 28, 0, 0), "white")
     pen = ImageDraw.Draw(canvas)
     for j, name in enumerate(columns):
         pen.text((left + j * (width + 4) + width / 2, 20), name, "black", font, anchor="ms")
-    y = 28
-    for title, row, height in zip(titles, rows, heights):
-        pen.text((left - 8, y + height / 2 - 2), title, "black", font, anchor="rm", align="right")
-        for j, picture in enumerate(row):
-            canvas.paste(picture, (left + j * (width + 4), y))
-        y += height
-    return save_picture(with_legend(canvas, names, colors, left) if names else canvas, path)
+    for i, title in enumerate(titles):
+        y = 28 + i * (height + 4) + height / 2
+        pen.text((left - 8, y), title, "black", font, anchor="rm", align="right")
+    save_picture(with_legend(canvas, names, colors, left) if names else canvas, path)
+    print(f"picture: {path}")
 
 
-def scaled_to(width, cell):
-    """An RGB array as a picture of this width: small ones keep square pixels, large ones get smooth."""
-    height = max(1, round(width * cell.shape[0] / cell.shape[1]))
+def fitted(cell, width, height):
+    """An RGB array as a picture that is scaled into a white frame: small ones keep square pixels, large get smooth."""
     method = Image.Resampling.NEAREST if cell.shape[1] < width else Image.Resampling.BOX
-    return Image.fromarray(cell).resize((width, height), method)
+    return ImageOps.pad(Image.fromarray(cell), (width, height), method, "white", centering=(0, 0))
 
 
 def save_picture(picture, path):
-    """Write a picture, into a new folder if need be; returns the path."""
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    """Write a picture, into a new folder if need be."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     picture.save(path)
-    return path
 
 
 # --- Models and their tokens -----------------------------------------------------------------------------------------
@@ -939,11 +915,8 @@ def file_in(path):
 
 
 def segmenters(models, device):
-    """{name: (segmenter, its checkpoint)} of models {name: path}; UserError where they know different classes."""
-    loaded = {name: segment.load_segmenter(file_in(path), device) for name, path in models.items()}
-    if len({tuple(saved["classes"]) for _, saved in loaded.values()}) > 1:
-        raise UserError(f"--models: {', '.join(models)} were trained on different classes")
-    return loaded
+    """{name: (segmenter, its checkpoint)} of models {name: path}."""
+    return {name: segment.load_segmenter(file_in(path), device) for name, path in models.items()}
 
 
 def encoders(models, cfg, device):
@@ -996,12 +969,13 @@ def feature_pictures(tokens):
 def compare(predicted, featured, cfg, path, device):
     """Draw images of each domain of cfg.data: the predictions of some models {name: path}, the features of others."""
     loaded = segmenters(predicted, device)
-    _, known = next(iter(loaded.values()), (None, None))  # the segmenters agree on the classes
     images = []
     titles = []
     columns = defaultdict(list)
     for domain in data.entries(cfg.data):
-        dataset = val_split(domain, cfg, "--models", known)
+        dataset = val_split(domain, cfg)
+        for name, (_, saved) in loaded.items():
+            dataset = val_split(domain, cfg, name, saved)
         draw = partial(data.label_picture, classes=dataset.classes, colors=dataset.colors)
         for image, label, *_ in spread(dataset, cfg.examples):
             images.append(image)
@@ -1016,7 +990,7 @@ def compare(predicted, featured, cfg, path, device):
         tokens[f"PCA: {name}"] = [patch_tokens(vit, image, device) for image in images]
     columns |= feature_pictures(tokens)
     legend = (dataset.classes, dataset.colors) if loaded else ()
-    return sheet(columns, titles, path, *legend)
+    sheet(columns, titles, path, *legend)
 
 
 def figure_3b(models, cfg, path, device):
@@ -1024,15 +998,13 @@ def figure_3b(models, cfg, path, device):
     lines = defaultdict(list)
     for name, folder in models.items():
         log = Path(folder, "log.jsonl")
-        if not log.is_file():
-            raise UserError(f"{folder}: holds no log.jsonl; this figure wants the folders of runs")
-        for record in map(json.loads, log.read_text().splitlines()):
+        for record in map(json.loads, log.read_text().splitlines() if log.is_file() else []):
             loss = record.get("kd", record.get("loss"))
             if loss is not None:  # as in the header, or where it was NaN, which JSON lacks
                 lines[name].append((record["step"], loss, 0))
-    if not lines:
-        raise UserError("--models: their log.jsonl hold no loss yet")
-    return chart(lines, path, "step", "loss", log=True)
+        if name not in lines:
+            raise UserError(f"{folder}: holds no log.jsonl with losses; this figure wants the folders of runs")
+    chart(lines, path, "step", "loss", log=True)
 
 
 def figure_7a(models, cfg, path, device):
@@ -1062,7 +1034,7 @@ def figure_7a(models, cfg, path, device):
         shares = 100 * torch.histogram(d, edges).hist / len(d)
         lines[f"{name}: median {d.median():.2f}"] = [(x, y, 0) for x, y in zip(middles.tolist(), shares.tolist())]
     x_title = f"Euclidean distance to {teacher} ({len(tokens[teacher][1])} tokens of {cfg.data})"
-    return chart(lines, path, x_title, "% of the tokens")
+    chart(lines, path, x_title, "% of the tokens")
 
 
 def distances(fit_s, v_s, fit_t, v_t):
@@ -1102,7 +1074,7 @@ def figure_7b(models, cfg, path, device):
         uniform = f"{1 / len(W):.1%}"
         titles.append(f"{name}\non the diagonal:\n{diagonal}\n(uniform: {uniform})")
         print(f"{name}: a patch's own place has {diagonal} of its weight in the mean (uniform: {uniform})")
-    return sheet(columns, titles, path, width=200)
+    sheet(columns, titles, path, width=200)
 
 
 def attention(path, student, teacher, v_s, v_t):
@@ -1124,13 +1096,14 @@ def attention(path, student, teacher, v_s, v_t):
 
 def framed(weights, *place):
     """Weights (h, w) as RGB, 400 pixels wide, white to black, with a frame around the patch at place (row, column)."""
+    h, w = weights.shape
     shades = (255 * (1 - weights / weights.max())).byte()
-    picture = scaled_to(400, shades[..., None].expand(-1, -1, 3).numpy())
+    picture = fitted(shades[..., None].expand(-1, -1, 3).numpy(), 400, round(400 * h / w))
     pen = ImageDraw.Draw(picture)
     pen.rectangle((0, 0, picture.width - 1, picture.height - 1), outline="gray", width=2)
     if place:
         row, column = place
-        side = 400 / weights.shape[1]
+        side = 400 / w
         pen.rectangle((column * side, row * side, (column + 1) * side, (row + 1) * side), outline="#005aff", width=4)
     return np.asarray(picture)
 
@@ -1148,7 +1121,7 @@ def figure_9(models, cfg, path, device):
         if saved["config"]["decoder"] == "boxes":
             heading = f"AP on {domain}, %; -: no object of this class"
         rows = {}
-        for title, *values in zip([*saved["classes"], "mean"], *ious.values()):
+        for title, *values in zip([*saved["classes"], "mean"], *ious.values(), strict=True):
             rows[title] = ["-" if value is None else f"{value:.1f}" for value in values]
         print(f"\n{heading}")
         show(rows, models)
@@ -1171,15 +1144,13 @@ def figure(cfg, device):
     for part in filter(None, cfg.models.split(",")):
         name, _, path = part.partition("=")
         models[name.strip()] = path.strip() or name.strip()
-    if not models:
-        raise UserError("--models: say which, as in teacher=dinov2_vitb14,GKD=runs/source/student.pt")
-    if cfg.figure in ("7a", "7b") and len(models) < 2:
-        raise UserError("--models: this figure wants the teacher, then its students")
+    if len(models) < (2 if cfg.figure.startswith("7") else 1):
+        raise UserError("--models: say which, as in teacher=dinov2_vitb14,GKD=runs/source/student.pt; "
+                        "figures 7a and 7b want the teacher and at least one student")
     path = Path(cfg.out)
     if path.suffix.lower() not in data.SUFFIXES:
         path = path / f"figure-{cfg.figure}.png"
-    if FIGURES[cfg.figure](models, cfg, path, device):
-        print(f"picture: {path}")
+    FIGURES[cfg.figure](models, cfg, path, device)
 
 
 # --- A segmenter at work ---------------------------------------------------------------------------------------------
@@ -1199,8 +1170,8 @@ def classify(model, saved, image, cfg, device):
 def segment_images(cfg, device):
     """Segment each image of --images: NAME_classes.png holds class numbers, NAME_overlay.png shows them, in --out.
 
-    Of a detector NAME_boxes.json holds lists of left, top, right, bottom, class number and score, NAME_boxes.png shows
-    them. Other files there are left alone.
+    Of a detector NAME_boxes.json holds left, top, right, bottom, class number and score of each box, NAME_boxes.png
+    shows them.
     """
     given = Path(cfg.images)
     out = Path(cfg.out)
@@ -1208,10 +1179,9 @@ def segment_images(cfg, device):
     files = [file for file in files if file.suffix.lower() in data.SUFFIXES]
     if not files:
         raise UserError(f"--images {given}: no images directly in it ({' '.join(sorted(data.SUFFIXES))})")
-    if len({file.stem for file in files}) < len(files):
-        raise UserError(f"--images {given}: two images differ in their ending alone, as a.jpg and a.png; rename one")
-    if out.is_file() or out.resolve() == files[0].parent.resolve():
-        raise UserError(f"--out {out}: is a file, or where the images lie; choose another folder for the results")
+    if len({file.stem for file in files}) < len(files) or out.resolve() == files[0].parent.resolve():
+        raise UserError(f"--images {given}: as results are named after images, no two images may differ in their "
+                        f"ending alone, as a.jpg and a.png, nor may they lie in --out {out}")
     model, saved = segment.load_segmenter(cfg.checkpoint, device)
     classes = saved["classes"]
     colors = saved["colors"]
@@ -1233,7 +1203,7 @@ def segment_images(cfg, device):
 
 
 class Scores(torch.nn.Module):
-    """What is exported: images (B, 3, H, W), normalised by the encoder's statistics -> class scores (B, K, H, W)."""
+    """What is exported: normalised images (B, 3, H, W) -> class scores (B, K, H, W)."""
 
     def __init__(self, segmenter):
         super().__init__()
@@ -1244,33 +1214,24 @@ class Scores(torch.nn.Module):
 
 
 def export(checkpoint, path):
-    """Write a segmenter as a torch.export program for any number of images of its training crop, the protocol's window.
+    """Write a segmenter as a torch.export program for any number of images of its training crop.
 
-    Classes, colours, mean and std lie in the file's extra_files["about.json"]. UserError where its scores differ from
-    eager mode.
+    Classes, colours, mean and std lie in the file's extra_files["about.json"].
     """
-    if path.suffix != ".pt2":
-        raise UserError(f"--export {path}: torch.export names its files .pt2")
     model, saved = segment.load_segmenter(checkpoint)
-    if saved["config"]["decoder"] == "boxes":
-        raise UserError(f"--export {path}: writes the scores of pixels, but {checkpoint} finds boxes")
+    if path.suffix != ".pt2" or saved["config"]["decoder"] == "boxes":
+        raise UserError(f"--export {path}: torch.export writes a file .pt2, and here class scores, not boxes")
     eager = Scores(model)
     size = saved["config"]["size"]
-    about = dict(classes=saved["classes"], colors=saved["colors"], mean=model.encoder.mean, std=model.encoder.std,
-                 size=size)
     any_number = {0: torch.export.Dim("batch")}
     program = torch.export.export(eager, (torch.zeros(2, 3, size, size),), dynamic_shapes=(any_number,))
-    file = io.BytesIO()
-    torch.export.save(program, file, extra_files={"about.json": json.dumps(about)})
-    file.seek(0)
     x = torch.randn(3, 3, size, size)
-    difference = (torch.export.load(file).module()(x) - eager(x)).abs().max().item()
-    if not difference < 1e-4:  # nor if it is NaN
-        raise UserError(f"{path}: its scores differ from those of {checkpoint} by up to {difference:.1e}")
+    torch.testing.assert_close(program.module()(x), eager(x), atol=1e-4, rtol=0)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(file.getvalue())
-    print(f"{path}: images (B, 3, {size}, {size}) to {len(saved['classes'])} scores a pixel; largest difference from "
-          f"eager mode {difference:.1e}")
+    about = dict(classes=saved["classes"], colors=saved["colors"], size=size,
+                 mean=model.encoder.mean, std=model.encoder.std)
+    torch.export.save(program, path, extra_files={"about.json": json.dumps(about)})
+    print(f"{path}: images (B, 3, {size}, {size}) to {len(saved['classes'])} scores a pixel")
 
 
 def report(cfg, device):
@@ -1289,24 +1250,24 @@ def main(argv=None):
     device = distill.launch()
     if distill.world_size() > 1 and (cfg.export or not cfg.checkpoint):
         raise UserError("torchrun is for many images of one --checkpoint; start all else with python")
+    if Path(cfg.out).is_file() and cfg.figure == "none":
+        raise UserError(f"--out {cfg.out} is a file, not a folder; choose another --out")
     if cfg.table != "none":
         tables(cfg, device)
         return
     if cfg.setting != "none":
         _, unseen = SETTINGS[cfg.setting]
         cfg = replace(cfg, data="+".join(unseen))
-    if not cfg.checkpoint and cfg.figure == "none":
-        raise UserError("give --checkpoint segmenter.pt and --data or --setting, or --demo, --table or --figure")
-    if cfg.images:
+    if cfg.checkpoint and cfg.images:
         segment_images(cfg, device)
-    elif cfg.export:
+    elif cfg.checkpoint and cfg.export:
         export(cfg.checkpoint, Path(cfg.export))
-    elif cfg.data == "paper" and cfg.figure != "3b":
-        raise UserError("say on which images with --data or --setting")
-    elif cfg.figure != "none":
+    elif cfg.figure == "3b" or (cfg.figure != "none" and cfg.data != "paper"):
         figure(cfg, device)
-    else:
+    elif cfg.checkpoint and cfg.data != "paper":
         report(cfg, device)
+    else:
+        raise UserError("give --checkpoint or --figure, with --data or --setting; or else --demo or --table")
 
 
 if __name__ == "__main__":
