@@ -1,11 +1,11 @@
 """mIoU on domains nobody trained on, the paper's tables and figures, and what a trained segmenter is used for.
 
-    python eval.py --demo                                  # the whole method in the built-in toy world
-    python eval.py --table 5 --data toy                    # a table of the paper there; without --data at its own scale
-    python eval.py --checkpoint runs/gtav/segmenter.pt --data cityscapes+bdd100k+mapillary --root /data
-    torchrun --standalone --nproc_per_node=8 eval.py ...   # the same numbers, sooner
-    python eval.py --checkpoint runs/gtav/segmenter.pt --images photos --out segmented    # or --export model.pt2
-    python eval.py --figure 5 --models teacher=dinov2_vitb14,GKD=runs/source --patch 16 --data cityscapes --root /data
+    python eval.py --demo                # the whole method in the built-in toy world
+    python eval.py --table 5 --data toy  # a table of the paper there; without --data at its own scale
+    python eval.py --checkpoint runs/gtav/segmenter.pt --setting gtav --root /data
+    torchrun --standalone --nproc_per_node=8 eval.py ...  # the same numbers, sooner
+    python eval.py --checkpoint runs/gtav/segmenter.pt --images photos --out segmented  # or --export model.pt2
+    python eval.py --figure 5 --models DINOv2=dinov2_vitb14,GKD=runs/source --patch 16 --data cityscapes
 
 Results are printed as Markdown for people and as a line of JSON for programs.
 """
@@ -42,42 +42,42 @@ import segment
 from data import SETTINGS
 from qsd import UserError
 
-TABLES = "main effects variants steps clock flops 1 2 3 4 5 6 7 8 9 10 fig6".split()  # their rows: assets/tables.txt
+TABLES = "main effects variants steps clock flops 1 2 3 4 5 6 7 8 9 10 fig6".split()
 
 
 @dataclass
 class Config:
     """Every constant of the evaluation."""
     # what is measured
-    checkpoint: str = ""            # segmenter.pt
-    data: str = "paper"             # domains, joined with +; of a --table: toy, camvid or paper (its scale)
+    checkpoint: str = ""    # segmenter.pt
+    data: str = "paper"     # domains, joined with +; of a --table: toy, camvid or paper (its scale)
     setting: Literal[("none", *SETTINGS)] = "none"  # its unseen domains instead of --data; a part of a --table
-    root: str = "data"              # the folder that holds the data sets
+    root: str = "data"      # the folder that holds the data sets
     # protocol
-    window: int = 0                 # side of the sliding window, pixels; 0: the training crop (official 512)
-    stride: float = 2 / 3           # of the window, rounded (official 341 of 512)
-    batch: int = 1                  # images at once; more than 1 must be of one size
-    workers: int = 2                # image-loading processes
+    window: int = 0         # side of the sliding window, pixels; 0: the training crop (official 512)
+    stride: float = 2 / 3   # of the window, rounded (official 341 of 512)
+    batch: int = 1          # images at once; more than 1 must be of one size
+    workers: int = 2        # image-loading processes
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "fp32"  # official: fp32
     # figures of several models
     figure: Literal["none", "3b", "5", "7a", "7b", "8", "9"] = "none"  # 9 is printed as a table
-    models: str = ""                # name=path,name=path: a run's folder, a checkpoint or an encoder's name
-    patch: int = 0                  # side of a patch in figures 5, 7a and 7b, pixels; 0: as trained
-    examples: int = 2               # images of each domain in figures 5 and 8
-    subset: int = 300               # images of each domain that figure 7a measures
-    tokens: int = 10000             # distances in figure 7a (the paper's number)
+    models: str = ""        # name=path,name=path: a run's folder, a checkpoint or an encoder's name
+    patch: int = 0          # side of a patch in figures 5, 7a and 7b, pixels; 0: as trained
+    examples: int = 2       # images of each domain in figures 5 and 8
+    subset: int = 300       # images of each domain that figure 7a measures
+    tokens: int = 10000     # distances in figure 7a (the paper's number)
     # a segmenter at work
-    images: str = ""                # segment this image or folder of images with --checkpoint, into --out
-    export: str = ""                # write --checkpoint as a torch.export program, a file that ends in .pt2
-    # the paper's tables
+    images: str = ""        # segment this image or folder of images with --checkpoint, into --out
+    export: str = ""        # write --checkpoint as a torch.export program, a file that ends in .pt2
+    # the paper's tables, which assets/tables.txt describes
     table: Literal[("none", *TABLES)] = "none"  # run what is missing of it, print what is there
-    demo: bool = False              # --table main --data toy with one seed, and a picture
-    seed: int = 0                   # the first seed of the small worlds' runs
-    seeds: int = 0                  # how many seeds; 0: 3, 5 for --table effects, 1 for --demo
-    jobs: int = 2                   # runs at the same time, each on its share of the cores
-    processes: int = 0              # of each distillation; 0: one per GPU
-    run: bool = True                # no: only print what is missing and what is there
-    out: str = "runs"               # folder of runs and pictures; for --figure also a file
+    demo: bool = False      # --table main --data toy with one seed, and a picture
+    seed: int = 0           # the first seed of the small worlds' runs
+    seeds: int = 0          # how many seeds; 0: 3, 5 for --table effects, 1 for --demo
+    jobs: int = 2           # runs at the same time, each on its share of the cores
+    processes: int = 0      # of each distillation; 0: one per GPU
+    run: bool = True        # no: only print what is missing and what is there
+    out: str = "runs"       # folder of runs and pictures; for --figure also a file
 
 
 PRESETS = {"toy": dict(batch=50, workers=0), "camvid": dict(batch=8, workers=1), "paper": dict(jobs=1)}
@@ -93,14 +93,14 @@ def preset(given):
 # --- mIoU ------------------------------------------------------------------------------------------------------------
 
 def confusion(pred, label, num_classes):
-    """Count pixels by (label, prediction): two integer maps of one shape -> (K, K) int64; label 255 is left out."""
+    """Count the pixels of two integer maps by (label, prediction): (K, K); label 255 is left out."""
     valid = label != data.IGNORE
     cell = label[valid] * num_classes + pred[valid]
     return torch.bincount(cell, minlength=num_classes ** 2).view(num_classes, num_classes)
 
 
 def iou(conf):
-    """IoU of each class in [0, 1]: NaN where it is neither labelled nor predicted, 0 where it is only predicted."""
+    """IoU of each class in [0, 1]: NaN if neither labelled nor predicted, 0 if only predicted."""
     conf = conf.double()
     intersection = conf.diag()
     return intersection / (conf.sum(0) + conf.sum(1) - intersection)
@@ -108,15 +108,12 @@ def iou(conf):
 
 @torch.no_grad()
 def slide(model, x, window, stride=2 / 3):
-    """Class scores (B, K, H, W) of normalised images x (B, 3, H, W): the mean over the windows that see a pixel.
-
-    window: pixels; stride: a share of it.
-    """
+    """Class scores (B, K, H, W) of images x (B, 3, H, W): means over the windows that see a pixel."""
     if stride > 1:
-        raise UserError(f"--stride {stride}: a share of the window was expected, as 0.667 for 341 of 512 pixels")
+        raise UserError(f"--stride {stride}: a share of the window, as 0.667 for 341 of 512 pixels, was expected")
     H, W = x.shape[2:]
     x = F.pad(x, (0, max(window - W, 0), 0, max(window - H, 0)))  # no side is shorter than the window
-    step = max(1, round(stride * window))  # pixels
+    step = max(1, round(stride * window))
     total = None  # (B, K, H, W): the scores of all windows that see a pixel, added up
     count = None  # (H, W): how many these are
     for top in starts(x.shape[2], window, step):
@@ -157,7 +154,7 @@ def evaluate(model, dataset, window, cfg, device, title=""):
 
 
 def batches(model, dataset, cfg, device, title):
-    """A labelled dataset's images, normalised for a model, and labels, behind a bar of progress."""
+    """The images of a labelled dataset, normalised for a model, and their labels."""
     loader = DataLoader(dataset, cfg.batch, num_workers=cfg.workers)
     for images, label, _ in tqdm(loader, title, disable=distill.rank() > 0, leave=False):
         yield data.normalize(images.to(device), model.encoder.mean, model.encoder.std), label
@@ -167,7 +164,7 @@ def batches(model, dataset, cfg, device, title):
 
 @torch.no_grad()
 def find_objects(model, x, side):
-    """The objects in each of normalised images x (B, 3, H, W): [(D, 6)], see BoxDecoder.scores."""
+    """The objects in each of images x (B, 3, H, W): [(D, 6)], see BoxDecoder.scores."""
     H, W = x.shape[2:]
     x = TF.resize(x, [side], max_size=2 * side)  # the short edge as in training, but for long strips
     h, w = x.shape[2:]
@@ -179,22 +176,22 @@ def find_objects(model, x, side):
 
 
 def matched(found, objects):
-    """VOC's verdict on what was found in an image (D, 6), best first, given its objects (M, 6): rows class, score, hit.
+    """VOC's verdict on what was found (D, 6), best first, given the objects (M, 6): rows class, score, hit.
 
-    A box stands for the object of its class that it overlaps most, with an IoU of at least 0.5, and is a hit if it is
-    the first for this object. A box that stands for a difficult object does not count at all.
+    A box stands for the object of its class that it overlaps most, with an IoU of at least 0.5, and is a
+    hit if it is the first for this object. One that stands for a difficult object does not count at all.
     """
-    objects = F.pad(objects, (0, 0, 0, 1))  # a row of zeros, which no box overlaps: there may be no objects
-    ious = box_iou(found[:, :4], objects[:, :4]) * (found[:, 4:5] == objects[:, 4])  # (D, M + 1), 0 between classes
-    largest, nearest = ious.max(1)
+    objects = F.pad(objects, (0, 0, 0, 1))  # a row of zeros, as there may be no objects
+    same = found[:, 4:5] == objects[:, 4]
+    largest, nearest = (same * box_iou(found[:, :4], objects[:, :4])).max(1)  # over M + 1 objects: (D,)
     stands = largest >= 0.5
-    repeats = (stands & (nearest[:, None] == nearest)).tril(-1).any(1)  # a better box stands for the same object
+    repeats = (stands & (nearest[:, None] == nearest)).tril(-1).any(1)  # a better box stands for it
     verdicts = torch.column_stack([found[:, 4:], stands & ~repeats])
     return verdicts[~(stands & objects[nearest, 5].bool())]
 
 
 def average_precision(scores, hits, count):
-    """Area under the precision that is reached at each recall or a higher one (VOC since 2010); NaN without objects."""
+    """Area under the best precision at each recall or a higher one (VOC since 2010); NaN without objects."""
     hits = hits[np.argsort(-scores, kind="stable")]
     precision = hits.cumsum() / np.arange(1, len(hits) + 1)
     reached = np.maximum.accumulate(precision[::-1])[::-1]
@@ -202,13 +199,13 @@ def average_precision(scores, hits, count):
 
 
 def evaluate_boxes(model, dataset, side, cfg, device, title=""):
-    """AP (K,) of each class; of a corrupted set the mean over its versions, which processes share."""
+    """AP (K,) of each class; of a corrupted set the mean over its versions."""
     versions = list(dict.fromkeys(sample.corruption for sample in dataset.samples))  # or [None]
     total = torch.zeros(dataset.num_classes, dtype=torch.float64)
     for number in range(distill.rank(), len(versions), distill.world_size()):
         verdicts = []  # of each image: (D, 3), see matched
         labels = []  # the class of each object that counts
-        share = Subset(dataset, range(number, len(dataset), len(versions)))  # an image's versions follow each other
+        share = Subset(dataset, range(number, len(dataset), len(versions)))  # an image's stand together
         for x, label in batches(model, share, cfg, device, f"{title} {versions[number] or ''}"):
             for found, objects in zip(find_objects(model, x, side), map(data.objects_of, label)):
                 verdicts.append(matched(found.cpu(), objects))
@@ -234,20 +231,20 @@ def measure(title, model, saved, cfg, device):
             else:
                 values = iou(evaluate(model, dataset, window, cfg, device, name))
         if values.isnan().all():
-            raise UserError(f"--data {name}: no label in its images counts, so that there is nothing to measure")
+            raise UserError(f"--data {name}: no label in its images counts; there is nothing to measure")
         ious[name] = 100 * values
     return ious
 
 
 def val_split(name, cfg, title="", saved=None):
-    """The val split of a data set, which must have the classes of a segmenter; title: what an error calls it."""
+    """The val split of a data set, which must have the classes of a segmenter named `title`."""
     if name == "folder" and not saved:
         return data.images(name, cfg.root, split="val")
     if name == "folder":
         return data.scenes(name, cfg.root, "val", classes=len(saved["classes"]))
     classes = list(data.DATASETS[name].classes)
     known = saved["classes"] if saved else classes
-    counts_alone = saved and saved.get("released")  # such a file tells how many classes there are, not which
+    counts_alone = saved and saved.get("released")  # such a file tells only how many classes there are
     if len(classes) != len(known) or (classes != known and not counts_alone):
         raise UserError(f"--data {name} has the {len(classes)} classes {', '.join(classes)}, but {title} was "
                         f"trained on {len(known)} others")
@@ -256,9 +253,8 @@ def val_split(name, cfg, title="", saved=None):
 
 def show(rows, columns):
     """Print {row name: [text]} as a Markdown table."""
-    lines = [["", *columns]]
-    for name, cells in rows.items():
-        lines.append([name, *cells])
+    table = {"": columns} | rows
+    lines = [[name, *cells] for name, cells in table.items()]
     widths = [max(map(len, column)) for column in zip(*lines)]
     lines.insert(1, ["-" * width for width in widths])
     for cells in lines:
@@ -273,23 +269,21 @@ SCRIPTS = {"distill.py": (distill, "student.pt"), "segment.py": (segment, "segme
 
 @dataclass(frozen=True)
 class Run:
-    """A command of a training script. Two with the same text are equal: rows that begin alike share their runs."""
+    """A command of a training script. Two of one text are equal, so that rows share their runs."""
     text: str
     cfg: object = field(compare=False)  # its script's Config
     result: Path = field(compare=False)  # student.pt or segmenter.pt in the folder --out
-    needs: tuple = field(compare=False)  # the runs whose results it begins with
+    before: list = field(compare=False)  # all runs that lead to it
     processes: int = field(compare=False)
-
-    def chain(self):
-        """The runs that lead to this one, and then it."""
-        return [*chain(*[run.chain() for run in self.needs]), self]
 
 
 def run_of(script, processes=1, **flags):
-    """A script's Run with these flags; one that is a Run stands for its result, one that is None is left out."""
+    """A script's Run with these flags: a Run stands for its result, None is left out."""
     words = []
+    before = []
     for name, value in flags.items():
         if isinstance(value, Run):
+            before += [*value.before, value]
             value = value.result
         if isinstance(value, bool):
             value = "yes" if value else "no"
@@ -297,27 +291,26 @@ def run_of(script, processes=1, **flags):
             words += [f"--{name}", str(value)]
     module, result = SCRIPTS[script]
     cfg = distill.configure(module.Config, module.preset, words)
-    needs = tuple(value for value in flags.values() if isinstance(value, Run))
     launcher = f"torchrun --standalone --nproc_per_node={processes}" if processes > 1 else "python"
-    return Run(f"{launcher} {script} {shlex.join(words)}", cfg, Path(cfg.out, result), needs, processes)
+    return Run(f"{launcher} {script} {shlex.join(words)}", cfg, Path(cfg.out, result), before, processes)
 
 
 class Pair(NamedTuple):
-    """Who is distilled into whom; and, as `placed` fills it in, on which images and in which folders."""
+    """Who is distilled into whom; and, filled in by `placed`, on which images and where."""
     teacher: str
     student: str
     student_depth: int | None = None  # only its first blocks
-    proxy: str = "imagenet"  # --data of the proxy stage; "": none, the student is a foundation model (F2F)
-    flags: dict = {}     # for "proxy", "source", "one-stage" and "tuned": more flags of these runs
-    source: str = ""     # --data of the source stage
-    labelled: str = ""   # --data of the task stage: the source, or the same images with boxes
-    common: dict = {}    # flags of every command
-    shared: str = ""     # folder of the runs that do not depend on the source
-    here: str = ""       # folder of those that do
-    processes: int = 1   # of each run of distill.py
+    proxy: str = "imagenet"  # --data of the proxy stage; "": none, as the paper says of F2F
+    flags: dict = {}  # more, of runs "proxy", "source", "one-stage" and "tuned"
+    source: str = ""  # --data of the source stage
+    labelled: str = ""  # --data of the task stage: the source, or the same images with boxes
+    common: dict = {}  # flags of every command
+    shared: str = ""  # folder of the runs that do not depend on the source
+    here: str = ""  # folder of those that do
+    processes: int = 1  # of each run of distill.py
 
 
-EVA_PROXY = "imagenet"  # as the official scripts; the paper's text: "", source images only for all of F2F
+EVA_PROXY = "imagenet"  # as in the official scripts; by the paper's text ""
 NORMED = dict(target_norm="layernorm")
 LIGHT = dict(patch=16, batch=16, lr=5e-4, lr_rule="constant", repeats=1, workers=1) | NORMED
 CAMVID = {"proxy": dict(size=128, budget=1000) | LIGHT, "source": dict(size=160, budget=500) | LIGHT,
@@ -331,34 +324,32 @@ PAIRS = {
     "EVA02-B -> EVA02-S": Pair("eva02_base", "eva02_small", proxy=EVA_PROXY),
     "DINOv2-L -> DINO-B": Pair("dinov2_vitl14", "dino_vitb16"),
     "DINOv2-B -> DINO-S": Pair("dinov2_vitb14", "dino_vits16"),
-    # Both are shipped: the teacher was trained on a wide world of looks, the student on what whole images show.
+    # The teacher was trained on a wide world of looks, the student on what whole images show.
     "toy": Pair("toy_teacher", "toy_student", proxy="toy-proxy", flags={"tuned": dict(lr_backbone=2e-4)}),
-    # Real images: the teacher is an ImageNet ViT-Ti, the student the first 6 of another one's 12 blocks.
+    # Two ViT-Ti of ImageNet, the student only the first half of one.
     "camvid": Pair("vit_tiny_augreg", "deit_tiny", student_depth=6, flags=CAMVID),
 }
 SMALL = ("toy", "camvid")  # worlds for two CPU cores
-LIKENED = "DINOv2-B -> DeiT-S"  # whose numbers in the paper stand beside those of the small worlds
-SMALLER = {"dinov2_vitl14": "dinov2_vitb14", "dinov2_vitb14": "dinov2_vits14"}  # teacher: one of its student's size
+LIKENED = "DINOv2-B -> DeiT-S"  # the paper's numbers of it stand beside the small worlds'
+SMALLER = {"dinov2_vitl14": "dinov2_vitb14", "dinov2_vitb14": "dinov2_vits14"}
 
 
 def placed(name, setting, seed, cfg):
     """One of PAIRS on the images of a setting, with the folders of its runs below --out."""
     labelled, _ = SETTINGS[setting]
+    p = PAIRS[name]._replace(labelled=labelled)
     if name in SMALL:
         folder = f"{cfg.out}/{name}/{seed}"
-        return PAIRS[name]._replace(source=name, labelled=labelled, common=dict(root=cfg.root, seed=seed),
-                                    shared=folder, here=folder, processes=cfg.processes or 1)
+        return p._replace(source=name, common=dict(root=cfg.root, seed=seed), shared=folder, here=folder,
+                          processes=cfg.processes or 1)
     folder = f"{cfg.out}/paper/{name.replace(' -> ', '-to-').lower()}"
     gpus = 2 ** int(math.log2(torch.cuda.device_count() or 8))  # as the batch, a power of two
-    return PAIRS[name]._replace(source=labelled, labelled=labelled, common=dict(root=cfg.root),
-                                shared=folder, here=f"{folder}/{labelled}", processes=cfg.processes or gpus)
+    return p._replace(source=labelled, common=dict(root=cfg.root), shared=folder, here=f"{folder}/{labelled}",
+                      processes=cfg.processes or gpus)
 
 
 def distilled(p, name, proxy=True, source=None, source_name=None, **flags):
-    """Stage 1, on the proxy set and then on source images: its last run.
-
-    name: of the runs' folders. flags: of distill.py in both stages.
-    """
+    """The last run of stage 1: on the proxy set, then on source images; flags: of both."""
     student = dict(student=p.student, student_depth=p.student_depth)
     if proxy and p.proxy:
         first = run_of("distill.py", p.processes, data=p.proxy, **(p.flags.get("proxy", {}) | flags),
@@ -372,31 +363,29 @@ def task(p, name, encoder, source=None, **flags):
     """Stage 2, or a one-stage baseline: its run. flags: of segment.py."""
     if p.labelled != p.source:
         name = f"{name}-{p.labelled}"
-    return run_of("segment.py", data=source or p.labelled, encoder=encoder, **flags, **p.common, out=f"{p.here}/{name}")
+    flags |= p.common | dict(out=f"{p.here}/{name}")
+    return run_of("segment.py", data=source or p.labelled, encoder=encoder, **flags)
 
 
 def as_released(p, role, encoder, ending="", **flags):
-    """The run of a decoder on a foundation model as it is: frozen, but for those that the official configs train.
-
-    They train EVA02-B at the decoder's rate, and with drop path 0.15, which is left out here. The paper gives it 46.6
-    mIoU as a teacher and 56.2 as a student: one command cannot give both, so that a teacher stays frozen.
-    """
+    """The run of a decoder on a foundation model, frozen but for those that the official configs train."""
+    # In the paper EVA02-B has 46.6 mIoU as a teacher and 56.2 as a student: as a teacher it stays frozen.
     trained = {}
     if encoder == "eva02_base" and role != "teacher":
-        trained = dict(freeze=False, lr_backbone=1e-4)
-    elif encoder == "eva02_small" or (encoder in ("dinov2_vits14", "dinov2_vitb14") and p.source == "cityscapes"):
+        trained = dict(freeze=False, lr_backbone=1e-4)  # the decoder's; officially with drop path 0.15
+    if encoder == "eva02_small" or (encoder in SMALLER.values() and p.source == "cityscapes"):
         trained = dict(freeze=False)
     return task(p, f"{role}-{'tuned' if trained else 'frozen'}{ending}", encoder, **trained, **flags)
 
 
 # --- Rows: each is named after a method, here and in assets/tables.txt -----------------------------------------------
 
-TWO_STAGE = {  # method, beside "two-stage" and a rival: the name of its runs, and flags of distill.py
+TWO_STAGE = {  # methods beside "two-stage" and a rival: name of the runs, flags of distill.py
     "MSE on source images": ("mse-only", dict(loss="mse", proxy=False)),
     "GKD": ("qsd", dict(loss="qsd")),
     "identity attention": ("identity", dict(loss="qsd", attention="identity")),
 }
-CHANGES = {  # after a comma in a row's name: of which script flags change, what the names of its runs get, these flags
+CHANGES = {  # after a comma in a row's name: a script, the ending of its runs' names, flags
     "no masks": ("distill", "-unmasked", dict(beta=0)),
     "no CLS token": ("distill", "-patches", dict(gamma=0)),
     "scaled logits": ("distill", "-scale-sqrt", dict(scale="sqrt")),
@@ -417,11 +406,7 @@ FOUNDATION = "foundation model of that size"
 
 
 def last_run(p, row, budget=""):
-    """The run that makes a row's segmenter; those before it are its needs.
-
-    budget: steps of each stage of distillation; or, with a unit, what all training of a student may take. What the
-    teacher took, and its decoder for logit distillation, does not count. For seconds the machine must be idle.
-    """
+    """The run that makes a row's segmenter; budget: of each distillation, or with a unit of all training."""
     method, *changes = row.split(", ")
     if method.startswith("labels of"):
         return with_more_sources(p, row, int(budget))
@@ -429,12 +414,11 @@ def last_run(p, row, budget=""):
     endings, flags = changed(p, changes, budget, two_stages)
     ending = endings["distill"] + endings["segment"]
     task_flags = flags["segment"]
-    loss = method.split()[-1].replace("-", "").lower()  # of a rival: afdcd in "one-stage Af-DCD"
+    loss = method.split()[-1].replace("-", "").lower()  # "one-stage Af-DCD": afdcd
     if two_stages:
         name, objective = TWO_STAGE.get(method, (loss, dict(loss=loss)))
         encoder = distilled(p, name + endings["distill"], **objective, **flags["distill"])
         return task(p, name + ending, encoder, **task_flags)
-
     if method == "teacher":
         return as_released(p, "teacher", p.teacher, ending, **task_flags)
     if method == FOUNDATION:
@@ -445,42 +429,41 @@ def last_run(p, row, budget=""):
     if method == "no KD":
         return task(p, f"no-kd{ending}", **(student | task_flags))
     if method == "logit KD":
-        return task(p, f"logits{ending}", **student, kd_logits=1, teacher=last_run(p, "teacher"), **task_flags)
-    return task(p, f"one-stage-{loss}{ending}", **student, kd=1, loss=loss, **p.flags.get("one-stage", {}),
-                teacher=p.teacher, **task_flags)
+        teacher = last_run(p, "teacher")
+        return task(p, f"logits{ending}", **student, kd_logits=1, teacher=teacher, **task_flags)
+    student |= dict(kd=1, loss=loss, **p.flags.get("one-stage", {}))
+    return task(p, f"one-stage-{loss}{ending}", **student, teacher=p.teacher, **task_flags)
 
 
 def changed(p, changes, budget, two_stages):
-    """What the changes in a row's name and its budget add to names and flags: ({script: ending}, {script: flags}).
-
-    Of all training of a student, each stage of distillation has 40 % and the task stage the rest (Laube et al., 2026,
-    arXiv 2604.25530).
-    """
+    """What a row's changes and budget add to runs: ({script: ending}, {script: flags})."""
     endings = {"distill": "", "segment": ""}
     flags = {"distill": {}, "segment": {}}
     for change in changes:
         script, ending, more = CHANGES[change]
         endings[script] += ending
         flags[script] |= more | p.flags.get(change, {})
-    if budget and (p.source, budget) != ("toy", distill.PRESETS["toy proxy"]["budget"]):  # else that of other tables
+    usual = distill.PRESETS["toy proxy"]["budget"] if p.source == "toy" else ""
+    if budget not in ("", usual):
         endings["distill"] += f"-{budget}"
         flags["distill"]["budget"] = budget
     unit = budget.lstrip("0123456789.e")
-    if unit:
-        stage, rest = [f"{share * float(budget.removesuffix(unit)):g}{unit}".replace("+", "") for share in (0.4, 0.2)]
-        flags["distill"]["budget"] = stage
+    if unit:  # Laube et al. (arXiv 2604.25530) give 40 % to each stage of distillation
+        whole = float(budget.removesuffix(unit))
+        flags["distill"]["budget"] = f"{0.4 * whole:g}{unit}".replace("+", "")
+        rest = f"{0.2 * whole:g}{unit}".replace("+", "")
         flags["segment"]["budget"] = rest if two_stages else budget
     return endings, flags
 
 
 def with_more_sources(p, row, count):
-    """The last run of GKD with so many sources in distillation, and the labels of the first or of all."""
+    """GKD's last run with `count` sources in distillation, and labels of the first or of all."""
     if count == 1:
         return last_run(p, "GKD")
     sources = data.TOY_SOURCES if p.source == "toy" else (p.source, "synthia", "urbansyn")
     joined = "+".join(sources[:count])
     name = f"qsd-on-{count}"
-    student = distilled(p, "qsd", source=joined, source_name=name, loss="qsd")  # the proxy stage is that of all rows
+    student = distilled(p, "qsd", source=joined, source_name=name, loss="qsd")
     if row == "labels of all":
         return task(p, name, student, joined)
     return task(p, f"{name}-labels-1", student)
@@ -491,37 +474,38 @@ def with_more_sources(p, row, count):
 def read_tables():
     """assets/tables.txt: {table: {pair, world or "gains": {column: {row: text}}}}; a list is column ""."""
     found = defaultdict(dict)
-    text = (Path(__file__).parent / "assets" / "tables.txt").read_text()
+    text = Path(__file__).with_name("assets").joinpath("tables.txt").read_text()
     for paragraph in text.strip().split("\n\n")[1:]:
         (heading, *columns), *rows = [re.split(r" *\| *", line) for line in paragraph.splitlines()]
-        tables, pairs = [part.split(", ") for part in heading.split(": ")]
-        for table, pair in product(tables, pairs):
-            found[table][pair] = {}
-            for i, column in enumerate(columns or [""], start=1):
-                found[table][pair][column] = {row[0]: [*row, ""][i] for row in rows}
+        numbers = {}
+        for i, column in enumerate(columns or [""], start=1):
+            numbers[column] = {row[0]: [*row, ""][i] for row in rows}
+        tables, pairs = heading.split(": ")
+        for table, pair in product(tables.split(", "), pairs.split(", ")):
+            found[table][pair] = numbers
     return found
 
 
 WRITTEN = read_tables()
-ABOUT = WRITTEN["tables"]["all"]  # {title, reference, worlds, seeds, budgets, axis: {table: text}}
+ABOUT = WRITTEN["tables"]["all"]  # {title, reference, ..: {table: text}}
 
 
 class Block(NamedTuple):
     """A table as it is printed, for one pair, one setting and one budget."""
     title: str
-    seeds: list     # its rows {name: last run}, once for each seed
-    source: list    # domains: the source's own val split in a small world or before corruption, or nothing
-    unseen: list    # domains that nobody trained on
-    paper: dict     # what the paper reports, {row: [numbers as text]}
-    budget: str     # "": none
-    folder: Path    # of pictures
+    seeds: list  # its rows {name: last run}, once for each seed
+    source: list  # the source's own val split in a small world or before corruption, or nothing
+    unseen: list  # domains that nobody trained on
+    paper: dict  # what the paper reports, {row: [numbers as text]}
+    budget: str  # "": none
+    folder: Path  # of pictures
 
 
 def blocks(cfg):
-    """The blocks of --table: a list for each pair and setting, and in it one for each budget."""
+    """The blocks of --table, one for each budget, in a list for each pair and setting."""
     small = cfg.data in SMALL
     numbers = {pair: settings for pair, settings in WRITTEN[cfg.table].items() if " -> " in pair}
-    stands = {}  # of rows of a small world: the budgets at which they stand; "" or nothing: at all
+    stands = {}  # {row of a small world: the budgets at which it stands, or "": all}
     seeds = [0]
     if small:
         stands = WRITTEN[cfg.table].get(cfg.data, {"": {}})[""]
@@ -544,27 +528,28 @@ def blocks(cfg):
             groups.append([])
             for budget in ABOUT["budgets"][cfg.table].split() or [""]:
                 rows = [row for row in paper if not stands.get(row) or budget in stands[row].split()]
+                runs = []
+                for p in pairs:
+                    runs.append({row: last_run(p, row, budget) for row in rows})
                 if rows:
-                    runs = []
-                    for p in pairs:
-                        runs.append({row: last_run(p, row, budget) for row in rows})
                     groups[-1].append(Block(title, runs, own, list(unseen), paper, budget, Path(pairs[0].here)))
     if not groups:
         offered = " ".join(dict.fromkeys(chain(*numbers.values())))
-        raise UserError(f"--table {cfg.table} --data {cfg.data} --setting {cfg.setting}: this table has {offered}")
+        raise UserError(f"--table {cfg.table} --setting {cfg.setting}: this table has {offered}")
     return groups
 
 
 # --- Tables: what is missing is run, what is there is printed --------------------------------------------------------
 
 def tables(cfg, device):
-    """Print --table, after running what is missing of it; --demo and tables with budgets also draw a picture."""
+    """Run what is missing of --table and print it; --demo and tables with budgets also draw a picture."""
     worlds = ABOUT["worlds"][cfg.table].split()
     if cfg.data not in worlds:
-        raise UserError(f"--table {cfg.table} --data {cfg.data}: this table is made with --data {' or '.join(worlds)}")
+        raise UserError(f"--table {cfg.table} --data {cfg.data}: this table is made with "
+                        f"--data {' or '.join(worlds)}")
     for group in blocks(cfg):
         run_missing(group, cfg)
-        lines = defaultdict(list)  # {row: [(number of the budget, mean of its seeds, their standard deviation)]}
+        lines = defaultdict(list)  # {row: [(number of the budget, mean, standard deviation)]}
         for x, block in enumerate(group):
             results = {}
             unseen = {}  # {row that all seeds have finished: [unseen mean of each]}
@@ -579,19 +564,18 @@ def tables(cfg, device):
             if len(block.seeds) > 1:
                 show_gains(unseen, cfg)
         if len(group) > 1 and lines:
-            path = block.folder / f"{cfg.table}.png"
-            y_title = "mIoU, mean of the unseen domains"
-            chart(lines, path, ABOUT["axis"][cfg.table], y_title, x_texts=[block.budget for block in group])
+            chart(lines, block.folder / f"{cfg.table}.png", ABOUT["axis"][cfg.table],
+                  "mIoU, mean of the unseen domains", x_texts=[block.budget for block in group])
         if cfg.demo and cfg.table == "main" and len(unseen) == len(results):
-            demo_picture(block, block.folder / "demo.png", cfg)
+            demo_picture(block, cfg, block.folder / "demo.png", device)
 
 
 def run_missing(group, cfg):
-    """Run what is missing of some blocks; at the paper's scale only what this machine can, after printing all of it."""
+    """Run what is missing of some blocks; at the paper's scale print it, and run what this machine can."""
     chains = []
     for block in group:
         for rows in block.seeds:
-            chains += [run.chain() for run in rows.values()]
+            chains += [[*last.before, last] for last in rows.values()]
     lacks = {}  # {missing run: what this machine lacks for it}
     for run in dict.fromkeys(chain(*chains)):
         if run.result.exists():
@@ -599,7 +583,8 @@ def run_missing(group, cfg):
             continue
         lacks[run] = []
         if cfg.data == "paper":
-            lacks[run] = absent(run.cfg.data, run.cfg.root) + ([] if torch.cuda.is_available() else ["a GPU"])
+            lacks[run] = absent(run.cfg.data, run.cfg.root)
+            lacks[run] += [] if torch.cuda.is_available() else ["a GPU"]
         if cfg.data == "paper" or not cfg.run:
             print(f"{run.text}  # needs {' and '.join(lacks[run])}" if lacks[run] else run.text)
     possible = {}  # as keys: each run once, in order
@@ -612,24 +597,22 @@ def run_missing(group, cfg):
 
 def absent(names, root):
     """Folders below root of the data sets that are not there."""
-    folders = [Path(root, entry.folder) for entry in data.entries(names, labelled=False).values() if not entry.generate]
+    entries = data.entries(names, labelled=False).values()
+    folders = [Path(root, entry.folder) for entry in entries if not entry.generate]
     return [str(folder) for folder in folders if not folder.is_dir()]
 
 
 def work_through(runs, jobs):
-    """Make some runs, so many at a time, each after those that it needs.
-
-    Where one fails, and at SIGTERM or Ctrl-C, the others end with their step saved: the same command resumes them.
-    """
-    followers = Counter(chain.from_iterable(run.chain() for run in runs))
-    waiting = sorted(runs, key=followers.get, reverse=True)  # beginnings of long chains first: no core waits at the end
+    """Make some runs, `jobs` at a time, each after those before it; if one fails, or at SIGTERM, all end."""
+    followers = Counter(chain(*[run.before for run in runs]))
+    waiting = sorted(runs, key=followers.__getitem__, reverse=True)  # long chains begin first: no core idles
     working = {}  # {run: its process}
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # it ends this function as Ctrl-C does
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # it ends this as Ctrl-C does
     bar = tqdm(total=len(waiting), desc="runs", unit="run", dynamic_ncols=True)
     try:
         while waiting or working:
             unfinished = {*waiting, *working}
-            ready = [run for run in waiting if unfinished.isdisjoint(run.needs)]
+            ready = [run for run in waiting if unfinished.isdisjoint(run.before)]
             for run in ready[:jobs - len(working)]:
                 waiting.remove(run)
                 working[run] = begin(run, jobs)
@@ -649,46 +632,44 @@ def work_through(runs, jobs):
 
 
 def begin(run, jobs):
-    """Start a run in a process of its own, on its share of the cores; what it prints goes to <out>.txt."""
+    """Start a run in a process of its own, on its share of the cores; it prints to <out>.txt."""
     launcher, *words = shlex.split(run.text)
     words = [str(Path(__file__).with_name(word)) if word in SCRIPTS else word for word in words]
-    launch = [sys.executable] if launcher == "python" else [sys.executable, "-m", "torch.distributed.run"]
+    if launcher == "torchrun":
+        words = ["-m", "torch.distributed.run", *words]
     threads = max(1, (os.cpu_count() or 1) // jobs // run.processes)
     run.result.parent.parent.mkdir(parents=True, exist_ok=True)
     with open(f"{run.cfg.out}.txt", "w") as file:
-        return subprocess.Popen([*launch, *words], stdout=file, stderr=file,
+        return subprocess.Popen([sys.executable, *words], stdout=file, stderr=file,
                                 env=os.environ | {"OMP_NUM_THREADS": str(threads)})
 
 
 def measured(run, block, cfg, device):
-    """What is known of a row's last run, {domain, "unseen mean", "seconds", "TFLOP", "diagonal": number}, or None.
+    """What is known of a row's last run: {domain, "unseen mean", "seconds", "TFLOP", "diagonal": number} or None.
 
-    mIoUs are in percent. seconds and TFLOP are those of all stages that led to its encoder and decoder, a distilled
-    one's teacher apart; diagonal is a patch's mean weight on itself when distillation by QSD has ended. None if the run
-    or a domain is not there. eval.json keeps {protocol: {domain: mIoU}} until the segmenter beside it is newer.
+    mIoU is in percent, seconds and TFLOP are of all the student's training, diagonal is of its attention.
     """
     path = run.result
     if not path.exists():
         return None
-    kept = path.with_name("eval.json")
+    kept = path.with_name("eval.json")  # {protocol: {domain: mIoU}}, until the segmenter is newer
     fresh = kept.exists() and kept.stat().st_mtime_ns >= path.stat().st_mtime_ns
     book = json.loads(kept.read_text()) if fresh else {}
     mious = book.setdefault(f"window {cfg.window}, stride {cfg.stride:.6g}, {cfg.precision}", {})
-    domains = block.source + block.unseen
-    missing = "+".join(name for name in domains if name not in mious)
-    if missing and absent(missing, cfg.root):
-        return None
+    missing = "+".join(name for name in block.source + block.unseen if name not in mious)
     if missing:
+        if absent(missing, cfg.root):
+            return None
         model, saved = segment.load_segmenter(path, device)
         for name, values in measure(path, model, saved, replace(cfg, data=missing), device).items():
             mious[name] = values.nanmean().item()
         distill.write(kept, json.dumps(book))
-    result = {name: mious[name] for name in domains}
+    result = {name: mious[name] for name in block.source + block.unseen}
     result["unseen mean"] = sum(mious[name] for name in block.unseen) / len(block.unseen)
     ledger = qsd.open_checkpoint(path)["ledger"]
     result["seconds"] = sum(stage["seconds"] for stage in ledger)
     result["TFLOP"] = sum(stage["flops"] for stage in ledger) / 1e12
-    for stage in run.needs:
+    for stage in run.before:
         log = stage.result.with_name("log.jsonl")
         last = json.loads(log.read_text().splitlines()[-1]) if log.exists() else {}
         if "diagonal" in last:
@@ -697,11 +678,7 @@ def measured(run, block, cfg, device):
 
 
 def show_block(block, results, cfg):
-    """Print a block as a table and as JSON, from {row: what was measured of each seed}.
-
-    A small world's row also says what it took and what the paper's mean is; at the paper's scale its numbers stand in
-    brackets.
-    """
+    """Print a block as a table and as JSON, from {row: what was measured of each seed}."""
     small = cfg.data in SMALL
     mious = [*block.source, *block.unseen, "unseen mean"]
     digits = dict.fromkeys(mious, 1)
@@ -722,20 +699,20 @@ def show_block(block, results, cfg):
             for column, number in zip(reversed(mious), reversed(paper)):
                 texts[column] += f" [{number}]"
         elif any(block.paper.values()):
-            texts["paper"] = paper[-1] if paper else "-"
+            texts["paper"] = paper[-1] if paper else "-"  # its mean
         cells[name] = texts.values()
     budget = f"; {ABOUT['axis'][cfg.table]}: {block.budget}" if block.budget else ""
     several = ", mean and standard deviation of seeds" if len(block.seeds) > 1 else ""
     print(f"\n{block.title}{budget}{several}{'' if small else ' [paper]'}")
     show(cells, texts)
-    print(json.dumps({"table": cfg.table, "title": block.title, "budget": block.budget, "rows": results}))
+    print(json.dumps(dict(table=cfg.table, title=block.title, budget=block.budget, rows=results)))
 
 
-STUDENT_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # 97.5 % points, 1 to 9 degrees of freedom
+STUDENT_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # 97.5 % points
 
 
 def show_gains(unseen, cfg):
-    """Print what a table compares, beside the paper's gains, from {finished row: [unseen mean of each seed]}."""
+    """Print what a table compares, beside the paper's gains, from {row: [unseen mean of each seed]}."""
     reference = ABOUT["reference"][cfg.table]
     compared = [(f"{row} over {reference}", reference, row) for row in unseen if row != reference]
     gains = WRITTEN[cfg.table].get("gains", {"from": {}})
@@ -747,7 +724,8 @@ def show_gains(unseen, cfg):
             differences = np.subtract(unseen[after], unseen[before])  # (seeds,)
             n = len(differences)
             mean = np.mean(differences)
-            half = STUDENT_T[min(n - 1, len(STUDENT_T)) - 1] * np.std(differences, ddof=1) / math.sqrt(n)
+            t = STUDENT_T[min(n - 1, len(STUDENT_T)) - 1]
+            half = t * np.std(differences, ddof=1) / math.sqrt(n)
             paper = paper_gain(cfg.table, before, after)
             cells[name] = [f"{mean:+.1f} ± {half:.1f}", "-" if paper is None else f"{paper:+.1f}"]
             record[name] = dict(mean=round(mean, 2), half=round(half, 2), paper=paper)
@@ -758,7 +736,7 @@ def show_gains(unseen, cfg):
 
 
 def paper_gain(table, before, after):
-    """What the paper gains between two rows, of this table or else of another one; None if none has both."""
+    """The paper's gain between two rows, in this table or else another; None if none has both."""
     for name in (table, *TABLES):
         for numbers in WRITTEN[name].get(LIKENED, {}).values():
             means = [float(numbers[row].split()[-1]) for row in (before, after) if numbers.get(row)]
@@ -766,34 +744,25 @@ def paper_gain(table, before, after):
                 return round(means[1] - means[0], 1)
 
 
-def demo_picture(block, path, cfg):
-    """Draw images of the unseen domains: predictions, and the features of the teacher and the students."""
-    rows = block.seeds[0]
-    folders = {name: rows[name].result.parent for name in ("no KD", "two-stage MSE", "GKD", "teacher")}
-    teacher_first = {"teacher": folders["teacher"]} | folders
-    cfg = Config(data="+".join(block.unseen), root=cfg.root, examples=8 // len(block.unseen))
-    compare(folders, teacher_first, cfg, path, torch.device("cpu"))
+def demo_picture(block, cfg, path, device):
+    """Draw images of the unseen domains: predictions, and features of teacher and students."""
+    folders = {name: block.seeds[0][name].result.parent for name in ("no KD", "two-stage MSE", "GKD", "teacher")}
+    cfg = replace(cfg, data="+".join(block.unseen), examples=8 // len(block.unseen))
+    compare(folders, {"teacher": folders["teacher"]} | folders, cfg, path, device)
 
 
 # --- Drawing ---------------------------------------------------------------------------------------------------------
 
-LINE_COLORS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#17becf", "#8c564b", "#5a5a5a", "#bcbd22",
-               "#e377c2", "#000000")
+LINE_COLORS = "#1f77b4 #d62728 #2ca02c #9467bd #ff7f0e #17becf #8c564b #5a5a5a #bcbd22 #e377c2 black".split()
 
 
 def chart(lines, path, x_title, y_title, log=False, x_texts=None):
-    """Draw lines {name: [(x, y, half a whisker)]} with axes and a legend, y logarithmic if log.
-
-    x_texts: what stands at x = 0, 1, .. in place of round numbers.
-    """
+    """Draw lines {name: [(x, y, half a whisker)]}; log: of y; x_texts: stand at x = 0, 1, .."""
     xs, ys, halves = np.array(list(chain(*lines.values()))).T
     reached = [*(ys - halves), *(ys + halves)]
     log = log and min(reached) > 0
-    height_of = np.log10 if log else np.float64
     x_texts = dict(enumerate(x_texts)) if x_texts else {x: f"{x:g}" for x in ticks(xs)}
     y_texts = {y: f"{y:g}" for y in ticks(reached, log)}
-    x_ends = [min(x_texts), max(x_texts)]
-    y_ends = height_of([min(y_texts), max(y_texts)])
 
     # Drawn at twice the size and then halved, lines are smooth.
     canvas = Image.new("RGB", (1600, 840), "white")
@@ -804,37 +773,37 @@ def chart(lines, path, x_title, y_title, log=False, x_texts=None):
     left = 40 + max(map(font.getlength, y_texts.values()))
     right = 1510 - max(map(font.getlength, lines))
 
-    def place(x, y):
-        """The pixel of a point."""
-        return np.interp(x, x_ends, [left + 20, right - 20]), np.interp(height_of(y), y_ends, [bottom - 20, top + 20])
+    def across(x):
+        return np.interp(x, [min(x_texts), max(x_texts)], [left + 20, right - 20])
 
-    for value, text in x_texts.items():
-        x, _ = place(value, reached[0])
-        pen.line((x, top, x, bottom), "#e1e1e1", 2)
-        pen.text((x, bottom + 10), text, "black", font, anchor="ma")
-    for value, text in y_texts.items():
-        _, y = place(x_ends[0], value)
-        pen.line((left, y, right, y), "#e1e1e1", 2)
-        pen.text((left - 10, y), text, "black", font, anchor="rm")
+    def down(y):
+        scale = np.log10 if log else np.float64
+        return np.interp(scale(y), scale([min(y_texts), max(y_texts)]), [bottom - 20, top + 20])
+
+    for x, text in x_texts.items():
+        pen.line((across(x), top, across(x), bottom), "#e1e1e1", 2)
+        pen.text((across(x), bottom + 10), text, "black", font, anchor="ma")
+    for y, text in y_texts.items():
+        pen.line((left, down(y), right, down(y)), "#e1e1e1", 2)
+        pen.text((left - 10, down(y)), text, "black", font, anchor="rm")
     pen.rectangle((left, top, right, bottom), outline="#5a5a5a", width=2)
     pen.text(((left + right) / 2, 825), x_title, "black", font, anchor="ms")
     pen.text((10, 10), y_title, "black", font)
 
     for i, (name, points) in enumerate(lines.items()):
         color = LINE_COLORS[i % len(LINE_COLORS)]
-        pen.line([place(x, y) for x, y, _ in points], color, 4, joint="curve")
+        pen.line([(across(x), down(y)) for x, y, _ in points], color, 4, joint="curve")
         for x, y, half in points if len(points) < 10 else []:
-            pen.circle(place(x, y), 7, color)
-            pen.line([place(x, y - half), place(x, y + half)], color, 2)
+            pen.circle((across(x), down(y)), 7, color)
+            pen.line((across(x), down(y - half), across(x), down(y + half)), color, 2)
         y = top + 20 + 36 * i
         pen.line((right + 15, y, right + 55, y), color, 6)
         pen.text((right + 65, y), name, "black", font, anchor="lm")
     save_picture(canvas.resize((800, 420), Image.Resampling.LANCZOS), path)
-    print(f"picture: {path}")
 
 
 def ticks(values, log=False):
-    """At least two round numbers that cover all values: at equal distances, or at about equal ratios if log."""
+    """Round numbers that cover all values, at equal distances or about equal ratios."""
     low = min(values)
     high = max(values)
     if log:
@@ -843,8 +812,8 @@ def ticks(values, log=False):
         choices = [np.outer(powers, some).ravel() for some in digits]
     else:
         power = 10.0 ** math.floor(math.log10((high - low) or abs(high) or 1))
-        steps = (0.2 * power, 0.5 * power, power, 2 * power)
-        choices = [step * np.arange(math.floor(low / step), math.ceil(high / step) + 2) for step in steps]
+        steps = power * np.array([0.2, 0.5, 1, 2])
+        choices = [step * np.arange(low // step, high // step + 3) for step in steps]
     for numbers in choices:  # from dense to sparse
         first = np.searchsorted(numbers, low, "right") - 1
         last = max(np.searchsorted(numbers, high), first + 1)
@@ -854,7 +823,7 @@ def ticks(values, log=False):
 
 
 def with_legend(picture, names, colors, left=10, size=13):
-    """The picture, and below it a legend: coloured boxes and their names, in columns from `left` on."""
+    """The picture, and below it, from `left` on, coloured boxes and their names in columns."""
     font = ImageFont.load_default(size)
     wide = 3 * size + max(map(font.getlength, names))
     width = max(picture.width, math.ceil(left + wide), 24 * size)
@@ -872,17 +841,14 @@ def with_legend(picture, names, colors, left=10, size=13):
 
 
 def sheet(columns, titles, path, names=(), colors=(), width=136):
-    """Write {column title: [RGB arrays]} as one picture.
-
-    titles: of the rows. names, colors: of the legend below, if there is one. width: of a column, pixels.
-    """
+    """Write {column title: [RGB arrays]} as one picture, with titles of rows and a legend of names."""
     font = ImageFont.load_default(13)
     left = 16 + round(max(map(font.getlength, "\n".join(titles).split("\n"))))
     width = max(width, *[12 + round(font.getlength(name)) for name in columns])
     cells = list(chain(*zip(*columns.values())))  # row by row
     height = max(round(width * cell.shape[0] / cell.shape[1]) for cell in cells)
     pictures = [TF.to_image(fitted(cell, width, height)) for cell in cells]
-    grid = make_grid(pictures, len(columns), padding=4, pad_value=255)[:, 4:, 4:]  # no gap before the first
+    grid = make_grid(pictures, len(columns), padding=4, pad_value=255)[:, 4:, 4:]
     canvas = ImageOps.expand(TF.to_pil_image(grid), (left, 28, 0, 0), "white")
     pen = ImageDraw.Draw(canvas)
     for j, name in enumerate(columns):
@@ -891,22 +857,21 @@ def sheet(columns, titles, path, names=(), colors=(), width=136):
         y = 28 + i * (height + 4) + height / 2
         pen.text((left - 8, y), title, "black", font, anchor="rm", align="right")
     save_picture(with_legend(canvas, names, colors, left) if names else canvas, path)
-    print(f"picture: {path}")
 
 
 def fitted(cell, width, height):
-    """An RGB array as a picture that is scaled into a white frame: small ones keep square pixels, large get smooth."""
+    """An RGB array scaled into a white frame; small ones keep square pixels, large ones get smooth."""
     method = Image.Resampling.NEAREST if cell.shape[1] < width else Image.Resampling.BOX
     return ImageOps.pad(Image.fromarray(cell), (width, height), method, "white", centering=(0, 0))
 
 
 def save_picture(picture, path):
-    """Write a picture, into a new folder if need be."""
     path.parent.mkdir(parents=True, exist_ok=True)
     picture.save(path)
+    print(f"picture: {path}")
 
 
-# --- Models and their tokens -----------------------------------------------------------------------------------------
+# --- Figures of the paper --------------------------------------------------------------------------------------------
 
 def file_in(path):
     """The checkpoint in a run's folder; any other path, or an encoder's name, as it is."""
@@ -920,11 +885,14 @@ def segmenters(models, device):
 
 
 def encoders(models, cfg, device):
-    """{name: frozen encoder} of models {name: path}; UserError where their tokens stand for patches of other sizes."""
-    vits = {name: qsd.load_vit(file_in(path), patch_size=cfg.patch or None) for name, path in models.items()}
+    """{name: frozen encoder} of models {name: path}, with patches of one size."""
+    vits = {}
+    for name, path in models.items():
+        vit = qsd.load_vit(file_in(path), patch_size=cfg.patch or None)
+        vits[name] = vit.to(device).eval().requires_grad_(False)
     if len({vit.patch_size for vit in vits.values()}) > 1:
         raise UserError("--models have patches of different sides: give all the same with --patch")
-    return {name: vit.to(device).eval().requires_grad_(False) for name, vit in vits.items()}
+    return vits
 
 
 def spread(dataset, count):
@@ -934,7 +902,7 @@ def spread(dataset, count):
 
 @torch.no_grad()
 def patch_tokens(vit, image, device):
-    """Final patch tokens (h, w, C), on the CPU, of a uint8 image (3, H, W) that is scaled to whole patches."""
+    """Final patch tokens (h, w, C), on the CPU, of an image (3, H, W) scaled to whole patches."""
     h, w = [max(1, round(side / vit.patch_size)) for side in image.shape[1:]]
     x = data.normalize(image[None].to(device), vit.mean, vit.std)
     x = segment.resize(x, (h * vit.patch_size, w * vit.patch_size))
@@ -943,11 +911,8 @@ def patch_tokens(vit, image, device):
 
 
 def feature_pictures(tokens):
-    """{name: [RGB arrays (h, w, 3)]}: the principal components of tokens {name: [(h, w, C) of each image]} as colours.
-
-    Components have no natural order or sign, so those of each model are rotated as a whole onto the first model's
-    (Procrustes). The colours span two and a half deviations either side.
-    """
+    """Principal components of tokens {name: [(h, w, C) of each image]} as RGB arrays {name: [(h, w, 3)]}."""
+    # They have no natural order or sign: each model's are rotated onto the first one's (Procrustes).
     pictures = {}
     first = None
     for name, grids in tokens.items():
@@ -958,22 +923,21 @@ def feature_pictures(tokens):
         x = x / x.std(0)
         first = x if first is None else first
         U, _, Vh = torch.linalg.svd(x.T @ first)
-        colors = (x @ U @ Vh / 5 + 0.5).clamp(0, 1).mul(255).byte()
-        parts = colors.split([grid.shape[0] * grid.shape[1] for grid in grids])
+        colors = (x @ U @ Vh / 5 + 0.5).clamp(0, 1).mul(255).byte()  # 2.5 deviations either side
+        parts = colors.split([grid[..., 0].numel() for grid in grids])
         pictures[name] = [part.view(*grid.shape[:2], 3).numpy() for part, grid in zip(parts, grids)]
     return pictures
 
 
-# --- Figures of the paper --------------------------------------------------------------------------------------------
-
 def compare(predicted, featured, cfg, path, device):
-    """Draw images of each domain of cfg.data: the predictions of some models {name: path}, the features of others."""
+    """Draw images of each domain: predictions of some models {name: path}, features of others."""
     loaded = segmenters(predicted, device)
     images = []
     titles = []
     columns = defaultdict(list)
     for domain in data.entries(cfg.data):
-        dataset = val_split(domain, cfg)
+        if not loaded:
+            dataset = val_split(domain, cfg)
         for name, (_, saved) in loaded.items():
             dataset = val_split(domain, cfg, name, saved)
         draw = partial(data.label_picture, classes=dataset.classes, colors=dataset.colors)
@@ -984,7 +948,8 @@ def compare(predicted, featured, cfg, path, device):
             if loaded:
                 columns["label"].append(draw(label, image))
             for name, (model, saved) in loaded.items():
-                columns[name].append(draw(classify(model, saved, image, cfg, device), image, scored=True))
+                found = classify(model, saved, image, cfg, device)
+                columns[name].append(draw(found, image, scored=True))
     tokens = {}
     for name, vit in encoders(featured, cfg, device).items():
         tokens[f"PCA: {name}"] = [patch_tokens(vit, image, device) for image in images]
@@ -1003,16 +968,14 @@ def figure_3b(models, cfg, path, device):
             if loss is not None:  # as in the header, or where it was NaN, which JSON lacks
                 lines[name].append((record["step"], loss, 0))
         if name not in lines:
-            raise UserError(f"{folder}: holds no log.jsonl with losses; this figure wants the folders of runs")
+            raise UserError(f"{folder}: holds no log.jsonl with losses; this figure wants folders of runs")
     chart(lines, path, "step", "loss", log=True)
 
 
 def figure_7a(models, cfg, path, device):
-    """How far each student's tokens are from those of the teacher, the first model, on random patches of cfg.data.
-
-    A student's tokens are brought to the teacher's space by the affine map that fits best on every second image, and
-    measured on the other images. This rule is the same for all methods, whose heads differ.
-    """
+    """How far each student's tokens are from those of the teacher, the first model, on random patches."""
+    # As methods differ in heads, the affine map that is best on every second image stands between them; the other
+    # images are measured.
     images = ConcatDataset([spread(val_split(name, cfg), cfg.subset) for name in data.entries(cfg.data)])
     each = math.ceil(2 * cfg.tokens / len(images))
     tokens = {}  # of each encoder: (L, C) of every second image, (M, C) of the others
@@ -1032,28 +995,22 @@ def figure_7a(models, cfg, path, device):
     lines = {}
     for name, d in apart.items():
         shares = 100 * torch.histogram(d, edges).hist / len(d)
-        lines[f"{name}: median {d.median():.2f}"] = [(x, y, 0) for x, y in zip(middles.tolist(), shares.tolist())]
+        points = zip(middles.tolist(), shares.tolist(), [0] * 60)
+        lines[f"{name}: median {d.median():.2f}"] = list(points)
     x_title = f"Euclidean distance to {teacher} ({len(tokens[teacher][1])} tokens of {cfg.data})"
     chart(lines, path, x_title, "% of the tokens")
 
 
 def distances(fit_s, v_s, fit_t, v_t):
-    """Euclidean distance (M,) of student tokens v_s (M, C_s) to the teacher's v_t (M, C_t).
-
-    Between them stands the affine map that takes fit_s (L, C_s) to fit_t (L, C_t) best.
-    """
-    fit_s, v_s = [F.pad(x, (0, 1), value=1) for x in (fit_s, v_s)]  # with a constant, an affine map is linear
-    # Tokens after a LayerNorm lie in a plane, so the constant depends on them: of all drivers, gelsd copes with that.
+    """Distances (M,) of v_s (M, C_s) to v_t (M, C_t) after the map that takes fit_s (L, C_s) to fit_t best."""
+    fit_s, v_s = [F.pad(x, (0, 1), value=1) for x in (fit_s, v_s)]  # for the constant of the map
+    # Tokens after a LayerNorm lie in a plane, so that the constant depends on them: gelsd copes with that.
     phi = torch.linalg.lstsq(fit_s, fit_t, driver="gelsd").solution  # (C_s + 1, C_t)
     return (v_s @ phi - v_t).norm(dim=1)
 
 
 def figure_7b(models, cfg, path, device):
-    """How each QSD student's patches (rows) attend to those of the teacher, the first model (columns); dark: most.
-
-    Drawn for the first image of cfg.data: all N x N weights, the weight of each patch on itself (the diagonal), and
-    the weights of four patches, each of them in a frame.
-    """
+    """How each QSD student attends to the teacher, the first model: all weights, their diagonal, four patches."""
     (_, teacher), *students = encoders(models, cfg, device).items()
     image = val_split(next(iter(data.entries(cfg.data))), cfg)[0][0]
     v_t = patch_tokens(teacher, image, device)  # (h, w, C_t)
@@ -1063,8 +1020,8 @@ def figure_7b(models, cfg, path, device):
     columns = defaultdict(list)
     titles = []
     for name, student in students:
-        v_s = patch_tokens(student, image, device)  # (h, w, C_s)
-        W = attention(file_in(models[name]), student, teacher, v_s.flatten(0, 1), v_t.flatten(0, 1))  # (N, N)
+        v_s = patch_tokens(student, image, device).flatten(0, 1)  # (N, C_s)
+        W = attention(file_in(models[name]), student, teacher, v_s, v_t.flatten(0, 1))  # (N, N)
         columns["image"].append(image.permute(1, 2, 0).numpy())
         columns["all N x N weights"].append(framed(W))
         columns["the diagonal"].append(framed(W.diagonal().view(h, w)))
@@ -1078,12 +1035,10 @@ def figure_7b(models, cfg, path, device):
 
 
 def attention(path, student, teacher, v_s, v_t):
-    """Weights (N, N) with which a student's tokens v_s (N, C_s) attend to the teacher's v_t (N, C_t).
-
-    They are those of the head of L_feat that student.pt keeps; UserError where it has none for these encoders.
-    """
+    """Weights (N, N) of tokens v_s (N, C_s) on the teacher's v_t (N, C_t), by student.pt's head of L_feat."""
     saved = qsd.open_checkpoint(path)
-    known = {name: value for name, value in saved.get("config", {}).items() if hasattr(qsd.LossConfig, name)}
+    fields = saved.get("config", {}).items()
+    known = {name: value for name, value in fields if hasattr(qsd.LossConfig, name)}
     config = qsd.LossConfig(**known | dict(loss="qsd", alpha=1))
     objective = qsd.build_objective(student, teacher, config)
     what = f"{path}: was not distilled by --loss qsd, with --alpha above 0, from the first of --models"
@@ -1095,24 +1050,24 @@ def attention(path, student, teacher, v_s, v_t):
 
 
 def framed(weights, *place):
-    """Weights (h, w) as RGB, 400 pixels wide, white to black, with a frame around the patch at place (row, column)."""
+    """Weights (h, w) in shades of grey; place: row and column of a patch that gets a frame."""
     h, w = weights.shape
     shades = (255 * (1 - weights / weights.max())).byte()
     picture = fitted(shades[..., None].expand(-1, -1, 3).numpy(), 400, round(400 * h / w))
     pen = ImageDraw.Draw(picture)
     pen.rectangle((0, 0, picture.width - 1, picture.height - 1), outline="gray", width=2)
     if place:
-        row, column = place
         side = 400 / w
-        pen.rectangle((column * side, row * side, (column + 1) * side, (row + 1) * side), outline="#005aff", width=4)
+        y, x = np.multiply(place, side)
+        pen.rectangle((x, y, x + side, y + side), outline="#005aff", width=4)
     return np.asarray(picture)
 
 
 def figure_9(models, cfg, path, device):
-    """Print IoU or AP of each class and their mean: a table for each domain, a column for each model."""
+    """Print IoU or AP of each class: a table for each domain, a column for each model."""
     loaded = segmenters(models, device)
     for domain in data.entries(cfg.data):
-        ious = {}  # of each model: that of each class and their mean, in percent; None: not there
+        ious = {}  # of each model: that of each class and the mean, in percent, or None
         for name, (model, saved) in loaded.items():
             values = measure(name, model, saved, replace(cfg, data=domain), device)[domain]
             values = [*values.tolist(), values.nanmean().item()]
@@ -1157,7 +1112,7 @@ def figure(cfg, device):
 
 @torch.no_grad()
 def classify(model, saved, image, cfg, device):
-    """The classes (H, W) uint8 of an image (3, H, W) by cfg's protocol, or its objects (D, 6) that score 0.5."""
+    """The classes (H, W) uint8 of an image (3, H, W), or its objects (D, 6) that score 0.5."""
     window = cfg.window or saved["config"]["size"]
     x = data.normalize(image[None].to(device), model.encoder.mean, model.encoder.std)
     with distill.autocast(cfg.precision, device):
@@ -1168,10 +1123,9 @@ def classify(model, saved, image, cfg, device):
 
 
 def segment_images(cfg, device):
-    """Segment each image of --images: NAME_classes.png holds class numbers, NAME_overlay.png shows them, in --out.
+    """Segment --images into --out: NAME_classes.png holds class numbers, NAME_overlay.png shows them.
 
-    Of a detector NAME_boxes.json holds left, top, right, bottom, class number and score of each box, NAME_boxes.png
-    shows them.
+    Or NAME_boxes.json holds lists of left, top, right, bottom, class, score; NAME_boxes.png shows them.
     """
     given = Path(cfg.images)
     out = Path(cfg.out)
@@ -1179,26 +1133,28 @@ def segment_images(cfg, device):
     files = [file for file in files if file.suffix.lower() in data.SUFFIXES]
     if not files:
         raise UserError(f"--images {given}: no images directly in it ({' '.join(sorted(data.SUFFIXES))})")
-    if len({file.stem for file in files}) < len(files) or out.resolve() == files[0].parent.resolve():
-        raise UserError(f"--images {given}: as results are named after images, no two images may differ in their "
-                        f"ending alone, as a.jpg and a.png, nor may they lie in --out {out}")
+    names = {file.stem for file in files}
+    if len(names) < len(files) or out.resolve() == files[0].parent.resolve():
+        raise UserError(f"--images {given}: results are named after images, so that no two may differ in their "
+                        f"ending alone, as a.jpg and a.png, and none may lie in --out {out}")
     model, saved = segment.load_segmenter(cfg.checkpoint, device)
-    classes = saved["classes"]
-    colors = saved["colors"]
-    for file in tqdm(files[distill.rank()::distill.world_size()], "images", disable=distill.rank() > 0, leave=False):
+    legend = (saved["classes"], saved["colors"])
+    out.mkdir(parents=True, exist_ok=True)
+    share = files[distill.rank()::distill.world_size()]
+    for file in tqdm(share, "images", disable=distill.rank() > 0, leave=False):
         image = data.read_image(file, mapped=False, upright=True)  # (3, H, W)
         found = classify(model, saved, image, cfg, device)
         if saved["config"]["decoder"] == "boxes":
-            picture = data.label_picture(found, image, classes, colors, width=800, scored=True)
-            save_picture(Image.fromarray(picture), out / f"{file.stem}_boxes.png")
+            picture = data.label_picture(found, image, *legend, width=800, scored=True)
+            Image.fromarray(picture).save(out / f"{file.stem}_boxes.png")
             (out / f"{file.stem}_boxes.json").write_text(json.dumps(found.tolist()))
             continue
         picture = Image.fromarray(found.numpy())
-        picture.putpalette(data.palette(colors).tobytes())
-        save_picture(picture, out / f"{file.stem}_classes.png")
+        picture.putpalette(data.palette(saved["colors"]).tobytes())
+        picture.save(out / f"{file.stem}_classes.png")
         blend = Image.blend(TF.to_pil_image(image), picture.convert("RGB"), 0.5)
-        overlay = with_legend(blend, classes, colors, size=max(13, blend.width // 80))
-        save_picture(overlay, out / f"{file.stem}_overlay.png")
+        overlay = with_legend(blend, *legend, size=max(13, blend.width // 80))
+        overlay.save(out / f"{file.stem}_overlay.png")
     qsd.say(f"{out}: {len(files)} images")
 
 
@@ -1214,18 +1170,15 @@ class Scores(torch.nn.Module):
 
 
 def export(checkpoint, path):
-    """Write a segmenter as a torch.export program for any number of images of its training crop.
-
-    Classes, colours, mean and std lie in the file's extra_files["about.json"].
-    """
+    """Write a segmenter as a torch.export program for images of its training crop."""
     model, saved = segment.load_segmenter(checkpoint)
     if path.suffix != ".pt2" or saved["config"]["decoder"] == "boxes":
-        raise UserError(f"--export {path}: torch.export writes a file .pt2, and here class scores, not boxes")
+        raise UserError(f"--export {path}: writes the scores of pixels into a .pt2 file, and no boxes")
     eager = Scores(model)
     size = saved["config"]["size"]
+    x = torch.randn(2, 3, size, size)
     any_number = {0: torch.export.Dim("batch")}
-    program = torch.export.export(eager, (torch.zeros(2, 3, size, size),), dynamic_shapes=(any_number,))
-    x = torch.randn(3, 3, size, size)
+    program = torch.export.export(eager, (x,), dynamic_shapes=(any_number,))
     torch.testing.assert_close(program.module()(x), eager(x), atol=1e-4, rtol=0)
     path.parent.mkdir(parents=True, exist_ok=True)
     about = dict(classes=saved["classes"], colors=saved["colors"], size=size,
@@ -1256,8 +1209,7 @@ def main(argv=None):
         tables(cfg, device)
         return
     if cfg.setting != "none":
-        _, unseen = SETTINGS[cfg.setting]
-        cfg = replace(cfg, data="+".join(unseen))
+        cfg = replace(cfg, data="+".join(SETTINGS[cfg.setting][1]))
     if cfg.checkpoint and cfg.images:
         segment_images(cfg, device)
     elif cfg.checkpoint and cfg.export:
