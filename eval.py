@@ -253,8 +253,7 @@ def val_split(name, cfg, title="", saved=None):
 
 def show(rows, columns):
     """Print {row name: [text]} as a Markdown table."""
-    table = {"": columns} | rows
-    lines = [[name, *cells] for name, cells in table.items()]
+    lines = [[name, *cells] for name, cells in ({"": columns} | rows).items()]
     widths = [max(map(len, column)) for column in zip(*lines)]
     lines.insert(1, ["-" * width for width in widths])
     for cells in lines:
@@ -300,8 +299,8 @@ class Pair(NamedTuple):
     teacher: str
     student: str
     student_depth: int | None = None  # only its first blocks
-    proxy: str = "imagenet"  # --data of the proxy stage; "": none, as the paper says of F2F
-    flags: dict = {}  # more, of runs "proxy", "source", "one-stage" and "tuned"
+    proxy: str = "imagenet"  # --data of the proxy stage; "": none, as for foundation models
+    flags: dict = {}  # more of them for "proxy", "source", "one-stage" and "tuned"
     source: str = ""  # --data of the source stage
     labelled: str = ""  # --data of the task stage: the source, or the same images with boxes
     common: dict = {}  # flags of every command
@@ -331,7 +330,7 @@ PAIRS = {
 }
 SMALL = ("toy", "camvid")  # worlds for two CPU cores
 LIKENED = "DINOv2-B -> DeiT-S"  # the paper's numbers of it stand beside the small worlds'
-SMALLER = {"dinov2_vitl14": "dinov2_vitb14", "dinov2_vitb14": "dinov2_vits14"}
+SMALLER = {"dinov2_vitl14": "dinov2_vitb14", "dinov2_vitb14": "dinov2_vits14"}  # as its student
 
 
 def placed(name, setting, seed, cfg):
@@ -373,7 +372,9 @@ def as_released(p, role, encoder, ending="", **flags):
     trained = {}
     if encoder == "eva02_base" and role != "teacher":
         trained = dict(freeze=False, lr_backbone=1e-4)  # the decoder's; officially with drop path 0.15
-    if encoder == "eva02_small" or (encoder in SMALLER.values() and p.source == "cityscapes"):
+    if encoder == "eva02_small":
+        trained = dict(freeze=False)
+    if encoder in ("dinov2_vits14", "dinov2_vitb14") and p.source == "cityscapes":
         trained = dict(freeze=False)
     return task(p, f"{role}-{'tuned' if trained else 'frozen'}{ending}", encoder, **trained, **flags)
 
@@ -444,7 +445,7 @@ def changed(p, changes, budget, two_stages):
         endings[script] += ending
         flags[script] |= more | p.flags.get(change, {})
     usual = distill.PRESETS["toy proxy"]["budget"] if p.source == "toy" else ""
-    if budget not in ("", usual):
+    if budget not in ("", usual):  # else the runs are those of other tables
         endings["distill"] += f"-{budget}"
         flags["distill"]["budget"] = budget
     unit = budget.lstrip("0123456789.e")
@@ -708,7 +709,8 @@ def show_block(block, results, cfg):
     print(json.dumps(dict(table=cfg.table, title=block.title, budget=block.budget, rows=results)))
 
 
-STUDENT_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # 97.5 % points
+# 97.5 % points of Student's distribution with 1 to 9 degrees of freedom.
+STUDENT_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 
 
 def show_gains(unseen, cfg):
@@ -757,13 +759,12 @@ LINE_COLORS = "#1f77b4 #d62728 #2ca02c #9467bd #ff7f0e #17becf #8c564b #5a5a5a #
 
 
 def chart(lines, path, x_title, y_title, log=False, x_texts=None):
-    """Draw lines {name: [(x, y, half a whisker)]}; log: of y; x_texts: stand at x = 0, 1, .."""
+    """Draw lines {name: [(x, y, half a whisker)]}, y logarithmic if log; x_texts stand at 0, 1, .."""
     xs, ys, halves = np.array(list(chain(*lines.values()))).T
     reached = [*(ys - halves), *(ys + halves)]
     log = log and min(reached) > 0
     x_texts = dict(enumerate(x_texts)) if x_texts else {x: f"{x:g}" for x in ticks(xs)}
     y_texts = {y: f"{y:g}" for y in ticks(reached, log)}
-
     # Drawn at twice the size and then halved, lines are smooth.
     canvas = Image.new("RGB", (1600, 840), "white")
     pen = ImageDraw.Draw(canvas)
@@ -974,8 +975,7 @@ def figure_3b(models, cfg, path, device):
 
 def figure_7a(models, cfg, path, device):
     """How far each student's tokens are from those of the teacher, the first model, on random patches."""
-    # As methods differ in heads, the affine map that is best on every second image stands between them; the other
-    # images are measured.
+    # An affine map, the best on every second image, takes them to the teacher's; the others are measured.
     images = ConcatDataset([spread(val_split(name, cfg), cfg.subset) for name in data.entries(cfg.data)])
     each = math.ceil(2 * cfg.tokens / len(images))
     tokens = {}  # of each encoder: (L, C) of every second image, (M, C) of the others
@@ -995,8 +995,8 @@ def figure_7a(models, cfg, path, device):
     lines = {}
     for name, d in apart.items():
         shares = 100 * torch.histogram(d, edges).hist / len(d)
-        points = zip(middles.tolist(), shares.tolist(), [0] * 60)
-        lines[f"{name}: median {d.median():.2f}"] = list(points)
+        points = zip(middles.tolist(), shares.tolist())
+        lines[f"{name}: median {d.median():.2f}"] = [(x, y, 0) for x, y in points]
     x_title = f"Euclidean distance to {teacher} ({len(tokens[teacher][1])} tokens of {cfg.data})"
     chart(lines, path, x_title, "% of the tokens")
 
@@ -1026,7 +1026,8 @@ def figure_7b(models, cfg, path, device):
         columns["all N x N weights"].append(framed(W))
         columns["the diagonal"].append(framed(W.diagonal().view(h, w)))
         for title, (row, column) in places.items():
-            columns[title].append(framed(W[row * w + column].view(h, w), row, column))
+            weights = W[row * w + column].view(h, w)
+            columns[title].append(framed(weights, row, column))
         diagonal = f"{W.diagonal().mean():.1%}"
         uniform = f"{1 / len(W):.1%}"
         titles.append(f"{name}\non the diagonal:\n{diagonal}\n(uniform: {uniform})")
@@ -1037,8 +1038,7 @@ def figure_7b(models, cfg, path, device):
 def attention(path, student, teacher, v_s, v_t):
     """Weights (N, N) of tokens v_s (N, C_s) on the teacher's v_t (N, C_t), by student.pt's head of L_feat."""
     saved = qsd.open_checkpoint(path)
-    fields = saved.get("config", {}).items()
-    known = {name: value for name, value in fields if hasattr(qsd.LossConfig, name)}
+    known = {name: value for name, value in saved.get("config", {}).items() if hasattr(qsd.LossConfig, name)}
     config = qsd.LossConfig(**known | dict(loss="qsd", alpha=1))
     objective = qsd.build_objective(student, teacher, config)
     what = f"{path}: was not distilled by --loss qsd, with --alpha above 0, from the first of --models"
@@ -1123,10 +1123,7 @@ def classify(model, saved, image, cfg, device):
 
 
 def segment_images(cfg, device):
-    """Segment --images into --out: NAME_classes.png holds class numbers, NAME_overlay.png shows them.
-
-    Or NAME_boxes.json holds lists of left, top, right, bottom, class, score; NAME_boxes.png shows them.
-    """
+    """Segment --images into --out: NAME_classes.png holds class numbers, NAME_overlay.png shows them."""
     given = Path(cfg.images)
     out = Path(cfg.out)
     files = sorted(given.iterdir()) if given.is_dir() else [given]
@@ -1147,7 +1144,7 @@ def segment_images(cfg, device):
         if saved["config"]["decoder"] == "boxes":
             picture = data.label_picture(found, image, *legend, width=800, scored=True)
             Image.fromarray(picture).save(out / f"{file.stem}_boxes.png")
-            (out / f"{file.stem}_boxes.json").write_text(json.dumps(found.tolist()))
+            (out / f"{file.stem}_boxes.json").write_text(json.dumps(found.tolist()))  # see BoxDecoder.scores
             continue
         picture = Image.fromarray(found.numpy())
         picture.putpalette(data.palette(saved["colors"]).tobytes())
@@ -1173,7 +1170,7 @@ def export(checkpoint, path):
     """Write a segmenter as a torch.export program for images of its training crop."""
     model, saved = segment.load_segmenter(checkpoint)
     if path.suffix != ".pt2" or saved["config"]["decoder"] == "boxes":
-        raise UserError(f"--export {path}: writes the scores of pixels into a .pt2 file, and no boxes")
+        raise UserError(f"--export {path}: writes the scores of pixels, into a .pt2 file, and no boxes")
     eager = Scores(model)
     size = saved["config"]["size"]
     x = torch.randn(2, 3, size, size)

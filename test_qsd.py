@@ -2344,28 +2344,18 @@ ONE_BY_ONE = evaluation.Config(batch=1, workers=0)
 
 def in_two_processes(work, monkeypatch):
     """What two processes find, before it is added up."""
-    found = []
     with monkeypatch.context() as patch:
         patch.setattr(distill, "world_size", lambda: 2)
-        for rank in (0, 1):
-            patch.setattr(distill, "rank", lambda: rank)
-            found.append(work())
-    return found
-
-
-def ink(pixels):
-    """How wide the writing on a white ground is."""
-    columns = np.flatnonzero((pixels < 128).any((0, 2)))
-    return columns[-1] - columns[0] + 1
+        first = work()
+        patch.setattr(distill, "rank", lambda: 1)
+        return first, work()
 
 
 def printed_table(text):
     """The cells of printed tables, with their headers."""
     lines = [line for line in text.splitlines() if line.startswith("|") and "---" not in line]
-    return [[part.strip() for part in line.split("|")[1:-1]] for line in lines]
+    return [re.split(r" *\| *", line)[1:-1] for line in lines]
 
-
-# --- Evaluation: mIoU and windows -------------------------------------------------------------------------------------
 
 def test_miou_equals_a_slow_count_in_which_unlabelled_pixels_and_absent_classes_play_no_part():
     rng = np.random.default_rng(0)
@@ -2375,6 +2365,8 @@ def test_miou_equals_a_slow_count_in_which_unlabelled_pixels_and_absent_classes_
     expected = slow_ious(list(zip(pred, label)), 6)
     assert (100 * evaluation.iou(conf)).tolist() == pytest.approx(expected, nan_ok=True)
     assert expected[1] == expected[4] == 0 and math.isnan(expected[5])
+    conf = evaluation.confusion(torch.tensor([[0, 2, 1]]), torch.tensor([[0, 1, 255]]), 3)
+    assert conf.tolist() == [[1, 0, 0], [0, 0, 1], [0, 0, 0]]  # (label, prediction)
 
 
 @pytest.mark.parametrize("height, width, stride, step", [
@@ -2387,12 +2379,12 @@ def test_the_sliding_window_equals_a_slow_mean_over_the_windows(height, width, s
     padded = F.pad(x, (0, max(0, 16 - width), 0, max(0, 16 - height)))
     total = torch.zeros_like(padded[:, :2])
     count = torch.zeros_like(padded[:1, :1])
-    tops, lefts = [[min(i * step, side - 16) for i in range(math.ceil((side - 16) / step) + 1)]
-                   for side in padded.shape[2:]]  # the last one ends flush with the border
-    for top, left in itertools.product(tops, lefts):
-        here = np.s_[..., top:top + 16, left:left + 16]
-        total[here] += padded[here][:, :2] * weight
-        count[here] += 1
+    H, W = padded.shape[2:]
+    for i, j in np.ndindex(math.ceil((H - 16) / step) + 1, math.ceil((W - 16) / step) + 1):
+        top = min(i * step, H - 16)  # the last one ends flush with the border
+        left = min(j * step, W - 16)
+        total[..., top:top + 16, left:left + 16] += padded[:, :2, top:top + 16, left:left + 16] * weight
+        count[..., top:top + 16, left:left + 16] += 1
     torch.testing.assert_close(evaluation.slide(model, x, 16, stride), (total / count)[..., :height, :width])
     x[0, 1, -1, -1] = math.inf
     with pytest.raises(qsd.UserError, match="scores are not finite"):
@@ -2411,20 +2403,22 @@ def test_the_miou_that_eval_prints_is_that_of_a_slow_count_and_shared_by_process
             x = data.normalize(image[None], model.encoder.mean, model.encoder.std)
             pairs.append((model.decoder.scores(model(x), (64, 64))[0].argmax(0), label))
         expected[name] = np.nanmean(slow_ious(pairs, 8))
-    assert len(pairs[0][0].unique()) > 3
     expected["mean"] = (expected["toy-fog"] + expected["toy-night"]) / 2
     assert json.loads(last) == {"checkpoint": str(path), "miou": pytest.approx(expected)}
     assert printed_table("\n".join(table)) == [["", *expected], [str(path), *(f"{v:.1f}" for v in expected.values())]]
+    evaluation.main(f"--figure 9 --models a={path},b={path} --data toy-night".split())
+    header, *rows = printed_table(capsys.readouterr().out)
+    texts = [f"{value:.1f}".replace("nan", "-") for value in [*slow_ious(pairs, 8), expected["toy-night"]]]
+    assert rows == [[name, text, text] for name, text in zip([*data.TOY_CLASSES, "mean"], texts)]
     counted = partial(evaluation.evaluate, model, data.scenes("toy-fog", "", "val"), 64, ONE_BY_ONE, CPU)
-    shares = in_two_processes(counted, monkeypatch)
-    assert torch.equal(shares[0] + shares[1], counted()) and [share.sum() for share in shares] == [8192, 4096]
+    first, second = in_two_processes(counted, monkeypatch)
+    assert torch.equal(first + second, counted()) and (first.sum(), second.sum()) == (8192, 4096)
 
 
 # --- Evaluation: tables are lists of runs -----------------------------------------------------------------------------
 
 @cache
 def blocks_of(table, world):
-    """The blocks of a table in a world."""
     cfg = evaluation.Config(table=table, data=world, out="runs/x", root="/data", seed=3, seeds=1)
     return list(itertools.chain(*evaluation.blocks(cfg)))
 
@@ -2437,11 +2431,8 @@ def test_every_command_of_every_table_is_accepted_and_begins_where_one_before_it
             with pytest.raises(qsd.UserError, match=f"--data {world}: this table is made with --data toy"):
                 evaluation.main(["--table", table, "--data", world])
             continue
-        gains = evaluation.WRITTEN[table].get("gains", {})
-        compared = {evaluation.ABOUT["reference"][table], *itertools.chain(*[rows.values() for rows in gains.values()])}
         for block in blocks_of(table, world):
-            if world == "toy":
-                assert compared <= block.seeds[0].keys() | {"", "two-stage CWD", "GKD, scaled logits"}
+            assert evaluation.ABOUT["reference"][table] in {"", *block.seeds[0]} or world == "paper"
             for *domains, mean in filter(None, block.paper.values()):  # the paper's numbers fit
                 assert not domains or float(mean) == pytest.approx(np.mean(list(map(float, domains))), abs=0.1)
                 assert len(domains) in (0, len(block.unseen)) or world != "paper"
@@ -2456,27 +2447,24 @@ def test_every_command_of_every_table_is_accepted_and_begins_where_one_before_it
                 assert " segment.py " in last.text and (table != "10" or last.cfg.decoder == "boxes")
 
 
-def recipe(run):
-    """What tells one row from another: --kd, stages of distillation and their objective, --freeze."""
-    objective = {(before.cfg.loss, before.cfg.attention, before.cfg.beta, before.cfg.gamma) for before in run.before}
-    return run.cfg.kd, len(run.before), *objective, run.cfg.freeze
-
-
 def test_table_5_and_the_effects_add_one_component_a_row_and_have_the_papers_gains():
-    unmasked = ("qsd", "learned", 0, 1)
+    def recipe(run):
+        """--kd, stages of distillation and their objective, --freeze."""
+        objective = {(stage.cfg.loss, stage.cfg.attention, stage.cfg.beta, stage.cfg.gamma) for stage in run.before}
+        return run.cfg.kd, len(run.before), *objective, run.cfg.freeze
+    mse = ("mse", "learned", 1, 1)
     masked = ("qsd", "learned", 1, 1)
-    steps = [(1, 0, False), (0, 1, ("mse", "learned", 1, 1), False), (0, 2, ("mse", "learned", 1, 1), False),
-             (0, 2, unmasked, False), (0, 2, masked, False), (0, 2, masked, True)]
+    steps = [(1, 0, False), (0, 1, mse, False), (0, 2, mse, False), (0, 2, ("qsd", "learned", 0, 1), False),
+             (0, 2, masked, False), (0, 2, masked, True)]
     table, *_ = blocks_of("5", "paper")
     assert [recipe(run) for run in table.seeds[0].values()] == steps
     effects, = blocks_of("effects", "toy")
-    runs = {name: recipe(run) for name, run in effects.seeds[0].items()}
-    gains = list(zip(*[rows.values() for rows in evaluation.WRITTEN["effects"]["gains"].values()]))
-    assert [[runs[before], runs[after]] for before, after in gains] == [
-        [(0, 0, False), steps[0]], steps[:2], steps[1:3], [(0, 2, ("qsd", "identity", 0, 1), False), steps[3]],
-        steps[2:4], steps[3:5], [(0, 2, ("qsd", "learned", 1, 0), False), steps[4]], steps[4:],
-        [(0, 2, ("mse", "learned", 1, 1), True), steps[5]], [(0, 0, False), steps[5]]]
-    papers = [evaluation.paper_gain("effects", *rows) for rows in gains]
+    runs = [recipe(run) for run in effects.seeds[0].values()]
+    identity = (0, 2, ("qsd", "identity", 0, 1), False)
+    no_cls = (0, 2, ("qsd", "learned", 1, 0), False)
+    assert runs[:9] == [(0, 0, False), *steps[:3], identity, steps[3], no_cls, *steps[4:]]
+    gains = zip(*[rows.values() for rows in evaluation.WRITTEN["effects"]["gains"].values()])
+    papers = [evaluation.paper_gain("effects", before, after) for before, after in gains]
     assert papers == [9.2, 4.5, 2.2, None, 0.3, 0.6, None, 0.1, 1.0, 16.9]
     assert evaluation.paper_gain("10", "no KD", "GKD") == 23.9  # its own, and not table 1's
 
@@ -2484,23 +2472,16 @@ def test_table_5_and_the_effects_add_one_component_a_row_and_have_the_papers_gai
 def test_budgets_are_steps_of_each_stage_or_shares_of_40_percent_and_a_worlds_own_is_that_of_other_tables():
     main, = blocks_of("main", "toy")
     for block in blocks_of("steps", "toy"):
+        rows = block.seeds[0]
         own = block.budget == "1000"
-        assert list(block.seeds[0]) == ["two-stage MSE", "GKD", "GKD, scaled logits"][:3 if own else 2]
-        assert {run.cfg.budget for last in block.seeds[0].values() for run in last.before} == {block.budget}
-        assert (block.seeds[0]["GKD"] == main.seeds[0]["GKD"]) == own
+        assert list(rows) == ["two-stage MSE", "GKD", "GKD, scaled logits"][:3 if own else 2]
+        assert [run.cfg.budget for run in rows["GKD"].before + rows["two-stage MSE"].before] == 4 * [block.budget]
+        assert (rows["GKD"] == main.seeds[0]["GKD"]) == own
     for table, whole, stage, rest in (("clock", "40s", "16s", "8s"), ("flops", "5e12flop", "2e12flop", "1e12flop")):
         rows, = [block.seeds[0] for block in blocks_of(table, "toy") if block.budget == whole]
         assert [run.cfg.budget for run in [*rows["GKD"].before, rows["GKD"]]] == [stage, stage, rest]
         assert rows["one-stage Af-DCD"].cfg.budget == rows["no KD"].cfg.budget == rows["logit KD"].cfg.budget == whole
         assert len({run.cfg.out for run in rows.values()}) == len(rows) == 11
-
-
-def test_intervals_have_students_points_below_which_lie_97_percent_and_a_half():
-    for df, point in enumerate(evaluation.STUDENT_T, start=1):
-        x = torch.linspace(0, point, 200001, dtype=torch.float64)
-        constant = math.gamma((df + 1) / 2) / (math.sqrt(df * math.pi) * math.gamma(df / 2))
-        density = constant * (1 + x ** 2 / df) ** (-(df + 1) / 2)
-        assert torch.trapezoid(density, x).item() == pytest.approx(0.475, abs=2e-5)
 
 
 def test_a_table_at_the_papers_scale_says_what_it_needs_and_runs_nothing(tmp_path, capsys, monkeypatch):
@@ -2509,21 +2490,17 @@ def test_a_table_at_the_papers_scale_says_what_it_needs_and_runs_nothing(tmp_pat
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     evaluation.main("--table 1 --setting potsdam-rgb --root /nowhere".split())
     out = capsys.readouterr().out
-    assert "torchrun --standalone --nproc_per_node=8 distill.py --data imagenet --loss qsd --teacher dinov2_vitb14" in out
+    assert "\ntorchrun --standalone --nproc_per_node=8 distill.py --data imagenet --loss qsd --teacher dinov2_v" in out
     assert "\npython segment.py --data potsdam-rgb" in out and "# needs /nowhere/potsdam and a GPU" in out
     assert "cityscapes" not in out and not list(tmp_path.iterdir())
     assert printed_table(out)[10] == ["GKD", "- [74.5]", "- [55.6]", "- [65.1]"]
-    evaluation.main("--table 5 --processes 2".split())  # where the paper gives the mean alone
-    out = capsys.readouterr().out
-    assert printed_table(out)[1] == ["one-stage MSE", "-", "-", "-", "- [46.4]"] and "nproc_per_node=2 distill" in out
+    evaluation.main(["--table", "5"])  # where the paper gives the mean alone
+    assert printed_table(capsys.readouterr().out)[1] == ["one-stage MSE", "-", "-", "-", "- [46.4]"]
 
-
-# --- Evaluation: tables run what is missing ---------------------------------------------------------------------------
 
 STAND_IN = """import os, signal, sys, time
 name = sys.argv[-1].rpartition("/")[2]
-def tell(what):
-    with open("TOLD", "a") as file: print(what + name, os.environ["OMP_NUM_THREADS"], file=file)
+tell = lambda what: print(what + name, os.environ["OMP_NUM_THREADS"], file=open("TOLD", "a"), flush=True)
 if name == "bad": sys.exit("first line\\nthe reason")
 signal.signal(signal.SIGTERM, lambda *received: sys.exit(tell("saved ")))
 tell("+")
@@ -2542,13 +2519,11 @@ def test_runs_start_once_after_those_before_them_so_many_at_a_time_and_end_with_
         return evaluation.run_of("segment.py", data="toy", encoder="toy_small", **needs, out=tmp_path / name)
     evaluation.work_through([run("2", teacher=run("1")), run("3", teacher=run("1")), run("1"), run("4")], jobs=2)
     lines = told.read_text().splitlines()
-    assert sorted(lines) == [f"{sign}{name} 3" for sign in "+-" for name in "1234"]
+    assert sorted(lines) == [f"{sign}{name} 3" for sign, name in itertools.product("+-", "1234")]
     assert lines.index("-1 3") < min(lines.index("+2 3"), lines.index("+3 3"))
     assert max(itertools.accumulate(1 if line[0] == "+" else -1 for line in lines)) == 2
-    bad = run("bad")
-    with pytest.raises(qsd.UserError) as error:
-        evaluation.work_through([bad, run("4"), run("never")], jobs=2)
-    assert str(error.value) == f"{bad.text} has failed: the reason (see {tmp_path}/bad.txt)"
+    with pytest.raises(qsd.UserError, match="bad has failed: the reason .see .*bad.txt"):
+        evaluation.work_through([run("bad"), run("4"), run("never")], jobs=2)
     assert not (tmp_path / "never.txt").exists()
 
     def wait(seconds):
@@ -2569,8 +2544,7 @@ def test_runs_start_once_after_those_before_them_so_many_at_a_time_and_end_with_
 
 def test_a_table_prints_means_deviations_gains_and_the_papers_numbers_and_draws_its_budgets(monkeypatch, capsys):
     value = {"qsd-250": 10, "qsd-500": 14, "qsd": 30, "mse-250": 5}
-    drawn = []
-    monkeypatch.setattr(evaluation, "chart", lambda *args, **options: drawn.append((args, options)))
+    monkeypatch.setattr(evaluation, "chart", chart := Mock())
 
     def found(run, block, *more):
         name = run.result.parent.name
@@ -2581,7 +2555,7 @@ def test_a_table_prints_means_deviations_gains_and_the_papers_numbers_and_draws_
         return mious | {"seconds": 60 + 20 * run.cfg.seed, "TFLOP": 1.5, "diagonal": 0.5}
     monkeypatch.setattr(evaluation, "measured", found)
     evaluation.main("--table steps --data toy --seeds 2 --run no".split())
-    (lines, path, *_), options = drawn[0]
+    (lines, path, *_), options = chart.call_args
     assert lines == {"GKD": [(0, 12, pytest.approx(8 ** 0.5)), (1, 16, pytest.approx(8 ** 0.5))],
                      "two-stage MSE": [(0, 6, pytest.approx(2 ** 0.5))]}
     assert path.name == "steps.png" and options["x_texts"] == "250 500 1000 2000 4000 8000".split()
@@ -2591,6 +2565,12 @@ def test_a_table_prints_means_deviations_gains_and_the_papers_numbers_and_draws_
     assert gain == ["GKD over two-stage MSE", "+6.0 ± 12.7", "+1.0"]
     evaluation.main("--table 4 --data toy --seeds 2 --run no".split())
     assert printed_table(capsys.readouterr().out)[6] == ["GKD", "30.0", *["30.0"] * 5, "60", "1.5", "54.1"]
+    monkeypatch.setattr(evaluation, "measured", lambda *args: {"unseen mean": 1})
+    monkeypatch.setattr(evaluation, "compare", compare := Mock())
+    evaluation.main("--demo --run no".split())
+    predicted, featured, cfg, *_ = compare.call_args.args
+    assert [*predicted] == ["no KD", "two-stage MSE", "GKD", "teacher"] == [*featured][1:] + [*featured][:1]
+    assert cfg.data == "toy-night+toy-fog+toy-snow+toy-rain" and predicted["GKD"] == Path("runs/toy/0/qsd")
 
 
 def test_a_measurement_is_kept_by_protocol_and_domain_until_its_segmenter_is_trained_again(few, tmp_path, monkeypatch):
@@ -2606,14 +2586,12 @@ def test_a_measurement_is_kept_by_protocol_and_domain_until_its_segmenter_is_tra
     assert measured() is None
     save_segmenter(run.result, only=3)
     first = measured()
-    expected = [np.nanmean(slow_ious([(label * 0 + 3, label) for _, label in scenes(name)], 8)) for name in LOOK]
-    assert list(first.values()) == pytest.approx([expected[0], expected[1], expected[1], 70, 3])
-    for change in (dict(unseen="toy-rain"), dict(window=32), dict(stride=0.5), dict(precision="bf16")):
+    pairs = [(np.full((64, 64), 3), label) for _, label in scenes("toy-night")]
+    night = np.nanmean(slow_ious(pairs, 8))
+    assert list(first.values())[1:] == pytest.approx([night, night, 70, 3])
+    for change in ({}, dict(unseen="toy-rain"), dict(window=32), dict(stride=0.5), dict(precision="bf16")):
         measured(**change)
     assert looked == ["toy+toy-night", "toy-rain"] + 3 * ["toy+toy-night"]
-    with monkeypatch.context() as patch:
-        patch.setattr(evaluation, "absent", lambda names, root: [names])  # images that have left
-        assert measured() == first and measured("toy-rain") and measured("toy-snow") is None
     save_segmenter(run.result, only=0)
     later = (tmp_path / "a/eval.json").stat().st_mtime_ns + 1
     os.utime(run.result, ns=(later, later))
@@ -2632,23 +2610,18 @@ def drawn(monkeypatch):
     return given
 
 
-@pytest.mark.parametrize("log", [False, True])
-def test_a_chart_draws_lines_and_whiskers_at_their_height_in_the_colour_of_their_name_in_the_legend(log, tmp_path):
-    lines = {"i": [(0, 1, 0), (1, 1, 0)], "mid": [(0, 10, 0)], "mmmmmm": [(0, 100, 50), (1, 100, 0)]}
+@pytest.mark.parametrize("log, middle", [(False, 9 / 99), (True, 0.5)])
+def test_a_chart_draws_lines_and_whiskers_at_their_height_between_round_numbers(log, middle, tmp_path):
+    lines = {"a": [(0, 1, 0), (1, 1, 0)], "b": [(0, 10, 0)], "c": [(0, 100, 50), (1, 100, 0)]}
     evaluation.chart(lines, tmp_path / "a.png", "x", "y", log, ["40", "80"])
     picture = np.asarray(Image.open(tmp_path / "a.png")).astype(int)
     heights = []
-    widths = []
     for color in evaluation.LINE_COLORS[:3]:
         y, x = np.nonzero(np.abs(picture - ImageColor.getrgb(color)).sum(2) < 40)
-        row = int(np.median(y[x == x.max()]))  # of the line in the legend
-        widths.append(ink(picture[row - 8:row + 8, x.max() + 4:]))
         heights.append(np.median(y[x < 600]))  # in the frame
-    assert widths[0] < 8 < 20 < widths[1] < 35 < widths[2]
-    share = (heights[0] - heights[1]) / (heights[0] - heights[2])
-    assert share == pytest.approx(0.5 if log else 9 / 99, abs=0.02)  # where 10 lies from 1 to 100
-    if not log:
-        assert np.ptp(y[x < 600]) == pytest.approx(100 / 99 * (heights[0] - heights[2]), abs=4)  # the whisker
+    low, between, high = heights
+    assert (low - between) / (low - high) == pytest.approx(middle, abs=0.02)  # where 10 lies from 1 to 100
+    assert log or np.ptp(y[x < 600]) == pytest.approx(100 / 99 * (low - high), abs=4)  # the whisker
     for values in ([7], [40000], [0.3, 0.36], [0.02, 900]):
         ticks = evaluation.ticks(values, log)
         assert 2 <= len(ticks) <= 8 and ticks[0] <= min(values) and max(values) <= ticks[-1] * (1 + 1e-9)
@@ -2658,17 +2631,15 @@ def test_a_chart_draws_lines_and_whiskers_at_their_height_in_the_colour_of_their
 def test_figure_8_shows_each_segmenter_in_the_column_of_its_name(few, tmp_path):
     save_segmenter(tmp_path / "run/segmenter.pt", only=1)
     save_segmenter(tmp_path / "three.pt", only=3)
-    models = f"i={tmp_path}/run,mmmmmm={tmp_path}/three.pt"
-    evaluation.main(f"--figure 8 --models {models} --data toy-night+toy-fog --out {tmp_path}/new/a.png".split())
-    picture = np.asarray(Image.open(tmp_path / "new/a.png"))
-    picture = picture[:, -4 * 140:]
+    models = f"--models one={tmp_path}/run,three={tmp_path}/three.pt"
+    evaluation.main(f"--figure 8 {models} --data toy-night+toy-fog --out {tmp_path}/new/a.png".split())
+    picture = np.asarray(Image.open(tmp_path / "new/a.png"))[:, -4 * 140:]
     colors = data.palette(data.TOY_COLORS)
-    pairs = [scenes(name)[i] for name in ("toy-night", "toy-fog") for i in (0, 2)]  # two of three, evenly spread
+    pairs = scenes("toy-night")[::2] + scenes("toy-fog")[::2]  # two of three, evenly spread
     for i, (image, label) in enumerate(pairs):
         for j, cell in enumerate([image.permute(1, 2, 0).numpy(), *colors[[label, label * 0 + 1, label * 0 + 3]]]):
             enlarged = Image.fromarray(cell).resize((136, 136), Image.Resampling.NEAREST)
             assert np.array_equal(picture[28 + 140 * i:164 + 140 * i, 140 * j:140 * j + 136], enlarged)
-    assert ink(picture[:26, 280:420]) < 8 < 40 < ink(picture[:26, 420:])
 
 
 def tokens_of(path, *images):
@@ -2702,7 +2673,7 @@ def test_figure_3b_draws_each_runs_loss_under_its_name_of_one_stage_the_distilla
 def test_figure_7a_shows_each_students_distances_after_the_map_that_fits_other_images_best(
         teacher, student, few, drawn):
     evaluation.main(f"--figure 7a --models t={teacher},twin={teacher},far={student} --data toy-night+toy-fog".split())
-    images = [image for name in ("toy-night", "toy-fog") for image, _ in scenes(name)]
+    images = [image for image, _ in scenes("toy-night") + scenes("toy-fog")]
     fit_s, fit_t = [F.pad(tokens_of(path, *images[::2]), (0, 1), value=1) for path in (student, teacher)]
     v_s, v_t = [F.pad(tokens_of(path, *images[1::2]), (0, 1), value=1) for path in (student, teacher)]
     phi, *_ = np.linalg.lstsq(fit_s.double().numpy(), fit_t.double().numpy(), rcond=1e-9)
@@ -2716,47 +2687,27 @@ def test_figure_7a_shows_each_students_distances_after_the_map_that_fits_other_i
 
 def test_figure_7b_shows_in_a_students_row_the_attention_of_its_own_saved_head_and_prints_its_diagonal(
         teacher, student, few, tmp_path, drawn, capsys):
-    other = torch.load(student, weights_only=True)
-    other["objective"]["feat.varphi.1.weight"] *= 0.1
-    torch.save(other, tmp_path / "other.pt")
+    saved = torch.load(student, weights_only=True)
+    heads = saved["objective"]
+    heads["feat.varphi.1.weight"] *= 0.1
+    torch.save(saved, tmp_path / "other.pt")
     models = f"t={teacher},first={student},second={tmp_path}/other.pt"
     evaluation.main(f"--figure 7b --models {models} --data toy-fog".split())
-    printed = capsys.readouterr().out
     image, _ = scenes("toy-fog")[0]
-    for i, (name, path) in enumerate({"first": student, "second": tmp_path / "other.pt"}.items()):
-        heads = torch.load(path, weights_only=True)["objective"]
-        x = F.layer_norm(tokens_of(path, image), (64,), heads["feat.varphi.0.weight"], heads["feat.varphi.0.bias"])
-        queries = F.linear(x, heads["feat.varphi.1.weight"], heads["feat.varphi.1.bias"])
-        W = (queries @ tokens_of(teacher, image).T).softmax(1)  # as in Eq. 7
-        assert f"{name}: a patch's own place has {W.diagonal().mean():.1%} of its weight" in printed
-        maps = {"the diagonal": W.diagonal(), "upper right": W[2 * 8 + 6], "lower left": W[6 * 8 + 2]}
-        for title, weights in maps.items():
-            pixels = drawn[title][i][25::50, 25::50, 0]  # the middles of patches
-            assert np.abs(pixels - 255 * (1 - weights / weights.max()).view(8, 8).numpy()).max() <= 2, title
-        assert (drawn["lower left"][i][300, 101:150] == (0, 90, 255)).all()  # its frame
+    x = F.layer_norm(tokens_of(student, image), (64,), heads["feat.varphi.0.weight"], heads["feat.varphi.0.bias"])
+    queries = F.linear(x, heads["feat.varphi.1.weight"], heads["feat.varphi.1.bias"])
+    W = (queries @ tokens_of(teacher, image).T).softmax(1)  # as in Eq. 7
+    assert f"second: a patch's own place has {W.diagonal().mean():.1%} of its weight" in capsys.readouterr().out
+    maps = {"the diagonal": W.diagonal(), "upper right": W[2 * 8 + 6], "lower left": W[6 * 8 + 2]}
+    for title, weights in maps.items():
+        pixels = drawn[title][1][25::50, 25::50, 0]  # the middles of patches
+        assert np.abs(pixels - 255 * (1 - weights / weights.max()).view(8, 8).numpy()).max() <= 2, title
+    assert (drawn["lower left"][1][300, 101:150] == (0, 90, 255)).all()  # its frame
 
-
-@pytest.mark.parametrize("decoder, kind, mean", [("linear", "IoU", "10.7"), ("boxes", "AP", "37.5")])
-def test_figure_9_is_a_table_of_each_models_classes(decoder, kind, mean, detector, tmp_path, monkeypatch, capsys):
-    path = detector if decoder == "boxes" else save_segmenter(tmp_path / "a.pt")
-    domain = "toy-boxes" if decoder == "boxes" else "toy-fog"
-    values = torch.tensor([0.5, math.nan, 0.25])
-    monkeypatch.setattr(evaluation, "evaluate_boxes", lambda *args: values)
-    monkeypatch.setattr(evaluation, "evaluate", lambda *args: F.pad(values, (0, 5)))
-    monkeypatch.setattr(evaluation, "iou", lambda conf: conf)
-    evaluation.main(f"--figure 9 --models a={path},b={path} --data {domain}".split())
-    text = capsys.readouterr().out
-    header, *rows = printed_table(text)
-    assert [row[0] for row in rows] == [*data.DATASETS[domain].classes, "mean"] and f"{kind} on {domain}" in text
-    assert [row[1:] for row in rows[:3]] == [["50.0"] * 2, ["-"] * 2, ["25.0"] * 2] and rows[-1][1] == mean
-
-
-# --- Evaluation: a segmenter at work ----------------------------------------------------------------------------------
 
 def test_images_are_segmented_upright_at_any_size(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("given").mkdir()
-    Path("given/notes.txt").write_text("no image")
     color = np.random.default_rng(0).integers(0, 256, (9, 12, 3), np.uint8).repeat(15, 0).repeat(12, 1)  # 135 x 144
     exif = Image.Exif()
     exif[0x0112] = 6  # the camera was held on its side
@@ -2769,10 +2720,9 @@ def test_images_are_segmented_upright_at_any_size(tmp_path, monkeypatch):
         image = torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None]
         x = data.normalize(image, model.encoder.mean, model.encoder.std)
         expected = evaluation.slide(model, x, 64, 0.3)[0].argmax(0).numpy()
-        picture = Image.open(f"new/out/{name}_classes.png")
-        assert picture.mode == "P" and np.array_equal(picture, expected), name
         colors = np.array(saved["colors"])[expected]
-        assert np.array_equal(picture.convert("RGB"), colors)
+        picture = Image.open(f"new/out/{name}_classes.png")
+        assert np.array_equal(picture, expected) and np.array_equal(picture.convert("RGB"), colors), name
         overlay = np.asarray(Image.open(f"new/out/{name}_overlay.png"))
         assert np.abs(overlay[:len(pixels), :len(pixels[0])] - (pixels.astype(int) + colors) / 2).max() < 1.5
 
@@ -3032,34 +2982,31 @@ def test_ap_counts_hits_duplicates_difficult_and_missing_objects_of_several_imag
 
 @pytest.fixture(scope="session")
 def detector(tmp_path_factory):
-    """A segmenter.pt that finds boxes, after two steps in the toy world."""
+    """A segmenter.pt that has learned the boxes of two toy scenes by heart."""
     out = tmp_path_factory.mktemp("runs") / "detector"
-    train("segment", f"--data toy-boxes {QUICK} --ffn 16 --rois 8 --proposals 20 --out {out}".split())
+    few = dataclasses.replace(data.DATASETS["toy-boxes"], splits=dict(train=range(2), val=range(2)))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(data.DATASETS, "toy-boxes", few)
+        train("segment", f"--data toy-boxes --freeze no --batch 4 --budget 60 --workers 0 --out {out}".split())
+        model, _ = segment.load_segmenter(out / "segmenter.pt")
+        aps = evaluation.evaluate_boxes(model, data.scenes("toy-boxes", "", "val"), 64, ONE_BY_ONE, CPU)
+    assert aps.nanmean() > 0.8
     return out / "segmenter.pt"
 
 
-def test_a_detector_learns_two_scenes_by_heart(monkeypatch, tmp_path, capsys):
-    few = dataclasses.replace(data.DATASETS["toy-boxes"], splits=dict(train=range(2), val=range(2)))
-    monkeypatch.setitem(data.DATASETS, "toy-boxes", few)
-    train("segment", f"--data toy-boxes --freeze no --batch 4 --budget 60 --workers 0 --out {tmp_path}/a".split())
-    evaluation.main(f"--checkpoint {tmp_path}/a/segmenter.pt --data toy-boxes".split())
-    assert json.loads(capsys.readouterr().out.splitlines()[-1])["miou"]["toy-boxes"] > 80
-
-
 def test_a_detector_of_voc_is_trained_and_evaluated_on_all_corruptions(teacher, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(data, "CORRUPTIONS", {name: data.CORRUPTIONS[name] for name in ("fog", "contrast")})
+    monkeypatch.setattr(data, "CORRUPTIONS", {"contrast": data.CORRUPTIONS["contrast"]})
     everything = partial(segment.FasterRCNN, box_score_thresh=0, box_detections_per_img=1000)  # after two steps only
     monkeypatch.setattr(segment, "FasterRCNN", everything)
     save_voc(tmp_path, LARGE_DOG + PERSON)
     flags = f"--data voc --root {tmp_path} --encoder toy_small --width 32 --size 64 --patch 8 {QUICK} --ffn 16 --rois 8"
     flags += f" --proposals 100 --freeze no --kd 1 --loss cwd --teacher {teacher} --decoder boxes --out {tmp_path}/a"
     train("segment", flags.split())
-    assert {"loss_objectness", "loss_box_reg", "kd", "loss"} <= records(tmp_path / "a")[0].keys()
     evaluation.main(f"--checkpoint {tmp_path}/a/segmenter.pt --data voc+voc-corruptions --root {tmp_path}".split())
     found = json.loads(capsys.readouterr().out.splitlines()[-1])["miou"]
     model, _ = segment.load_segmenter(tmp_path / "a/segmenter.pt")
     expected = []
-    for corruption in (None, *itertools.product(("fog", "contrast"), range(1, 6))):
+    for corruption in (None, *itertools.product(["contrast"], range(1, 6))):
         sample = data.scenes("voc", tmp_path, "val").samples[0]._replace(corruption=corruption)
         x = data.normalize(sample.read_image()[None], model.encoder.mean, model.encoder.std)  # 6 x 8 pixels
         x = TF.resize(x, [64, 85], antialias=True)
@@ -3070,36 +3017,30 @@ def test_a_detector_of_voc_is_trained_and_evaluated_on_all_corruptions(teacher, 
     assert found["voc-corruptions"] == pytest.approx(100 * np.mean(expected[1:]))
     dataset = data.scenes("voc-corruptions", tmp_path, "val")
     shares = in_two_processes(partial(evaluation.evaluate_boxes, model, dataset, 64, ONE_BY_ONE, CPU), monkeypatch)
-    assert 100 * sum(shares)[11].item() == pytest.approx(found["voc-corruptions"]) and shares[0][11] < sum(shares)[11]
+    assert 100 * sum(shares)[11] == pytest.approx(found["voc-corruptions"]) and shares[0][11] < sum(shares)[11]
 
 
 def test_a_detectors_boxes_are_drawn_with_class_and_score_by_images_and_figure_8(detector, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
     found = torch.tensor([[16, 8, 48, 32, 1, 0.875], [2, 2, 9, 9, 0, 0.4]])
     monkeypatch.setattr(evaluation, "find_objects", lambda model, x, side: [found * len(x) * (side == 64)])
-    draw = Mock(side_effect=data.draw_bounding_boxes)
-    monkeypatch.setattr(data, "draw_bounding_boxes", draw)
-    Image.new("RGB", (64, 64)).save("a.png")
-    evaluation.main(f"--checkpoint {detector} --images a.png --out out".split())
-    assert json.loads(Path("out/a_boxes.json").read_text()) == [[16, 8, 48, 32, 1, 0.875]]
-    picture = np.asarray(Image.open("out/a_boxes.png"))
-    assert picture.shape == (800, 800, 3) and len(list(Path("out").iterdir())) == 2
-    assert (picture[250:390, [200, 600]] == data.TOY_COLORS[6]).all() and not picture[250:390, [190, 300, 610]].any()
-    evaluation.main(f"--figure 8 --models a={detector} --data toy-boxes-night --examples 1 --out b.png".split())
+    monkeypatch.setattr(data, "draw_bounding_boxes", draw := Mock(side_effect=data.draw_bounding_boxes))
+    Image.new("RGB", (64, 64)).save(tmp_path / "a.png")
+    evaluation.main(f"--checkpoint {detector} --images {tmp_path}/a.png --out {tmp_path}/out".split())
+    assert json.loads((tmp_path / "out/a_boxes.json").read_text()) == [[16, 8, 48, 32, 1, 0.875]]
+    assert Image.open(tmp_path / "out/a_boxes.png").getpixel((200, 300)) == tuple(data.TOY_COLORS[6])
+    evaluation.main(f"--figure 8 --models a={detector} --data toy-boxes-night --examples 1 --out {tmp_path}".split())
     objects = data.objects_of(data.toy_things("night", 10 ** 6)[1])
-    classes = [[data.DATASETS["toy-boxes"].classes[int(row[4])]] for row in objects]
-    assert [call.args[2] for call in draw.call_args_list] == [["pole 0.88"], *classes, ["pole 0.88"]]
+    classes = [data.DATASETS["toy-boxes"].classes[int(row[4])] for row in objects]
+    assert [call.args[2][0] for call in draw.call_args_list] == ["pole 0.88", *classes, "pole 0.88"]
 
 
 BAD_EVALUATIONS = {
     "eval.py --data toy-fog": "give --checkpoint or --figure",
     "eval.py --table 11": "invalid choice: '11'",
-    "eval.py --table 5 --setting voc --data paper --run no": "--setting voc: this table has gtav",
+    "eval.py --table 5 --setting voc": "--setting voc: this table has gtav",
     "eval.py --table 5 --out {tmp}/cut.png": "cut.png is a file, not a folder",
-    "eval.py --checkpoint {teacher}": "with --data or --setting",
+    "eval.py --table main --data toy --run no --out {tmp}": "holds a run with other constants",
     "eval.py --checkpoint {teacher} --data toy-fog --stride 341": "--stride 341.0: a share of the window",
-    "eval.py --figure 8 --data toy-fog": "--models: say which",
-    "eval.py --figure 8 --data camvid --root {tmp} --models a={teacher}": "camvid has the 11 classes",
     "eval.py --figure 8 --data toy --models a={teacher},b={detector}": "but b was trained on 3 others",
     "eval.py --figure 9 --data toy-boxes --models a={teacher}": "has the 3 classes car, pole, person",
     "eval.py --figure 5 --data toy-fog --models s=toy_small,l={tmp}/large.pt": "patches of different sides",
@@ -3107,7 +3048,6 @@ BAD_EVALUATIONS = {
     "eval.py --figure 7a --data toy-fog --models a={teacher}": "want the teacher and at least one student",
     "eval.py --figure 7b --data toy-fog --models a={student},b={teacher}": "was not distilled by --loss qsd",
     "eval.py --checkpoint {teacher} --images {tmp}/nowhere": "nowhere: no images directly in it",
-    "eval.py --checkpoint {teacher} --images {tmp}/cut.png --out {tmp}/new": "cut.png: cannot be read as an image",
     "eval.py --checkpoint {teacher} --images {tmp}/cut.png --out {tmp}": "none may lie in --out",
     "eval.py --checkpoint {teacher} --images {tmp}/twice --out {tmp}/new": "no two may differ in their ending alone",
     "eval.py --checkpoint {teacher} --export {tmp}/model.onnx": "into a .pt2 file",
@@ -3120,9 +3060,9 @@ BAD_EVALUATIONS = {
 
 @pytest.mark.parametrize("command", BAD_EVALUATIONS)
 def test_a_mistake_with_models_images_or_boxes_is_told_in_one_line(command, teacher, student, detector, tmp_path):
-    for name in ("twice/a.png", "twice/a.jpg", "cut.png"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_bytes(b"\x89PNG")
+    for name in ("twice/a.png", "twice/a.jpg", "cut.png", "toy/0/no-kd/segmenter.pt"):
+        distill.write(tmp_path / name, "no image")
+    distill.write(tmp_path / "toy/0/no-kd/log.jsonl", '{"config": {"budget": "7"}}')
     torch.save(qsd.student_checkpoint(qsd.load_vit("toy_small", patch_size=16)), tmp_path / "large.pt")
     script, *argv = command.format(tmp=tmp_path, teacher=teacher, student=student, detector=detector).split()
     with pytest.raises(qsd.UserError) as error:
