@@ -30,7 +30,6 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import statistics
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
