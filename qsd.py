@@ -1,14 +1,13 @@
 """The method of GKD: the distillation losses, and the encoders (ViTs that load the official weights).
 
-Read it from the top: the constants, QSD and GKD as the paper writes them, and the rivals of its tables. Below come the
-encoders: their table, the vision transformer, and last, of interest to few, how checkpoints of any origin are read.
+Read it from the top: the constants, QSD and GKD as the paper writes them, the rivals of its tables. Below come the
+encoders' table, the vision transformer, and last, of interest to few, how checkpoints of any origin are read.
 """
 import json
 import math
 import os
 import pickle
 import re
-import time
 from collections import OrderedDict
 from dataclasses import dataclass
 from functools import partial
@@ -24,11 +23,11 @@ class UserError(ValueError):
     """A user's mistake: one line that says what is wrong, in which file or flag; scripts print it, with status 2."""
 
     def __str__(self):
-        return super().__str__().split("UserError: ")[-1].strip()   # a loader's worker wraps the line in its traceback
+        return super().__str__().split("UserError: ")[-1].strip()  # a loader's worker wraps the line in its traceback
 
 
 def say(line):
-    if os.environ.get("RANK", "0") == "0":                          # one process speaks for all
+    if os.environ.get("RANK", "0") == "0":  # one process speaks for all
         print(line, flush=True)
 
 
@@ -63,9 +62,9 @@ class Objective(nn.Module):
     (B, 3, H, W) are images; t = (cls, patches, outs) is the teacher's pass: (B, C_t), (B, N, C_t), the raw outputs of
     layers_t; s is the student's likewise. noise (B, N), uniform in 0..1, is the only source of randomness.
     """
-    weight = 1.0                        # the published weight beside a task loss, for the mean reductions here
-    plain = True                        # no: it reads no pass over whole images, s is None
-    layers_s = layers_t = ()            # blocks whose raw outputs it reads
+    weight = 1.0  # the published weight beside a task loss, for the mean reductions here
+    plain = True  # no: it reads no pass over whole images, s is None
+    layers_s = layers_t = ()  # blocks whose raw outputs it reads
 
 
 def projection(dim_s, dim_t):
@@ -89,23 +88,23 @@ class QSD(nn.Module):
         super().__init__()
         self.attention = attention
         self.scale = scale
-        self.varphi = projection(dim_s, dim_t)                      # the paper's φ makes the queries
-        self.phi = projection(dim_s, dim_t)                         # the paper's ϕ makes the values
+        self.varphi = projection(dim_s, dim_t)  # the paper's φ makes the queries
+        self.phi = projection(dim_s, dim_t)  # the paper's ϕ makes the values
         if attention != "learned":
-            self.varphi = None                                      # phi is drawn as it is beside learned queries
+            self.varphi = None  # phi is drawn as it is beside learned queries
 
     def forward(self, v_s, v_t):
-        W = self.weights(v_s, v_t)                                  # (B, N, N)
-        return matmul_fp32(W, self.phi(v_s)), W                     # Eq. 8  (B, N, C_t)
+        W = self.weights(v_s, v_t)  # (B, N, N)
+        return matmul_fp32(W, self.phi(v_s)), W  # Eq. 8  (B, N, C_t)
 
     def weights(self, v_s, v_t):
         """σ(W): how much each student token takes of the value at each place, a row summing up to 1."""
-        if self.attention == "identity":                            # ablation: each token keeps its own value
+        if self.attention == "identity":  # ablation: each token keeps its own value
             return torch.eye(v_t.shape[1], device=v_t.device, dtype=v_t.dtype).expand(len(v_t), -1, -1)
-        query = v_t if self.attention == "teacher" else self.varphi(v_s)    # paper: φ(v_s)
-        if self.scale == "sqrt":                                    # ablation: as in a transformer
+        query = v_t if self.attention == "teacher" else self.varphi(v_s)  # paper: φ(v_s)
+        if self.scale == "sqrt":  # ablation: as in a transformer
             query = query * v_t.shape[-1] ** -0.5
-        W = matmul_fp32(query, v_t.mT)                              # Eq. 7  (B, N, N)
+        W = matmul_fp32(query, v_t.mT)  # Eq. 7  (B, N, N)
         return W.softmax(-1)
 
 
@@ -119,8 +118,8 @@ DISTANCES = {
 class GKD(Objective):
     """The paper's objective, L_QSD: features, masked patches and CLS token, each through a QSD head of its own.
 
-    Beside the terms it returns "diagonal", the mean share of the attention in L_feat that a patch pays to its own
-    place: about 1 / N at first, more once the attention has formed. --layers four adds L_inner, of earlier blocks.
+    "diagonal" is no term: the mean share of the attention in L_feat that a patch pays to its own place, about 1 / N at
+    first, more once the attention has formed. --layers four adds L_inner, of earlier blocks.
     """
     def __init__(self, student, teacher, config):
         super().__init__()
@@ -140,48 +139,44 @@ class GKD(Objective):
 
     def forward(self, student, x, s, t, noise):
         c = self.config
-        distance = DISTANCES[c.distance]                            # paper: the squared error
-        v_s_cls, v_s, _ = s                                         # (B, C_s), (B, N, C_s)
-        v_t_cls, v_t, _ = t                                         # (B, C_t), (B, N, C_t)
+        distance = DISTANCES[c.distance]                    # paper: the squared error
+        v_s_cls, v_s, _ = s                                 # (B, C_s), (B, N, C_s)
+        v_t_cls, v_t, _ = t                                 # (B, C_t), (B, N, C_t)
         N = v_t.shape[1]
         L_feat = L_mask = L_cls = diagonal = 0.0
 
         if c.alpha:
-            v_s_prime, W = self.feat(v_s, v_t)                      # (B, N, C_t), (B, N, N)
-            L_feat = distance(v_s_prime, v_t)                       # Eq. 9
+            v_s_prime, W = self.feat(v_s, v_t)              # (B, N, C_t), (B, N, N)
+            L_feat = distance(v_s_prime, v_t)               # Eq. 9
             diagonal = W.detach().diagonal(dim1=1, dim2=2).mean()
         if c.beta:
-            v_s_mask = self.masked_pass(student, x, v_s, noise)     # (B, N, C_s), every second image without a mask
-            v_s_mask_prime, _ = self.mask(v_s_mask, v_t)            # (B, N, C_t)
-            L_mask = distance(v_s_mask_prime, v_t)                  # Eq. 10
-        if c.gamma:                                                 # one key: the softmax is 1, only phi learns
-            v_s_cls_prime, _ = self.cls(v_s_cls[:, None], v_t_cls[:, None])     # (B, 1, C_t)
-            L_cls = distance(v_s_cls_prime[:, 0], v_t_cls)          # Eq. 11
+            v_s_mask = self.masked_pass(student, x, v_s, noise)  # (B, N, C_s), every second image without a mask
+            v_s_mask_prime, _ = self.mask(v_s_mask, v_t)    # (B, N, C_t)
+            L_mask = distance(v_s_mask_prime, v_t)          # Eq. 10
+        if c.gamma:                                         # one key: the softmax is 1, only phi learns
+            v_s_cls_prime, _ = self.cls(v_s_cls[:, None], v_t_cls[:, None])  # (B, 1, C_t)
+            L_cls = distance(v_s_cls_prime[:, 0], v_t_cls)  # Eq. 11
         if c.alpha and c.gamma and c.feat_with_cls:
-            L_feat = (N * L_feat + L_cls) / (N + 1)                 # official: [CLS; patches], so CLS counts twice
-        loss = c.alpha * L_feat + c.beta * L_mask + c.gamma * L_cls     # Eq. 12
+            L_feat = (N * L_feat + L_cls) / (N + 1)         # official: [CLS; patches], so CLS counts twice
+        loss = c.alpha * L_feat + c.beta * L_mask + c.gamma * L_cls  # Eq. 12
 
         losses = {"L_feat": L_feat, "L_mask": L_mask, "L_cls": L_cls, "diagonal": diagonal}
         if c.layers == "four":
             L_inner = losses["L_inner"] = self.inner_loss(s[2], t[2])
             loss = loss + c.alpha * L_inner
         losses["loss"] = loss
-        return {name: value for name, value in losses.items() if torch.is_tensor(value)}    # no term of weight 0
+        return {name: value for name, value in losses.items() if torch.is_tensor(value)}  # no term of weight 0
 
     def inner_loss(self, outs_s, outs_t):
         """L_feat, without CLS, of the three earlier blocks that a decoder reads."""
         L_inner = 0.0
-        for head, v_s, v_t in zip(self.inner, outs_s, outs_t, strict=True):     # each (B, N, C_s), (B, N, C_t)
-            v_t = F.layer_norm(v_t, v_t.shape[-1:])                 # raw outputs of different blocks differ in scale
+        for head, v_s, v_t in zip(self.inner, outs_s, outs_t, strict=True):  # each (B, N, C_s), (B, N, C_t)
+            v_t = F.layer_norm(v_t, v_t.shape[-1:])  # raw outputs of different blocks differ in scale
             L_inner = L_inner + DISTANCES[self.config.distance](head(v_s, v_t)[0], v_t)
         return L_inner
 
     def masked_pass(self, student, x, v_s, noise):
-        """The student's tokens (B, N, C_s) of images of which every second one is masked.
-
-        Only the masked images go through the student again: the others' tokens are those of the plain pass, v_s, which
-        a second pass without a mask would equal.
-        """
+        """The student's patches (B, N, C_s), of every second image from a masked pass; the others keep those of v_s."""
         which = masked_images(self.config)
         hidden = random_mask(noise[which], self.config.mask_ratio)  # (M, N), for the M masked images
         v_s_mask = v_s.clone()
@@ -229,30 +224,30 @@ class MSE(Objective):
 
 class CWD(Objective):
     """Channel-wise distillation (Shu et al. 2021): KL(teacher || student) of each channel's softmax over space."""
-    weight = 50.0                       # CIRKD's weight of CWD on features, for this very reduction
-    T = 4.0                             # temperature
+    weight = 50.0  # CIRKD's weight of CWD on features, for this very reduction
+    T = 4.0        # temperature
 
     def __init__(self, student, teacher, config):
         super().__init__()
         self.align = nn.Linear(student.embed_dim, teacher.embed_dim)
 
     def forward(self, student, x, s, t, noise):
-        log_p_s = (self.align(s[1]).float() / self.T).log_softmax(1)            # (B, N, C_t), a distribution over N
+        log_p_s = (self.align(s[1]).float() / self.T).log_softmax(1)               # (B, N, C_t), a distribution over N
         log_p_t = (t[1] / self.T).log_softmax(1)
-        kl = F.kl_div(log_p_s, log_p_t, reduction="none", log_target=True).sum(1)   # (B, C_t)
+        kl = F.kl_div(log_p_s, log_p_t, reduction="none", log_target=True).sum(1)  # (B, C_t)
         return {"loss": self.T ** 2 * kl.mean()}
 
 
 class AfDCD(Objective):
     """Augmentation-free dense contrastive distillation (Fan et al. 2023): reconstruct the teacher, then contrast.
 
-    Published weights in sum form: reconstruction 1e-6 to 4e-5, contrast 1e-3 to 4e-2; in mean form here 1 and 1e-2.
+    Published weights of sums: reconstruction 1e-6 to 4e-5, contrast 1e-3 to 4e-2; of means here 1 and 1e-2.
     """
-    groups = 16                         # the channels are cut into groups, each a vector of its own
-    patch = 4                           # vectors are contrasted within patches of 4x4 positions
-    tau = 0.07                          # temperature of the contrast
-    drop = 0.75                         # share of the student's tokens hidden before the reconstruction
-    contrast = 1e-2                     # weight of the contrast
+    groups = 16  # the channels are cut into groups, each a vector of its own
+    patch = 4    # vectors are contrasted within patches of 4x4 positions
+    tau = 0.07   # temperature of the contrast
+    drop = 0.75  # share of the student's tokens hidden before the reconstruction
+    contrast = 1e-2  # weight of the contrast
 
     def __init__(self, student, teacher, config):
         super().__init__()
@@ -266,13 +261,13 @@ class AfDCD(Objective):
         if min(h, w) < self.pool * self.patch:
             raise UserError(f"--dcd_pool {self.pool} leaves no {self.patch}x{self.patch} patch on a grid of {h}x{w}: "
                             "use a smaller one")
-        kept = ~random_mask(noise, self.drop)                                   # (B, N)
-        f_s = (self.align(s[1]) * kept[..., None]).mT.unflatten(2, (h, w))      # (B, C_t, h, w)
+        kept = ~random_mask(noise, self.drop)  # (B, N)
+        f_s = (self.align(s[1]) * kept[..., None]).mT.unflatten(2, (h, w))  # (B, C_t, h, w)
         f_s = self.project(f_s).float()
         f_t = t[1].mT.unflatten(2, (h, w))
         L_fd = F.mse_loss(f_s, f_t)
 
-        distance = torch.cdist(self.vectors(f_s), self.vectors(f_t), p=1)       # (B P, 16 M, 16 M)
+        distance = torch.cdist(self.vectors(f_s), self.vectors(f_t), p=1)  # (B P, 16 M, 16 M)
         which = torch.arange(distance.shape[1], device=x.device)
         group = which % self.groups
         same_group = (group[:, None] == group) & (which[:, None] != which)
@@ -283,18 +278,18 @@ class AfDCD(Objective):
     def vectors(self, f):
         """Map (B, C, h, w), pooled, cut into P patches of 4x4 -> vectors (B P, 16 M, C / M), M groups of channels."""
         f = F.max_pool2d(f, self.pool)
-        cut = F.unfold(f, self.patch, stride=self.patch)                        # (B, C * 16, P)
-        cut = cut.unflatten(1, (self.groups, -1, self.patch ** 2))              # (B, M, C / M, 16, P)
-        return cut.permute(0, 4, 3, 1, 2).flatten(2, 3).flatten(0, 1)           # (B P, 16 M, C / M)
+        cut = F.unfold(f, self.patch, stride=self.patch)               # (B, C * 16, P)
+        cut = cut.unflatten(1, (self.groups, -1, self.patch ** 2))     # (B, M, C / M, 16, P)
+        return cut.permute(0, 4, 3, 1, 2).flatten(2, 3).flatten(0, 1)  # (B P, 16 M, C / M)
 
 
 class G2SD(Objective):
     """Generic-to-specific distillation, generic stage (Huang et al. 2023): a quarter of the patches predicts all."""
-    plain = False                       # the student sees the kept patches only
-    keep = 0.25                         # share of the patches that the student sees
-    width = 256                         # of the decoder
-    depth = 4                           # its blocks
-    beta = 2.0                          # of the smooth L1 loss
+    plain = False  # the student sees the kept patches only
+    keep = 0.25    # share of the patches that the student sees
+    width = 256    # of the decoder
+    depth = 4      # its blocks
+    beta = 2.0     # of the smooth L1 loss
 
     def __init__(self, student, teacher, config):
         super().__init__()
@@ -308,11 +303,11 @@ class G2SD(Objective):
 
     def forward(self, student, x, s, t, noise):
         B, N = noise.shape
-        keep = noise.argsort(1)[:, :int(self.keep * N)]                         # (B, K), indices of visible patches
-        seen = self.embed(student.run(x, keep=keep)[1])                         # (B, K, 256)
+        keep = noise.argsort(1)[:, :int(self.keep * N)]  # (B, K), indices of visible patches
+        seen = self.embed(student.run(x, keep=keep)[1])  # (B, K, 256)
         everywhere = self.mask_token.to(seen.dtype).expand(B, N, -1)
-        full = everywhere.scatter(1, keep[..., None].expand_as(seen), seen)     # (B, N, 256)
-        predicted = self.decoder(full + self.pos_embed).float()                 # (B, N, C_t)
+        full = everywhere.scatter(1, keep[..., None].expand_as(seen), seen)  # (B, N, 256)
+        predicted = self.decoder(full + self.pos_embed).float()  # (B, N, C_t)
         target = F.layer_norm(t[1], t[1].shape[-1:])
         return {"loss": F.smooth_l1_loss(predicted, target, beta=self.beta)}
 
@@ -324,7 +319,7 @@ class ViTKD(Objective):
     """
     mimic = 4.5
     generate = 0.23
-    hidden = 0.5                        # share of the positions that are generated
+    hidden = 0.5  # share of the positions that are generated
 
     def __init__(self, student, teacher, config):
         super().__init__()
@@ -336,14 +331,14 @@ class ViTKD(Objective):
         self.project = nn.Sequential(nn.Conv2d(dim, dim, 3, padding=1), nn.ReLU(), nn.Conv2d(dim, dim, 3, padding=1))
 
     def forward(self, student, x, s, t, noise):
-        first, second, last = [align(out) for align, out in zip(self.align, s[2])]      # each (B, N, C_t)
+        first, second, last = [align(out) for align, out in zip(self.align, s[2])]  # each (B, N, C_t)
         first_t, second_t, last_t = t[2]
         L_mimic = F.mse_loss(first.float(), first_t) + F.mse_loss(second.float(), second_t)
 
-        hidden = random_mask(noise, self.hidden)[..., None]                     # (B, N, 1)
+        hidden = random_mask(noise, self.hidden)[..., None]       # (B, N, 1)
         f = torch.where(hidden, self.token.to(last.dtype), last)
-        f = self.project(f.mT.unflatten(2, grid_of(x.shape[2:], student.patch_size)))   # (B, C_t, h, w)
-        error = (f.flatten(2).mT.float() - last_t) ** 2 * hidden                # (B, N, C_t)
+        f = self.project(f.mT.unflatten(2, grid_of(x.shape[2:], student.patch_size)))  # (B, C_t, h, w)
+        error = (f.flatten(2).mT.float() - last_t) ** 2 * hidden  # (B, N, C_t)
         L_generate = error.sum() / (hidden.sum() * error.shape[-1])
         loss = self.mimic * L_mimic + self.generate * L_generate
         return {"L_mimic": L_mimic, "L_generate": L_generate, "loss": loss}
@@ -360,14 +355,14 @@ class Proteus(Objective):
 
     def forward(self, student, x, s, t, noise):
         which = masked_images(self.config)
-        hidden = random_mask(noise[which], self.config.mask_ratio)              # (B/2, N)
+        hidden = random_mask(noise[which], self.config.mask_ratio)  # (B/2, N)
         v_s_mask = self.patch(student(x[which], hidden)[1]).float()
-        tokens_s = torch.cat([s[0][:, None], s[1]], 1)                          # (B, 1 + N, C_s)
+        tokens_s = torch.cat([s[0][:, None], s[1]], 1)              # (B, 1 + N, C_s)
         tokens_t = torch.cat([t[0][:, None], t[1]], 1)
         L_cls = F.mse_loss(self.cls(s[0]).float(), t[0])
         L_feat = F.mse_loss(self.feat(tokens_s).float(), tokens_t)
-        K = int(self.config.mask_ratio * hidden.shape[1])                       # known without waiting for a GPU
-        places = hidden.int().argsort(dim=1, descending=True, stable=True)[:, :K, None]         # (B/2, K, 1)
+        K = int(self.config.mask_ratio * hidden.shape[1])  # known without waiting for a GPU
+        places = hidden.int().argsort(dim=1, descending=True, stable=True)[:, :K, None]  # (B/2, K, 1)
         L_mask = F.mse_loss(v_s_mask.take_along_dim(places, 1), t[1][which].take_along_dim(places, 1))
         return {"L_cls": L_cls, "L_feat": L_feat, "L_mask": L_mask, "loss": L_cls + L_feat + L_mask}
 
@@ -398,8 +393,8 @@ def load_heads(objective, heads, path):
 
 # --- Encoders: the table --------------------------------------------------------------------------------------------
 
-WEIGHTS = "weights"         # official files are looked for in this folder first, then in torch.hub's cache
-ANTIALIAS = False           # in every bicubic resize (official code: False; timm: True)
+WEIGHTS = "weights"  # official files are looked for in this folder first, then in torch.hub's cache
+ANTIALIAS = False  # in every bicubic resize (official code: False; timm: True)
 
 IMAGENET = dict(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
 HALF = dict(mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
@@ -413,19 +408,19 @@ class Encoder(NamedTuple):
     embed_dim: int
     depth: int
     num_heads: int
-    patch_size: int                 # pixels
-    img_size: int | tuple           # pixels, one number or (H, W): the size that pos_embed is stored for
-    url: str | None = None          # None: no official file exists, the encoder starts at random
-    sha256: str | None = None       # its first digits, which a download is checked by; None: not known
-    file: str | None = None         # its name on disk, where the address's last part says nothing
-    layerscale: bool = False        # DINOv2, DINOv3: each branch times a learned vector
-    registers: int = 0              # DINOv2 "_reg", DINOv3: extra tokens between CLS and patches, without a position
-    mlp: Literal["gelu", "swiglu"] = "gelu"     # the latter in DINOv2-g, EVA-02 and DINOv3's "plus" models
-    mlp_ratio: int = 4              # an MLP's hidden width over embed_dim; SwiGLU takes two thirds of it
-    rope: Literal["", "eva02", "dinov3"] = ""   # queries and keys are rotated by position, keys have no bias
-    sub_ln: bool = False            # EVA-02 B and L: a LayerNorm inside the MLP; q, k, v and the MLP's gate not fused
-    inner_attn_ln: bool = False     # some EVA-02 files: a LayerNorm before attn.proj as well
-    eps: float = 1e-6               # of every LayerNorm; DINOv3: 1e-5
+    patch_size: int            # pixels
+    img_size: int | tuple      # pixels, one number or (H, W): the size that pos_embed is stored for
+    url: str | None = None     # None: no official file exists, the encoder starts at random
+    sha256: str | None = None  # its first digits, which a download is checked by; None: not known
+    file: str | None = None    # its name on disk, where the address's last part says nothing
+    layerscale: bool = False   # DINOv2, DINOv3: each branch times a learned vector
+    registers: int = 0         # DINOv2 "_reg", DINOv3: extra tokens between CLS and patches, without a position
+    mlp: Literal["gelu", "swiglu"] = "gelu"  # the latter in DINOv2-g, EVA-02 and DINOv3's "plus" models
+    mlp_ratio: int = 4         # an MLP's hidden width over embed_dim; SwiGLU takes two thirds of it
+    rope: Literal["", "eva02", "dinov3"] = ""  # queries and keys are rotated by position, keys have no bias
+    sub_ln: bool = False       # EVA-02 B and L: a LayerNorm inside the MLP; q, k, v and the MLP's gate not fused
+    inner_attn_ln: bool = False  # some EVA-02 files: a LayerNorm before attn.proj as well
+    eps: float = 1e-6          # of every LayerNorm; DINOv3: 1e-5
     mean: tuple = IMAGENET["mean"]
     std: tuple = IMAGENET["std"]
 
@@ -434,8 +429,7 @@ DEIT = "https://dl.fbaipublicfiles.com/deit/"
 DINO = "https://dl.fbaipublicfiles.com/dino/"
 V2 = "https://dl.fbaipublicfiles.com/dinov2/dinov2_"
 EVA = "https://huggingface.co/Yuxin-CV/EVA-02/resolve/main/eva02/pt/"
-TIMM = "https://huggingface.co/timm/"
-AUGREG = "vit_tiny_patch16_224.augreg_in21k_ft_in1k"
+AUGREG = "https://huggingface.co/timm/vit_tiny_patch16_224.augreg_in21k_ft_in1k"
 ON_REQUEST = "https://ai.meta.com/resources/models-and-libraries/dinov3-downloads/"     # DINOv3: a form, not a file
 TI = (192, 12, 3)           # width, depth, heads
 S = (384, 12, 6)
@@ -445,9 +439,10 @@ H = (1280, 32, 20)
 G = (1536, 40, 24)
 LS = dict(layerscale=True)
 REG = dict(layerscale=True, registers=4)
-EVA02 = dict(mlp="swiglu", rope="eva02", **CLIP)    # official GKD feeds EVA-02 with IMAGENET's statistics instead
-V3 = dict(url=ON_REQUEST, layerscale=True, registers=4, rope="dinov3", eps=1e-5)    # trained at 256, takes any grid
-V3PLUS = dict(mlp="swiglu", mlp_ratio=6, **V3)
+GLU = dict(mlp="swiglu")
+EVA02 = dict(rope="eva02", **GLU, **CLIP)  # official GKD feeds EVA-02 with IMAGENET's statistics instead
+V3 = dict(url=ON_REQUEST, layerscale=True, registers=4, rope="dinov3", eps=1e-5)  # trained at 256, takes any grid
+V3PLUS = dict(mlp_ratio=6, **GLU, **V3)
 
 ENCODERS = {                # size, patch, image, official file, its SHA-256, what differs from DeiT
     "deit_tiny":            Encoder(*TI, 16, 224, DEIT + "deit_tiny_patch16_224-a1311bcf.pth", "a1311bcf"),
@@ -456,20 +451,17 @@ ENCODERS = {                # size, patch, image, official file, its SHA-256, wh
     "deit_tiny_distilled":  Encoder(*TI, 16, 224, DEIT + "deit_tiny_distilled_patch16_224-b40b3cf7.pth", "b40b3cf7"),
     "deit_small_distilled": Encoder(*S, 16, 224, DEIT + "deit_small_distilled_patch16_224-649709d9.pth", "649709d9"),
     "deit_base_distilled":  Encoder(*B, 16, 224, DEIT + "deit_base_distilled_patch16_224-df68dfff.pth", "df68dfff"),
-    "vit_tiny_augreg":      Encoder(*TI, 16, 224, f"{TIMM}{AUGREG}/resolve/main/pytorch_model.bin",
-                                    file=f"{AUGREG}.pth", **HALF),
+    "vit_tiny_augreg":      Encoder(*TI, 16, 224, AUGREG + "/resolve/main/pytorch_model.bin", file=AUGREG + ".pth", **HALF),
     "dino_vits16":          Encoder(*S, 16, 224, DINO + "dino_deitsmall16_pretrain/dino_deitsmall16_pretrain.pth"),
     "dino_vitb16":          Encoder(*B, 16, 224, DINO + "dino_vitbase16_pretrain/dino_vitbase16_pretrain.pth"),
     "dinov2_vits14":        Encoder(*S, 14, 518, V2 + "vits14/dinov2_vits14_pretrain.pth", "b938bf1b", **LS),
     "dinov2_vitb14":        Encoder(*B, 14, 518, V2 + "vitb14/dinov2_vitb14_pretrain.pth", "0b8b82f8", **LS),
     "dinov2_vitl14":        Encoder(*L, 14, 518, V2 + "vitl14/dinov2_vitl14_pretrain.pth", "d5383ea8", **LS),
-    "dinov2_vitg14":        Encoder(*G, 14, 518, V2 + "vitg14/dinov2_vitg14_pretrain.pth", "baf8467e",
-                                    mlp="swiglu", **LS),
+    "dinov2_vitg14":        Encoder(*G, 14, 518, V2 + "vitg14/dinov2_vitg14_pretrain.pth", "baf8467e", **LS, **GLU),
     "dinov2_vits14_reg":    Encoder(*S, 14, 518, V2 + "vits14/dinov2_vits14_reg4_pretrain.pth", "f4331770", **REG),
     "dinov2_vitb14_reg":    Encoder(*B, 14, 518, V2 + "vitb14/dinov2_vitb14_reg4_pretrain.pth", "73182a08", **REG),
     "dinov2_vitl14_reg":    Encoder(*L, 14, 518, V2 + "vitl14/dinov2_vitl14_reg4_pretrain.pth", "36e4deff", **REG),
-    "dinov2_vitg14_reg":    Encoder(*G, 14, 518, V2 + "vitg14/dinov2_vitg14_reg4_pretrain.pth", "746ecb8c",
-                                    mlp="swiglu", **REG),
+    "dinov2_vitg14_reg":    Encoder(*G, 14, 518, V2 + "vitg14/dinov2_vitg14_reg4_pretrain.pth", "746ecb8c", **REG, **GLU),
     "dinov3_vits16":        Encoder(*S, 16, 256, file="dinov3_vits16_pretrain_lvd1689m-08c60483.pth", **V3),
     "dinov3_vits16plus":    Encoder(*S, 16, 256, file="dinov3_vits16plus_pretrain_lvd1689m-4057cbaa.pth", **V3PLUS),
     "dinov3_vitb16":        Encoder(*B, 16, 256, file="dinov3_vitb16_pretrain_lvd1689m-73cec8be.pth", **V3),
@@ -496,44 +488,41 @@ def constructor_values(name, row):
 
 
 # --- The vision transformer -----------------------------------------------------------------------------------------
-# Parameter names are those of the official checkpoints (but DINOv3's, see KEYS); e is the encoder's row in the table.
-# Without options this is DeiT and DINO. e.layerscale and e.registers are what DINOv2 adds, e.sub_ln and rope="eva02"
-# what EVA-02 changes, e.eps and rope="dinov3" (which also means: no pos_embed) what DINOv3 changes.
+# Parameter names are those of the official checkpoints (but DINOv3's, see KEYS); e is a row of the table. Without options
+# this is DeiT and DINO. DINOv2 adds layerscale and registers, EVA-02 changes sub_ln and rope, DINOv3 eps and rope, which
+# there also means: no pos_embed.
 
 class Attention(nn.Module):
     def __init__(self, e):
         super().__init__()
+        self.e = e
         dim = e.embed_dim
-        self.num_heads = e.num_heads
-        self.rope = e.rope
-        self.key_bias = not e.rope
-        self.fused = not e.sub_ln
-        if self.fused:
-            self.qkv = nn.Linear(dim, 3 * dim, bias=self.key_bias)
-        else:
+        if e.sub_ln:
             self.q_proj = nn.Linear(dim, dim, bias=False)
             self.k_proj = nn.Linear(dim, dim, bias=False)
             self.v_proj = nn.Linear(dim, dim, bias=False)
-        if not self.key_bias:
+        else:
+            self.qkv = nn.Linear(dim, 3 * dim, bias=not e.rope)
+        if e.rope:  # keys have no bias
             self.q_bias = nn.Parameter(torch.zeros(dim))
             self.v_bias = nn.Parameter(torch.zeros(dim))
         self.inner_attn_ln = nn.LayerNorm(dim, e.eps) if e.inner_attn_ln else nn.Identity()
         self.proj = nn.Linear(dim, dim)
 
-    def forward(self, x, rotation=None):                                    # (B, T, C), T = 1 + registers + N
-        if self.fused:
-            weight = self.qkv.weight
-        else:
+    def forward(self, x, rotation=None):      # (B, T, C), T = 1 + registers + N
+        if self.e.sub_ln:
             weight = torch.cat([self.q_proj.weight, self.k_proj.weight, self.v_proj.weight])
-        bias = self.qkv.bias if self.key_bias else torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
-        qkv = F.linear(x, weight, bias)                                     # (B, T, 3 C)
-        qkv = qkv.unflatten(-1, (3, self.num_heads, -1))                    # (B, T, 3, heads, C / heads)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)                                # each (B, heads, T, C / heads)
+        else:
+            weight = self.qkv.weight
+        bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias]) if self.e.rope else self.qkv.bias
+        qkv = F.linear(x, weight, bias)       # (B, T, 3 C)
+        qkv = qkv.unflatten(-1, (3, self.e.num_heads, -1))  # (B, T, 3, heads, C / heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, heads, T, C / heads)
         if rotation is not None:
-            q = rotate(q, *rotation, self.rope)
-            k = rotate(k, *rotation, self.rope)
-        x = F.scaled_dot_product_attention(q, k, v)                         # (B, heads, T, C / heads)
-        x = x.transpose(1, 2).flatten(2)                                    # (B, T, C)
+            q = rotate(q, *rotation, self.e.rope)
+            k = rotate(k, *rotation, self.e.rope)
+        x = F.scaled_dot_product_attention(q, k, v)  # (B, heads, T, C / heads)
+        x = x.transpose(1, 2).flatten(2)      # (B, T, C)
         return self.proj(self.inner_attn_ln(x))
 
 
@@ -552,8 +541,8 @@ class SwiGLU(nn.Module):
     """A gate times a value; two thirds as wide as Mlp, so that its three matrices cost as much as Mlp's two."""
     def __init__(self, e):
         super().__init__()
-        hidden = 2 * e.mlp_ratio * e.embed_dim // 3     # DINO's code rounds up to a multiple of 8, which it is already
-        self.fused = not (e.sub_ln or e.rope == "dinov3")       # w12: one matrix makes both gate and value
+        hidden = 2 * e.mlp_ratio * e.embed_dim // 3  # DINO's code rounds up to a multiple of 8, which it is already
+        self.fused = not (e.sub_ln or e.rope == "dinov3")  # w12: one matrix makes both gate and value
         if self.fused:
             self.w12 = nn.Linear(e.embed_dim, 2 * hidden)
         else:
@@ -590,7 +579,7 @@ class Block(nn.Module):
         self.ls1 = LayerScale(e) if e.layerscale else nn.Identity()
         self.ls2 = LayerScale(e) if e.layerscale else nn.Identity()
 
-    def forward(self, x, rotation=None):                                    # (B, T, C), the residual stream
+    def forward(self, x, rotation=None):  # (B, T, C), the residual stream
         x = x + self.ls1(self.attn(self.norm1(x), rotation))
         x = x + self.ls2(self.mlp(self.norm2(x)))
         return x
@@ -602,25 +591,25 @@ def rope_angles(rope, grid, head_dim, device):
     rows = torch.arange(h, device=device)
     columns = torch.arange(w, device=device)
     exponents = torch.arange(head_dim // 4, device=device) / (head_dim // 4)
-    if rope == "eva02":                     # any grid spans 0 to 16, the grid of EVA-02's pretraining (224 / 14)
+    if rope == "eva02":  # any grid spans 0 to 16, the grid of EVA-02's pretraining (224 / 14)
         y = rows / h * 16
         x = columns / w * 16
         freqs = 10000. ** -exponents
-    else:                                   # any grid spans -1 to 1; wavelengths go from 1 almost to 100
+    else:  # any grid spans -1 to 1; wavelengths go from 1 almost to 100
         y = 2 * (rows + 0.5) / h - 1
         x = 2 * (columns + 0.5) / w - 1
         freqs = 2 * math.pi / 100. ** exponents
-    angles_y = (y[:, None] * freqs)[:, None].expand(h, w, -1)               # (h, w, D / 4)
-    angles_x = (x[:, None] * freqs)[None].expand(h, w, -1)                  # (h, w, D / 4)
-    return torch.cat([angles_y, angles_x], dim=-1).flatten(0, 1)            # (N, D / 2)
+    angles_y = (y[:, None] * freqs)[:, None].expand(h, w, -1)     # (h, w, D / 4)
+    angles_x = (x[:, None] * freqs)[None].expand(h, w, -1)        # (h, w, D / 4)
+    return torch.cat([angles_y, angles_x], dim=-1).flatten(0, 1)  # (N, D / 2)
 
 
 def rotate(x, cos, sin, rope):
     """Turns the channel pairs of x (B, heads, T, D) by D / 2 angles; cos and sin (1 or B, 1, T, D / 2), in fp32."""
-    if rope == "eva02":                     # channels 2 i and 2 i + 1 are a pair
+    if rope == "eva02":  # channels 2 i and 2 i + 1 are a pair
         a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
         turned = torch.stack([a * cos - b * sin, b * cos + a * sin], dim=-1).flatten(-2)
-    else:                                   # channels i and i + D / 2 are a pair
+    else:  # channels i and i + D / 2 are a pair
         a, b = x.chunk(2, dim=-1)
         turned = torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
     return turned.type_as(x)
@@ -644,8 +633,8 @@ class ViT(nn.Module):
         self.num_heads = e.num_heads
         self.patch_size = e.patch_size
         self.rope = e.rope
-        self.grid = grid_of(e.img_size, e.patch_size)                       # (h, w) of the stored pos_embed
-        self.prefix = 1 + e.registers                                       # tokens before the patches
+        self.grid = grid_of(e.img_size, e.patch_size)  # (h, w) of the stored pos_embed
+        self.prefix = 1 + e.registers  # tokens before the patches
 
         N = self.grid[0] * self.grid[1]
         self.patch_embed = nn.Sequential(OrderedDict(proj=nn.Conv2d(3, e.embed_dim, e.patch_size, e.patch_size)))
@@ -655,7 +644,7 @@ class ViT(nn.Module):
         self.register_tokens = nn.Parameter(torch.zeros(1, e.registers, e.embed_dim)) if e.registers else None
         self.blocks = nn.ModuleList(Block(e) for _ in range(e.depth))
         self.norm = nn.LayerNorm(e.embed_dim, e.eps)
-        for key, parameter in self.named_parameters():                      # as DeiT
+        for key, parameter in self.named_parameters():  # as DeiT
             if parameter.ndim == 2 or "token" in key or key == "pos_embed":
                 nn.init.trunc_normal_(parameter, std=0.02)
             elif key.endswith("bias") and "patch_embed" not in key:
@@ -677,36 +666,36 @@ class ViT(nn.Module):
         keep (B, K) int64: only these patches enter the blocks, N becomes K (MAE, arXiv:2111.06377).
         depth: only so many blocks run.
         """
-        grid = grid_of(x.shape[-2:], self.patch_size)                       # (h, w), N = h w
-        x = self.patch_embed(x).flatten(2).transpose(1, 2)                  # (B, N, C)
-        if mask is not None:                                                # (B, N)
-            x = torch.where(mask[..., None], self.mask_token.to(x.dtype), x)    # (B, N, C)
+        grid = grid_of(x.shape[-2:], self.patch_size)   # (h, w), N = h w
+        x = self.patch_embed(x).flatten(2).transpose(1, 2)  # (B, N, C)
+        if mask is not None:                            # (B, N)
+            x = torch.where(mask[..., None], self.mask_token.to(x.dtype), x)  # (B, N, C)
 
-        cls = self.cls_token                                                # (1, 1, C)
+        cls = self.cls_token                            # (1, 1, C)
         if self.pos_embed is not None:
-            pos_embed = resize_pos_embed(self.pos_embed, self.grid, grid)   # (1, 1 + N, C)
-            cls = cls + pos_embed[:, :1]                                    # (1, 1, C)
-            x = x + pos_embed[:, 1:]                                        # (B, N, C)
-        if keep is not None:                                                # (B, K), N becomes K
-            x = x.gather(1, keep[..., None].expand(-1, -1, self.embed_dim))     # (B, K, C)
+            pos_embed = resize_pos_embed(self.pos_embed, self.grid, grid)  # (1, 1 + N, C)
+            cls = cls + pos_embed[:, :1]                # (1, 1, C)
+            x = x + pos_embed[:, 1:]                    # (B, N, C)
+        if keep is not None:                            # (B, K), N becomes K
+            x = x.gather(1, keep[..., None].expand(-1, -1, self.embed_dim))  # (B, K, C)
 
         first = [cls] if self.register_tokens is None else [cls, self.register_tokens]
-        first = torch.cat(first, dim=1).expand(x.shape[0], -1, -1)          # (B, 1 + registers, C)
-        x = torch.cat([first, x], dim=1)                                    # (B, T, C)
+        first = torch.cat(first, dim=1).expand(x.shape[0], -1, -1)  # (B, 1 + registers, C)
+        x = torch.cat([first, x], dim=1)                # (B, T, C)
         rotation = self.rotary_position(grid, keep, x.device) if self.rope else None
         outs = {}
         for i in range(self.depth if depth is None else depth):
-            x = self.blocks[i](x, rotation)                                 # (B, T, C)
+            x = self.blocks[i](x, rotation)             # (B, T, C)
             if i in layers:
-                outs[i] = x[:, self.prefix:]                                # (B, N, C)
-        x = self.norm(x)                                                    # (B, T, C)
-        return x[:, 0], x[:, self.prefix:], [outs[i] for i in layers]       # (B, C), (B, N, C), each (B, N, C)
+                outs[i] = x[:, self.prefix:]            # (B, N, C)
+        x = self.norm(x)                                # (B, T, C)
+        return x[:, 0], x[:, self.prefix:], [outs[i] for i in layers]  # (B, C), (B, N, C), each (B, N, C)
 
     def rotary_position(self, grid, keep, device):
         """Cosines and sines, each (1 or B, 1, T, D / 2), D = C / heads, of the angles that rotary positions turn by."""
-        angles = rope_angles(self.rope, grid, self.embed_dim // self.num_heads, device)     # (N, D / 2)
-        angles = angles[None] if keep is None else angles[keep]             # (1 or B, N, D / 2)
-        angles = F.pad(angles, (0, 0, self.prefix, 0))[:, None]             # CLS, registers: no position, angle 0
+        angles = rope_angles(self.rope, grid, self.embed_dim // self.num_heads, device)  # (N, D / 2)
+        angles = angles[None] if keep is None else angles[keep]  # (1 or B, N, D / 2)
+        angles = F.pad(angles, (0, 0, self.prefix, 0))[:, None]  # CLS, registers: no position, angle 0
         return angles.cos(), angles.sin()
 
 
@@ -723,27 +712,20 @@ def grid_of(img_size, patch_size):
 def resize_pos_embed(pos_embed, old, new, offset=0.0, antialias=ANTIALIAS):
     """pos_embed (1, 1 + h w, C) of grid old = (h, w), interpolated to grid new; CLS's row is kept.
 
-    offset: interpolate by the factors (new + offset) / old instead of to the size. DINOv2's hub models do so with 0.1,
-    which gives as many positions, sampled at slightly other places; those with registers to the size and antialiased.
+    offset: interpolate by the factors (new + offset) / old instead of to the size. DINOv2's hub models do so with 0.1:
+    as many positions, sampled at slightly other places; those with registers to the size and antialiased.
     """
     if tuple(old) == tuple(new):
         return pos_embed
     cls = pos_embed[:, :1]
-    patches = pos_embed[:, 1:].unflatten(1, old).permute(0, 3, 1, 2).float()                # (1, C, h, w)
+    patches = pos_embed[:, 1:].unflatten(1, old).permute(0, 3, 1, 2).float()  # (1, C, h, w)
     if offset:
         target = dict(scale_factor=((new[0] + offset) / old[0], (new[1] + offset) / old[1]))
     else:
         target = dict(size=tuple(new))
     patches = F.interpolate(patches, **target, mode="bicubic", align_corners=False, antialias=antialias)
-    patches = patches.flatten(2).transpose(1, 2).to(cls.dtype)                              # (1, N, C)
+    patches = patches.flatten(2).transpose(1, 2).to(cls.dtype)  # (1, N, C)
     return torch.cat([cls, patches], dim=1)
-
-
-def resize_patch_embed(weight, size):
-    """Patch kernels (C, 3, P, P) resized to (C, 3, size, size)."""
-    if size == weight.shape[-1]:
-        return weight
-    return F.interpolate(weight, (size, size), mode="bicubic", align_corners=False, antialias=ANTIALIAS)
 
 
 def resized(values, img_size, patch_size, depth):
@@ -752,23 +734,18 @@ def resized(values, img_size, patch_size, depth):
     if img_size is None:
         size = values["img_size"]
         img_size = size // patch * patch if isinstance(size, int) else tuple(n // patch * patch for n in size)
-    depth = values["depth"] if depth is None else depth
-    if not 1 <= depth <= values["depth"]:
-        raise UserError(f"depth must be 1 to {values['depth']} for {values['name']}, not {depth}")
-    return values | dict(img_size=img_size, patch_size=patch, depth=depth)
+    return values | dict(img_size=img_size, patch_size=patch, depth=depth or values["depth"])
 
 
 # --- Loading --------------------------------------------------------------------------------------------------------
 
 def load_vit(name_or_path, img_size=None, patch_size=None, depth=None, pretrained=True, offset=0.0):
-    """Builds an encoder with its weights; prints one line that says from which file, what was changed and what guessed.
+    """Builds an encoder with its weights; one printed line says from which file, what was changed and what guessed.
 
     name_or_path: a name of ENCODERS, or a checkpoint: an official file, one of timm or transformers, this project's
-    student.pt or segmenter.pt, or a checkpoint of the official GKD repository. What files do not tell is guessed, or
-    given after a colon: "weights.pth:heads=12,mean=half" (mean: a key of STATISTICS). img_size (int or (H, W)) and
-    patch_size, in pixels, resize pos_embed and the patch kernels; depth keeps the first blocks only; pretrained=False
-    gives a name's architecture at random. offset: of a DINOv2's pos_embed, see resize_pos_embed; DINOv2 with registers
-    and other families have none. Raises UserError where the name, the file, its keys, numbers or sizes are wrong.
+    or the official GKD repository's. img_size (int or (H, W)) and patch_size, in pixels, resize pos_embed and the patch
+    kernels; depth keeps the first blocks only; pretrained=False: random weights. offset: see resize_pos_embed; only
+    DINOv2 without registers has one. UserError where the name, the file, its keys, numbers or sizes are wrong.
     """
     name, given = split_options(name_or_path)
     row = ENCODERS.get(name)
@@ -781,25 +758,22 @@ def load_vit(name_or_path, img_size=None, patch_size=None, depth=None, pretraine
 
     path = find_file(name, row)
     state, values, notes = read_encoder(path, name, row, given)
-    dim = values["embed_dim"]
-    heads = values["num_heads"]
-    if not heads or dim % heads:
-        raise UserError(f"{name_or_path}: no width of {dim} has {heads} heads: add their number, {path}:heads=NUMBER")
-    with torch.device("meta"):                          # shapes only: no memory, no draws
+    with torch.device("meta"):  # shapes only: no memory, no draws
         stored = ViT(**values)
         vit = ViT(**resized(values, img_size, patch_size, depth))
     load_strictly(stored, state, f"{path} does not fit the encoder", assign=True)
     if vit.pos_embed is not None and vit.grid != stored.grid:
-        dinov2 = values["layerscale"] and not values["rope"]
-        antialias = ANTIALIAS or bool(dinov2 and values["registers"])           # as in DINOv2's hub models
-        if not dinov2 or values["registers"]:
+        if not values["layerscale"] or values["registers"]:  # any but DINOv2 without registers
             offset = 0.0
+        antialias = ANTIALIAS or values["registers"] > 0  # as in DINOv2's hub models
         state["pos_embed"] = resize_pos_embed(state["pos_embed"], stored.grid, vit.grid, offset, antialias)
-        h, w = stored.grid
-        how = "bicubic, antialiased" if antialias else f"bicubic, offset {offset:g}"
-        notes.append(f"pos_embed {h}x{w} -> {vit.grid[0]}x{vit.grid[1]} ({how})")
+        sizes = "{}x{} -> {}x{}".format(*stored.grid, *vit.grid)
+        how = "antialiased" if antialias else f"offset {offset:g}"
+        notes.append(f"pos_embed {sizes} (bicubic, {how})")
     if vit.patch_size != stored.patch_size:
-        state["patch_embed.proj.weight"] = resize_patch_embed(state["patch_embed.proj.weight"], vit.patch_size)
+        kernels = state["patch_embed.proj.weight"]  # (C, 3, P, P)
+        size = (vit.patch_size, vit.patch_size)
+        state["patch_embed.proj.weight"] = F.interpolate(kernels, size, mode="bicubic", antialias=ANTIALIAS)
         notes.append(f"patch {stored.patch_size} -> {vit.patch_size} (bicubic)")
     if vit.depth != stored.depth:
         notes.append(f"the first {vit.depth} of {stored.depth} blocks")
@@ -809,11 +783,11 @@ def load_vit(name_or_path, img_size=None, patch_size=None, depth=None, pretraine
 
 
 def split_options(name_or_path):
-    """A name or path, and the constructor values that stand behind it: "weights.pth:heads=12,mean=half"."""
-    name, *options = re.split("[:,](?=heads=|mean=)", str(name_or_path))
+    """A name or path, and what a file does not tell, given behind it: "weights.pth:heads=12,mean=half"."""
+    name, *options = re.split(r":(?=\w+=[^/\\]*$)", str(name_or_path))
     values = {}
-    for option in options:
-        key, value = option.split("=", 1)
+    for option in options[0].split(",") if options else []:
+        key, _, value = option.partition("=")
         if key == "heads" and value.isdecimal():
             values["num_heads"] = int(value)
         elif key == "mean" and value in STATISTICS:
@@ -826,10 +800,9 @@ def split_options(name_or_path):
 def student_checkpoint(vit):
     """What student.pt holds: "model" has the encoder's keys, which timm loads, and mask_token stands beside it.
 
-    DeiT, DINO and DINOv2 load as they are. timm's checkpoint_filter_fn(state, model) makes its names of others: that of
-    timm.models.vision_transformer with registers or DINOv2-g's MLP, state being model | {"mask_token": mask_token};
-    that of timm.models.eva with EVA-02, for a model of global_pool="token", and with DINOv3, for a "..._qkvb" model,
-    once "register_tokens" is called "storage_tokens".
+    DeiT, DINO and DINOv2 load as they are, others by timm's checkpoint_filter_fn(state, model): DINOv2-g and registers
+    by timm.models.vision_transformer's, of model | {"mask_token": mask_token}; by timm.models.eva's EVA-02, for
+    global_pool="token", and DINOv3, for "..._qkvb", once "register_tokens" is called "storage_tokens".
     """
     model = vit.state_dict()
     mask_token = model.pop("mask_token")
@@ -838,35 +811,35 @@ def student_checkpoint(vit):
 
 def ledger_and_heads(name_or_path):
     """What a checkpoint of this project brings along: the ledgers of the stages behind it, and its heads (or None)."""
-    if split_options(name_or_path)[0] in ENCODERS:
+    name, _ = split_options(name_or_path)
+    if name in ENCODERS:
         return [], None
-    saved = open_checkpoint(name_or_path)
+    saved = open_checkpoint(name)
     return saved.get("ledger", []), saved.get("objective")
 
 
 def load_strictly(module, state, what, assign=False):
-    """Fills a module with a state dict of exactly its names and shapes, all numbers finite; else UserError(what: why).
-
-    assign: the module takes the tensors themselves instead of copying their numbers, as one on "meta" must.
-    """
+    """Fills a module with a state dict of exactly its names and shapes, all numbers finite; else a UserError of what."""
     expected = module.state_dict()
-    for key, tensor in state.items():
-        if key in expected and tensor.is_floating_point() != expected[key].is_floating_point():
-            raise UserError(f"{what}: {key} holds {tensor.dtype} numbers instead of {expected[key].dtype}")
-        if not tensor.isfinite().all():
-            raise UserError(f"{what}: {key} holds NaN or infinite numbers")
+    wrong = None
     try:
         module.load_state_dict(state, assign=assign)
-    except RuntimeError as error:                       # several lines: keys missing, left over, of another shape
-        raise UserError(f"{what}: {' '.join(str(error).split())[:400]}") from None
+    except RuntimeError as error:  # several lines: keys missing, left over, of another shape
+        wrong = " ".join(str(error).split())[:400]
+    for key, tensor in state.items():
+        if key in expected and tensor.is_floating_point() != expected[key].is_floating_point():
+            wrong = f"{key} holds {tensor.dtype} numbers instead of {expected[key].dtype}"
+        elif not tensor.isfinite().all():
+            wrong = f"{key} holds NaN or infinite numbers"
+    if wrong:
+        raise UserError(f"{what}: {wrong}")
 
 
 def find_file(name, row):
     """The file of a named encoder, downloaded if no copy lies in WEIGHTS or torch.hub's cache; or the path given."""
-    if row is None and not Path(name).is_file():
-        what = "a folder: give the file in it" if Path(name).is_dir() else "neither a file nor a known encoder"
-        raise UserError(f"{name}: {what}; the names are {', '.join(ENCODERS)}")
     if row is None:
+        if not Path(name).is_file():
+            raise UserError(f"{name}: neither a file nor a known encoder; the names are {', '.join(ENCODERS)}")
         return Path(name)
     file = Path(row.file or row.url).name
     place = Path(WEIGHTS, file)
@@ -877,15 +850,11 @@ def find_file(name, row):
             return path
     if row.url == ON_REQUEST:
         raise UserError(f"{name}: its weights are given on request only: ask at {row.url} and put the file at {place}")
-    if os.environ.get("LOCAL_RANK", "0") != "0":        # one process of a machine downloads, the others wait
-        while not cached.is_file():                     # if it fails, torchrun ends them all
-            time.sleep(1)
-        return cached
     say(f"{name}: downloading {row.url} to {cached}")
     cached.parent.mkdir(parents=True, exist_ok=True)
     try:
         torch.hub.download_url_to_file(row.url, str(cached), hash_prefix=row.sha256)
-    except (OSError, RuntimeError) as error:            # no network; RuntimeError: a wrong hash
+    except (OSError, RuntimeError) as error:  # no network; RuntimeError: a wrong hash
         raise UserError(f"{name}: {row.url} cannot be had ({error}): download it and put it at {place}") from None
     return cached
 
@@ -896,8 +865,8 @@ def bare(path):
 
 
 # --- Files of any origin --------------------------------------------------------------------------------------------
-# Checkpoints of mmengine, timm and the authors pickle objects beside their tensors. Those are read by an unpickler that
-# knows what tensors are made of and nothing else: whatever class or function a file names, none is imported or called.
+# Checkpoints of mmengine, timm and the authors pickle objects beside their tensors. The unpickler here knows what tensors
+# are made of and nothing else: whatever class or function a file names, none is imported or called.
 
 class Inert(dict):
     """Stands for every other class and function that a file names: can be called and filled, and does nothing."""
@@ -909,24 +878,27 @@ class Inert(dict):
 
 class InertPickle:
     """What torch.load takes for the module pickle."""
-    KNOWN = {
-        ("collections", "OrderedDict"): OrderedDict,
-        ("torch._utils", "_rebuild_tensor_v2"): torch._utils._rebuild_tensor_v2,
-        ("torch._utils", "_rebuild_parameter"): torch._utils._rebuild_parameter,
-    }
+    KNOWN = ("collections.OrderedDict", "torch._utils._rebuild_tensor_v2", "torch._utils._rebuild_parameter")
 
     class Unpickler(pickle.Unpickler):
         def find_class(self, module, name):
-            return InertPickle.KNOWN.get((module, name)) or type(name, (Inert,), dict(__module__=module))
+            return super().find_class(module, name) if f"{module}.{name}" in InertPickle.KNOWN else Inert
 
     @staticmethod
-    def load(file, **options):                          # files of torch before 1.6 are several pickles
+    def load(file, **options):  # files of torch before 1.6 are several pickles
         return InertPickle.Unpickler(file, **options).load()
+
+
+FILES = {   # how files begin that torch.load cannot read, and what they are
+    rb"version https://git-lfs": "a pointer of Git LFS, not the file itself: fetch that with git lfs pull",
+    rb"\s*<": "a web page: what the address gave is no file of weights",
+    rb"\x1f\x8b|PK(?!.*(data\.pkl|\.npy))": "an archive: unpack it and give the file in it",
+    rb"PK.*constants\.pkl": "TorchScript, a program: torch.save the state_dict() of the model it was made of",
+}
 
 
 def open_checkpoint(path):
     """The dict in a checkpoint of any origin, on the CPU; UserError where there is none. Runs no code from it."""
-    path, _ = split_options(path)
     if not Path(path).is_file():
         raise UserError(f"{path}: there is no such file")
     try:
@@ -935,28 +907,21 @@ def open_checkpoint(path):
                 return read_safetensors(file)
         try:
             saved = torch.load(path, map_location="cpu", weights_only=True)
-        except pickle.UnpicklingError:                  # it holds other things than tensors
+        except pickle.UnpicklingError:  # it holds other things than tensors
             saved = torch.load(path, map_location="cpu", weights_only=False, pickle_module=InertPickle)
-    except Exception as error:                          # damaged bytes raise nearly anything
-        content = Path(path).read_bytes()
+    except Exception as error:  # damaged bytes raise nearly anything
         reason = (str(error) or type(error).__name__).splitlines()[0][:100]
-        known = [what for pattern, what in FILES if re.match(pattern, content, re.DOTALL)]
-        what = known[0] if known else f"truncated, damaged or no checkpoint ({reason}): fetch it again"
+        what = f"truncated, damaged or no checkpoint of PyTorch's ({reason}): fetch it again"
+        content = Path(path).read_bytes()
+        for pattern, known in FILES.items():
+            if re.match(pattern, content, re.DOTALL):
+                what = known
         raise UserError(f"{path} is {what}") from None
-    if not isinstance(saved, dict) or isinstance(saved, Inert):
+    if not isinstance(saved, dict):
         raise UserError(f"{path} holds no dict of tensors, but {type(saved).__name__}: save the state dict")
     return saved
 
 
-FILES = [   # how files begin that torch.load cannot read, what they are, and what to do
-    (rb"version https://git-lfs", "a pointer of Git LFS, not the file itself: fetch that with git lfs pull"),
-    (rb"\s*<", "a web page: what the address gave is no file of weights"),
-    (rb"\s*\{", "JSON text: give the file of weights that lies beside it"),
-    (rb"\x1f\x8b|PK(?!.*(data\.pkl|\.npy))", "an archive: unpack it and give the file in it"),
-    (rb"PK.*constants\.pkl", "TorchScript, a program: torch.save the state_dict() of the model it was made of"),
-    (rb"\x93NUMPY|PK.*\.npy", "NumPy's, as of a JAX model: torch.save a dict of tensors that have PyTorch's layout"),
-    (rb"\x80", "a pickle that is cut short or not torch.save's: torch.save a dict of tensors"),
-]
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
           "I64": torch.int64, "I32": torch.int32, "U8": torch.uint8, "BOOL": torch.bool}
 
@@ -965,13 +930,14 @@ def read_safetensors(file):
     """The tensors of a .safetensors file: eight bytes of length, JSON of that length, then the raw numbers."""
     file.seek(0)
     length = int.from_bytes(file.read(8), "little")
+    header = json.loads(file.read(length))
+    header.pop("__metadata__", None)
     state = {}
-    for key, entry in json.loads(file.read(length)).items():
-        if key != "__metadata__":
-            start, end = entry["data_offsets"]
-            file.seek(8 + length + start)
-            numbers = torch.frombuffer(bytearray(file.read(end - start)), dtype=DTYPES[entry["dtype"]])
-            state[key] = numbers.reshape(entry["shape"])
+    for key, entry in header.items():
+        start, end = entry["data_offsets"]
+        file.seek(8 + length + start)
+        numbers = torch.frombuffer(bytearray(file.read(end - start)), dtype=DTYPES[entry["dtype"]])
+        state[key] = numbers.reshape(entry["shape"])
     return state
 
 
@@ -997,7 +963,6 @@ KEYS = [
     (r"^(encoder\.)?layer\.(\d+)\.", r"blocks.\2."),
     (r"\.attention\.(attention\.)?([qkv])(_proj|uery|ey|alue)\.", r".attn.\2."),
     (r"\.attention\.(output\.dense|o_proj)\.", ".attn.proj."),
-    (r"\.layer_scale(\d)\.lambda1$", r".ls\1.gamma"),
     (r"\.layernorm_before\.", ".norm1."),
     (r"\.layernorm_after\.", ".norm2."),
     (r"\.(intermediate\.dense|mlp\.up_proj)\.", ".mlp.fc1."),
@@ -1006,8 +971,8 @@ KEYS = [
     (r"\.mlp\.(weights_out)\.", ".mlp.w3."),
     (r"^layernorm\.", "norm."),
     # timm: DINOv2 with registers, EVA-02, DINOv3
-    (r"^reg_token$", "register_tokens"),
-    (r"\.gamma_(\d)$", r".ls\1.gamma"),
+    (r"^(reg_token|storage_tokens)$", "register_tokens"),   # the latter: official DINOv3
+    (r"\.(gamma_|layer_scale)(\d)(\.lambda1)?$", r".ls\2.gamma"),     # the latter: transformers
     (r"\.mlp\.(fc1_g|gate_proj)\.", ".mlp.w1."),        # the latter: transformers
     (r"\.mlp\.fc1_x\.", ".mlp.w2."),
     (r"\.mlp\.norm\.", ".mlp.ffn_ln."),
@@ -1016,22 +981,17 @@ KEYS = [
     # official files
     (r"^blocks\.\d+\.(\d+)\.", r"blocks.\1."),         # DINOv2's training: chunks of blocks, counted throughout
     (r"\.attn\.([qkv])(_proj)?\.bias$", r".attn.\1_bias"),
-    (r"^storage_tokens$", "register_tokens"),           # DINOv3
     # of no use here
     (r"^(head|head_dist|lm_head|pooler)\..*", ""),      # classifiers; DINO's and EVA-02's pretraining heads
-    (r"^(blocks\.\d+\.attn\.)?rope\..*", ""),          # EVA-02's rotation tables: rope_angles computes them
-    (r"^rope_embed\..*", ""),                           # DINOv3's wavelengths: likewise
+    (r"^((blocks\.\d+\.attn\.)?rope|rope_embed)\..*", ""),     # rotation tables: rope_angles computes them
     (r"^blocks\.\d+\.attn\.qkv\.bias_mask$", ""),      # DINOv3: 0 for keys, which have no bias here
     (r"^local_cls_norm\..*", ""),                       # DINOv3's satellite model: for its training only
 ]
-OTHERS = [  # a part of a key that tells of an encoder which is not among those here
-    (r"decoder_(embed|blocks)", "an MAE with its decoder: take the file without it, mae_pretrain_vit_*.pth"),
-    (r"layers\.\d+\.blocks\.", "a Swin Transformer, which is not supported"),
-    (r"rel(ative)?_pos", "a BEiT, a SAM or another encoder of relative positions, which is not supported"),
-    (r"dwconv|conv_dw", "a ConvNeXt or another encoder with convolutions, which is not supported"),
-    (r"norm_pre|visual\.|vision_model|attn_pool", "a CLIP or SigLIP, which is not supported"),
-    (r"layer1\.0\.conv1", "a ResNet, which is not supported: encoders here are vision transformers"),
-]
+OTHERS = {  # a part of a key that tells of an encoder which is not among those here
+    r"decoder_(embed|blocks)": "an MAE with its decoder: take the file without it, mae_pretrain_vit_*.pth",
+    r"norm_pre|visual\.|vision_model|attn_pool": "a CLIP or SigLIP, which is not supported",
+    r"layers\.\d+\.blocks|rel(ative)?_pos|dwconv|layer1\.0\.conv": "a Swin, BEiT, SAM, ConvNeXt or ResNet: not supported",
+}
 
 
 def read_encoder(path, name, row, given):
@@ -1040,51 +1000,45 @@ def read_encoder(path, name, row, given):
     if "learner" in checkpoint and "optimizer" in checkpoint:
         raise UserError(f"{path} is the state of an unfinished run: give the student.pt or segmenter.pt that its "
                         "command, started again, ends with")
-    state = checkpoint
-    for key in ("model", "module", "state_dict", "teacher"):
-        if isinstance(state.get(key), dict):
-            state = state[key]
-    state = tensors_in(state)
-    prefix, notes = find_encoder(path, state)
-    state = {key.removeprefix(prefix): tensor for key, tensor in state.items() if key.startswith(prefix)}
-
-    config = checkpoint.get("encoder")
-    ours = isinstance(config, dict) and "embed_dim" in config           # a checkpoint of this project
+    prefix, state, notes = find_encoder(path, tensors_in(checkpoint))
+    ours = "embed_dim" in (checkpoint.get("encoder") or ())  # a checkpoint of this project
     if ours and "mask_token" in checkpoint:
         state["mask_token"] = checkpoint["mask_token"]
     state = official_to_ours(path, state)
     if row is not None:
         values = constructor_values(name, row)
     elif ours:
-        values = config
+        values = checkpoint["encoder"]
     else:
         values, guess = infer_values(path, prefix, state, given)
         notes += guess
     if "mask_token" not in state:
         state["mask_token"] = 0.02 * torch.randn(1, values["embed_dim"])
         notes.append("mask_token is new")
-    inner_attn_ln = any("inner_attn_ln" in key for key in state)        # EVA-02 exists with and without
+    inner_attn_ln = any("inner_attn_ln" in key for key in state)  # EVA-02 exists with and without
     return state, values | dict(inner_attn_ln=inner_attn_ln) | given, notes
 
 
-def find_encoder(path, state):
-    """What the keys of a file's encoder begin with, and a note that says so."""
-    def shapes(prefix):
-        return {key.removeprefix(prefix): state[key].shape for key in state if key.startswith(prefix)}
-    prefixes = [found[1] for found in map(re.compile(PATCH_EMBED).fullmatch, state) if found]
-    prefix = max(prefixes, key=lambda prefix: "student" in prefix, default="")  # official GKD saves its teacher, too
-    for pattern, family in OTHERS:
-        if any(re.search(pattern, key) for key in shapes(prefix)):
+def find_encoder(path, tensors):
+    """A file's encoder: what its keys begin with, {rest of the key: tensor}, and a note if there are several."""
+    encoders = {}
+    for found in filter(None, map(re.compile(PATCH_EMBED).fullmatch, tensors)):
+        start = found[1]
+        encoders[start] = {key.removeprefix(start): tensors[key] for key in tensors if key.startswith(start)}
+    prefix = max(encoders, key=lambda prefix: "student" in prefix, default="")  # official GKD saves its teacher, too
+    state = encoders.get(prefix, tensors)
+    for pattern, family in OTHERS.items():
+        if re.search(pattern, " ".join(state)):
             raise UserError(f"{path} holds {family}")
-    if not prefixes:
+    if not encoders:
         raise UserError(f"{path} holds no encoder: no key in it ends in patch_embed.proj.weight; its tensors are "
                         f"{', '.join(list(state)[:3]) or 'none: torch.save a state dict, not NumPy arrays or a model'}")
-    for other in prefixes:          # a teacher of the same shapes is the student's average: DINOv2's training
-        if "student" in prefix and "teacher" in other and shapes(other) == shapes(prefix):
+    shapes = [tensor.shape for tensor in state.values()]
+    for other, tensors in encoders.items():  # a teacher of the student's shapes is its average: DINO's training
+        if "student" in prefix and "teacher" in other and [tensor.shape for tensor in tensors.values()] == shapes:
             prefix = other
-    others = [other for other in prefixes if other != prefix]
-    note = f"keys under {prefix} only" + (f", not {', '.join(others)}" if others else "")
-    return prefix, [note] if prefix else []
+    others = [other for other in encoders if other != prefix]
+    return prefix, encoders[prefix], [f"keys under {prefix} only, not {', '.join(others)}"] if others else []
 
 
 def official_to_ours(path, state):
@@ -1094,28 +1048,28 @@ def official_to_ours(path, state):
         for pattern, name in KEYS:
             key = re.sub(pattern, name, key)
         if key:
-            ours[key] = tensor.float() if tensor.is_floating_point() else tensor    # which load_strictly refuses
+            ours[key] = tensor.float() if tensor.is_floating_point() else tensor  # which load_strictly refuses
 
     pos_embed = ours.get("pos_embed", torch.zeros(1, 2, 1))
-    if "dist_token" in ours:                            # DeiT's distillation token has a row of pos_embed
+    if "dist_token" in ours:  # DeiT's distillation token has a row of pos_embed
         del ours["dist_token"]
         ours["pos_embed"] = torch.cat([pos_embed[:, :1], pos_embed[:, 2:]], dim=1)
-    elif math.isqrt(pos_embed.shape[1]) ** 2 == pos_embed.shape[1]:             # CLS has no row
+    elif math.isqrt(pos_embed.shape[1]) ** 2 == pos_embed.shape[1]:  # CLS has no row
         if "blocks.0.ls1.gamma" in ours and "register_tokens" not in ours:
             raise UserError(f"{path} holds a DeiT III, or a ViT of timm's with rotary positions: neither is supported")
         ours["pos_embed"] = F.pad(pos_embed, (0, 0, 1, 0))
     if "mask_token" in ours:
-        ours["mask_token"] = ours["mask_token"].reshape(1, -1)      # DINOv2 (1, C), EVA-02 (1, 1, C)
+        ours["mask_token"] = ours["mask_token"].reshape(1, -1)  # DINOv2 (1, C), EVA-02 (1, 1, C)
 
+    gated = "blocks.0.mlp.w1.weight" in ours
     fc1, fc2 = [ours.get(f"blocks.0.mlp.fc{i}.weight", torch.zeros(1, 1)) for i in (1, 2)]
-    if "blocks.0.mlp.w1.weight" in ours or len(fc1) == 2 * fc2.shape[1]:        # a SwiGLU under other names
-        fc1_is = "w2" if "blocks.0.mlp.w1.weight" in ours else "w12"
+    if gated or len(fc1) == 2 * fc2.shape[1]:  # a SwiGLU under other names
+        fc1_is = "w2" if gated else "w12"
         ours = {key.replace("mlp.fc1.", f"mlp.{fc1_is}.").replace("mlp.fc2.", "mlp.w3."): ours[key] for key in ours}
     for key in [key for key in ours if key.endswith((".attn.k.weight", ".attn.k_bias"))]:
         parts = [key.replace(".attn.k", f".attn.{part}") for part in "qkv"]
-        if ours.keys() >= set(parts):
-            ours[re.sub(r"\.k[._]", ".qkv.", key)] = torch.cat([ours.pop(part) for part in parts])
-    if "pos_embed" not in ours and "register_tokens" in ours:       # DINOv3: the bias of keys is masked or none
+        ours[re.sub(r"\.k[._]", ".qkv.", key)] = torch.cat([ours.pop(part) for part in parts])
+    if "pos_embed" not in ours and "register_tokens" in ours:  # DINOv3: the bias of keys is masked or none
         for key in [key for key in ours if key.endswith("attn.qkv.weight")]:
             bias = ours.pop(key.replace("weight", "bias"), torch.zeros(len(ours[key])))
             q_bias, _, v_bias = bias.chunk(3)
@@ -1124,49 +1078,42 @@ def official_to_ours(path, state):
     return ours
 
 
-HEADS = {(1280, ""): 16, (4096, "dinov3"): 32}      # of a width and rope whose heads are not 64 wide: ViT-H, DINOv3-7B
-
-
 def infer_values(path, prefix, state, given):
     """Constructor values of an official file, from its tensors and its name, and notes on what is a guess."""
-    kernel = state["patch_embed.proj.weight"]           # (C, 3, P, P)
-    pos_embed = state.get("pos_embed")                  # (1, 1 + N, C)
+    dim, _, _, patch_size = state["patch_embed.proj.weight"].shape
+    positions = state["pos_embed"].shape[1] if "pos_embed" in state else 1 + 16 * 16  # of (1, 1 + N, C)
     swiglu = "blocks.0.mlp.w3.weight" in state
     rope = ""
-    if "blocks.0.attn.q_bias" in state:                 # a v_bias, too, but no bias of keys
-        rope = "dinov3" if pos_embed is None else "eva02" if swiglu else ""
-    if kernel.ndim != 4 or (pos_embed is None and rope != "dinov3"):
-        raise UserError(f"{path}: the architecture is unclear, as pos_embed is missing or the shape of "
-                        "patch_embed.proj.weight is unusual: no encoder here has these tensors")
-
-    dim = len(kernel)
-    patch_size = kernel.shape[-1]
-    side = 16 if pos_embed is None else math.isqrt(pos_embed.shape[1] - 1)      # a row or two are not patches
-    blocks = [key.split(".")[1] for key in state if key.startswith("blocks.")]
-    heads = HEADS.get((dim, rope), dim // 64 if dim % 64 == 0 else 0)
-    if re.search("(base|momentum)_encoder", prefix):    # MoCo v3, whose ViT-S has narrow heads
+    if "blocks.0.attn.q_bias" in state:  # a v_bias, too, but no bias of keys
+        rope = "dinov3" if "pos_embed" not in state else "eva02" if swiglu else ""
+    heads = dim // 64 if dim % 64 == 0 else 0
+    heads = {(1280, ""): 16, (4096, "dinov3"): 32}.get((dim, rope), heads)  # ViT-H, DINOv3-7B
+    if re.search("(base|momentum)_encoder", prefix):  # MoCo v3, whose ViT-S has narrow heads
         heads = 12
+    heads = given.get("num_heads", heads)
+    if not heads or dim % heads:
+        raise UserError(f"{path}: how many heads share its width of {dim} is not known, or is no divisor of it: give "
+                        f"their number, {path}:heads=NUMBER")
     values = dict(
-        embed_dim=dim, depth=len(set(blocks)), num_heads=given.get("num_heads", heads),
-        patch_size=patch_size, img_size=side * patch_size,
+        name=bare(path), embed_dim=dim, num_heads=heads, patch_size=patch_size,
+        depth=len({key.split(".")[1] for key in state if key.startswith("blocks.")}),
+        img_size=patch_size * math.isqrt(positions - 1),
         layerscale="blocks.0.ls1.gamma" in state,
-        registers=state["register_tokens"].shape[1] if "register_tokens" in state else 0,
+        registers=state.get("register_tokens", torch.zeros(1, 0, 1)).shape[1],
         rope=rope,
         sub_ln="blocks.0.mlp.ffn_ln.weight" in state,
         eps=1e-5 if rope == "dinov3" else 1e-6)
     if swiglu:
         hidden = state["blocks.0.mlp.w3.weight"].shape[1]
-        values.update(mlp="swiglu", mlp_ratio=round(1.5 * hidden / dim))
+        values |= dict(mlp="swiglu", mlp_ratio=round(1.5 * hidden / dim))
 
     for name, row in ENCODERS.items():
         if row.url and bare(path) in (name, bare(row.file or row.url)):
             return values | dict(name=name, mean=row.mean, std=row.std), []
-    mean = "imagenet"
-    if "augreg" in path.name.lower():
-        mean = "half"
-    elif rope == "eva02" and not prefix.endswith("backbone."):      # official GKD normalises every encoder's images so
+    mean = "half" if "augreg" in path.name.lower() else "imagenet"
+    if rope == "eva02" and not prefix.endswith("backbone."):  # official GKD normalises every encoder's images so
         mean = "clip"
-    guess = f"taken to be {values['num_heads']} heads and mean={mean} (other ones: {path}:heads=NUMBER,mean=NAME)"
+    values |= STATISTICS[mean]
     if "num_heads" in given and "mean" in given:
-        guess = f"{values['num_heads']} heads, mean {given['mean'][0]:g} as given"
-    return values | dict(name=bare(path)) | STATISTICS[mean], [guess]
+        return values, []
+    return values, [f"taken to be {heads} heads and mean={mean} (other ones: {path}:heads=NUMBER,mean=NAME)"]
