@@ -114,7 +114,7 @@ class Learner(nn.Module):
         self.objective = objective
 
     def forward(self, x, t, noise):
-        s = self.student.run(x, layers=self.objective.layers_s) if self.objective.plain else None
+        s = self.student.tokens(x, layers=self.objective.layers_s) if self.objective.plain else None
         return self.objective(self.student, x, s, t, noise)
 
 
@@ -170,7 +170,7 @@ def main(argv=None):
         noise = data.uniform_noise(draws, N, cfg.seed).to(run.device)   # (B, N), decides which patches to hide
         with run.autocast:
             with torch.no_grad():
-                t = teacher.run(data.renormalize(x, student, teacher), layers=objective.layers_t)
+                t = teacher.tokens(data.renormalize(x, student, teacher), layers=objective.layers_t)
                 t = qsd.normalize_targets(t, cfg.target_norm)       # cls (B, C_t), patches (B, N, C_t), outs
             return model(x, t, noise)
 
@@ -180,7 +180,7 @@ def main(argv=None):
         if "CC" not in os.environ and not any(map(shutil.which, ("cc", "gcc", "clang"))):
             raise UserError("--compile needs a C compiler: install gcc, or say --compile no")
         learner.compile(fullgraph=True)                             # one graph each, or an error: no silent slow path
-        teacher.run = torch.compile(teacher.run, fullgraph=True)
+        teacher.tokens = torch.compile(teacher.tokens, fullgraph=True)
     optimizer = torch.optim.AdamW(weight_decay_groups(learner, cfg.weight_decay), betas=(0.9, 0.999), fused=True)
     if only_timed:
         bench(cfg, run, learner, teacher, losses_of, optimizer, flops)
@@ -684,7 +684,7 @@ def bench(cfg, run, learner, teacher, losses_of, optimizer, flops):
 
     x = data.normalize(images.to(run.device), learner.student.mean, learner.student.std)
     with run.autocast, torch.no_grad():
-        of_teacher = statistics.median(seconds(teacher.run, x) for _ in range(3)) / whole
+        of_teacher = statistics.median(seconds(teacher.tokens, x) for _ in range(3)) / whole
     forward = statistics.median(seconds(losses_of, learner, images, draws) for _ in range(3)) / whole
     print(f"of a step: teacher {of_teacher:.0%}, student with heads and losses {forward - of_teacher:.0%}, "
           f"backward pass and optimiser {1 - forward:.0%}")

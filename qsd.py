@@ -20,10 +20,10 @@ import torch.nn.functional as F
 
 
 class UserError(ValueError):
-    """A user's mistake: one line that says what is wrong, in which file or flag; scripts print it, with status 2."""
+    """A user's mistake, in one line: what is wrong, in which file or flag. Scripts print it and end with status 2."""
 
     def __str__(self):
-        return super().__str__().split("UserError: ")[-1].strip()  # a loader's worker wraps the line in its traceback
+        return super().__str__().split("UserError: ")[-1].strip()  # a worker wraps it in its traceback
 
 
 def say(line):
@@ -35,7 +35,7 @@ def say(line):
 
 @dataclass
 class LossConfig:
-    """Constants of the objectives; distill.Config and segment.Config inherit them: each is a flag of both scripts."""
+    """Constants of the objectives, each a flag of distill.py and of segment.py, whose Configs inherit them."""
     loss: Literal["qsd", "mse", "cwd", "afdcd", "g2sd", "vitkd", "proteus"] = "qsd"  # a key of qsd.LOSSES
     # the paper's objective, --loss qsd
     alpha: float = 1.0          # weight of L_feat; 0 leaves out the term, its head and its work
@@ -68,12 +68,12 @@ class Objective(nn.Module):
 
 
 def projection(dim_s, dim_t):
-    """To the teacher's width: "a linear projection layer" in the paper, LayerNorm and Linear in the official code."""
+    """To the teacher's width: "a linear projection layer" in the paper, this in the official code."""
     return nn.Sequential(nn.LayerNorm(dim_s), nn.Linear(dim_s, dim_t))
 
 
 def matmul_fp32(a, b):
-    """a @ b of fp32 numbers, under autocast, too: a softmax of large, unscaled logits does not bear bf16's rounding."""
+    """a @ b in fp32, under autocast, too: a softmax of large, unscaled logits does not bear bf16's rounding."""
     dtype = torch.promote_types(b.dtype, torch.float32)
     with torch.autocast(a.device.type, enabled=False):
         return a.to(dtype) @ b.to(dtype)
@@ -176,7 +176,7 @@ class GKD(Objective):
         return L_inner
 
     def masked_pass(self, student, x, v_s, noise):
-        """The student's patches (B, N, C_s), of every second image from a masked pass; the others keep those of v_s."""
+        """The student's patches (B, N, C_s): a masked pass of every second image, the others' are those of v_s."""
         which = masked_images(self.config)
         hidden = random_mask(noise[which], self.config.mask_ratio)  # (M, N), for the M masked images
         v_s_mask = v_s.clone()
@@ -185,17 +185,17 @@ class GKD(Objective):
 
 
 def masked_images(config):
-    """Which images are masked: micro-batches are even, so every second one of each is every second of the batch."""
+    """Which images are masked: every second one of each micro-batch, all of which are even."""
     return slice(0, None, 1 if config.mask_all else 2)
 
 
 def random_mask(noise, ratio):
-    """Hides exactly int(ratio N) patches of each image: uniform noise (B, N) -> mask (B, N) bool, True = hidden."""
+    """Uniform noise (B, N) -> mask (B, N) bool that hides (True) exactly int(ratio N) patches of each image."""
     return noise.argsort(1).argsort(1) < int(ratio * noise.shape[1])
 
 
 def normalize_targets(t, how):
-    """The teacher's pass t = (cls, patches, outs) as the objectives see it: in fp32, its tokens under --target_norm."""
+    """The teacher's pass t = (cls, patches, outs) in fp32, its final tokens under --target_norm."""
     cls, patches, outs = t
     cls = cls.float()
     patches = patches.float()
@@ -206,7 +206,7 @@ def normalize_targets(t, how):
 
 
 def feature_layers(depth):
-    """The four blocks a decoder reads: [3, 5, 7, 11] of 12, in proportion at other depths ([7, 11, 15, 23] of 24)."""
+    """The four blocks a decoder reads: [3, 5, 7, 11] of 12, [7, 11, 15, 23] of 24, in proportion of others."""
     return [max(0, round(depth * part / 12) - 1) for part in (4, 6, 8, 12)]
 
 
@@ -232,7 +232,7 @@ class CWD(Objective):
         self.align = nn.Linear(student.embed_dim, teacher.embed_dim)
 
     def forward(self, student, x, s, t, noise):
-        log_p_s = (self.align(s[1]).float() / self.T).log_softmax(1)               # (B, N, C_t), a distribution over N
+        log_p_s = (self.align(s[1]).float() / self.T).log_softmax(1)               # (B, N, C_t), over N
         log_p_t = (t[1] / self.T).log_softmax(1)
         kl = F.kl_div(log_p_s, log_p_t, reduction="none", log_target=True).sum(1)  # (B, C_t)
         return {"loss": self.T ** 2 * kl.mean()}
@@ -304,7 +304,7 @@ class G2SD(Objective):
     def forward(self, student, x, s, t, noise):
         B, N = noise.shape
         keep = noise.argsort(1)[:, :int(self.keep * N)]  # (B, K), indices of visible patches
-        seen = self.embed(student.run(x, keep=keep)[1])  # (B, K, 256)
+        seen = self.embed(student.tokens(x, keep=keep)[1])  # (B, K, 256)
         everywhere = self.mask_token.to(seen.dtype).expand(B, N, -1)
         full = everywhere.scatter(1, keep[..., None].expand_as(seen), seen)  # (B, N, 256)
         predicted = self.decoder(full + self.pos_embed).float()  # (B, N, C_t)
@@ -367,7 +367,7 @@ class Proteus(Objective):
         return {"L_cls": L_cls, "L_feat": L_feat, "L_mask": L_mask, "loss": L_cls + L_feat + L_mask}
 
 
-OF_QSD = ("alpha", "beta", "gamma", "distance", "feat_with_cls", "attention", "scale", "layers")   # no rival reads them
+OF_QSD = ("alpha", "beta", "gamma", "distance", "feat_with_cls", "attention", "scale", "layers")  # rivals read none
 LOSSES = {"qsd": GKD, "mse": MSE, "cwd": CWD, "afdcd": AfDCD, "g2sd": G2SD, "vitkd": ViTKD, "proteus": Proteus}
 
 
@@ -387,13 +387,13 @@ def build_objective(student, teacher, config):
 
 
 def load_heads(objective, heads, path):
-    """Continue with the heads that a student's checkpoint holds, instead of fresh ones (--keep_heads)."""
+    """Continue with the heads of a student's checkpoint instead of fresh ones (--keep_heads)."""
     load_strictly(objective, heads or {}, f"--keep_heads: {path} holds no heads of this --loss, teacher and student")
 
 
 # --- Encoders: the table --------------------------------------------------------------------------------------------
 
-WEIGHTS = "weights"  # official files are looked for in this folder first, then in torch.hub's cache
+WEIGHTS = "weights"  # where official files are looked for first, then in torch.hub's cache
 ANTIALIAS = False  # in every bicubic resize (official code: False; timm: True)
 
 IMAGENET = dict(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
@@ -404,7 +404,7 @@ STATISTICS = dict(imagenet=IMAGENET, half=HALF, clip=CLIP, satellite=SATELLITE)
 
 
 class Encoder(NamedTuple):
-    """A row of ENCODERS: the architecture, the statistics its images are normalised with, and the official file."""
+    """A row of ENCODERS: the architecture, what images are normalised with, the official file."""
     embed_dim: int
     depth: int
     num_heads: int
@@ -429,8 +429,8 @@ DEIT = "https://dl.fbaipublicfiles.com/deit/"
 DINO = "https://dl.fbaipublicfiles.com/dino/"
 V2 = "https://dl.fbaipublicfiles.com/dinov2/dinov2_"
 EVA = "https://huggingface.co/Yuxin-CV/EVA-02/resolve/main/eva02/pt/"
-AUGREG = "https://huggingface.co/timm/vit_tiny_patch16_224.augreg_in21k_ft_in1k"
-ON_REQUEST = "https://ai.meta.com/resources/models-and-libraries/dinov3-downloads/"     # DINOv3: a form, not a file
+TIMM = "https://huggingface.co/timm/vit_tiny_patch16_224.augreg_in21k_ft_in1k"
+ON_REQUEST = "https://ai.meta.com/resources/models-and-libraries/dinov3-downloads/"  # DINOv3: a form
 TI = (192, 12, 3)           # width, depth, heads
 S = (384, 12, 6)
 B = (768, 12, 12)
@@ -451,7 +451,7 @@ ENCODERS = {                # size, patch, image, official file, its SHA-256, wh
     "deit_tiny_distilled":  Encoder(*TI, 16, 224, DEIT + "deit_tiny_distilled_patch16_224-b40b3cf7.pth", "b40b3cf7"),
     "deit_small_distilled": Encoder(*S, 16, 224, DEIT + "deit_small_distilled_patch16_224-649709d9.pth", "649709d9"),
     "deit_base_distilled":  Encoder(*B, 16, 224, DEIT + "deit_base_distilled_patch16_224-df68dfff.pth", "df68dfff"),
-    "vit_tiny_augreg":      Encoder(*TI, 16, 224, AUGREG + "/resolve/main/pytorch_model.bin", file=AUGREG + ".pth", **HALF),
+    "vit_tiny_augreg":      Encoder(*TI, 16, 224, TIMM + "/resolve/main/pytorch_model.bin", file=TIMM + ".pth", **HALF),
     "dino_vits16":          Encoder(*S, 16, 224, DINO + "dino_deitsmall16_pretrain/dino_deitsmall16_pretrain.pth"),
     "dino_vitb16":          Encoder(*B, 16, 224, DINO + "dino_vitbase16_pretrain/dino_vitbase16_pretrain.pth"),
     "dinov2_vits14":        Encoder(*S, 14, 518, V2 + "vits14/dinov2_vits14_pretrain.pth", "b938bf1b", **LS),
@@ -461,7 +461,8 @@ ENCODERS = {                # size, patch, image, official file, its SHA-256, wh
     "dinov2_vits14_reg":    Encoder(*S, 14, 518, V2 + "vits14/dinov2_vits14_reg4_pretrain.pth", "f4331770", **REG),
     "dinov2_vitb14_reg":    Encoder(*B, 14, 518, V2 + "vitb14/dinov2_vitb14_reg4_pretrain.pth", "73182a08", **REG),
     "dinov2_vitl14_reg":    Encoder(*L, 14, 518, V2 + "vitl14/dinov2_vitl14_reg4_pretrain.pth", "36e4deff", **REG),
-    "dinov2_vitg14_reg":    Encoder(*G, 14, 518, V2 + "vitg14/dinov2_vitg14_reg4_pretrain.pth", "746ecb8c", **REG, **GLU),
+    "dinov2_vitg14_reg":    Encoder(*G, 14, 518, V2 + "vitg14/dinov2_vitg14_reg4_pretrain.pth", "746ecb8c",
+                                    **REG, **GLU),
     "dinov3_vits16":        Encoder(*S, 16, 256, file="dinov3_vits16_pretrain_lvd1689m-08c60483.pth", **V3),
     "dinov3_vits16plus":    Encoder(*S, 16, 256, file="dinov3_vits16plus_pretrain_lvd1689m-4057cbaa.pth", **V3PLUS),
     "dinov3_vitb16":        Encoder(*B, 16, 256, file="dinov3_vitb16_pretrain_lvd1689m-73cec8be.pth", **V3),
@@ -488,9 +489,8 @@ def constructor_values(name, row):
 
 
 # --- The vision transformer -----------------------------------------------------------------------------------------
-# Parameter names are those of the official checkpoints (but DINOv3's, see KEYS); e is a row of the table. Without options
-# this is DeiT and DINO. DINOv2 adds layerscale and registers, EVA-02 changes sub_ln and rope, DINOv3 eps and rope, which
-# there also means: no pos_embed.
+# Parameters have the names of the official files (but DINOv3's, see KEYS); e is a row of the table. Without options it
+# is DeiT and DINO; DINOv2 adds layerscale and registers, EVA-02 sub_ln and rope, DINOv3 eps, and rope for pos_embed.
 
 class Attention(nn.Module):
     def __init__(self, e):
@@ -526,22 +526,17 @@ class Attention(nn.Module):
         return self.proj(self.inner_attn_ln(x))
 
 
-class Mlp(nn.Module):
-    def __init__(self, e):
-        super().__init__()
-        hidden = e.mlp_ratio * e.embed_dim
-        self.fc1 = nn.Linear(e.embed_dim, hidden)
-        self.fc2 = nn.Linear(hidden, e.embed_dim)
-
-    def forward(self, x):
-        return self.fc2(F.gelu(self.fc1(x)))
+def mlp(e):
+    hidden = e.mlp_ratio * e.embed_dim
+    layers = dict(fc1=nn.Linear(e.embed_dim, hidden), act=nn.GELU(), fc2=nn.Linear(hidden, e.embed_dim))
+    return nn.Sequential(OrderedDict(layers))
 
 
 class SwiGLU(nn.Module):
-    """A gate times a value; two thirds as wide as Mlp, so that its three matrices cost as much as Mlp's two."""
+    """A gate times a value; two thirds as wide as mlp: three matrices cost as much as its two."""
     def __init__(self, e):
         super().__init__()
-        hidden = 2 * e.mlp_ratio * e.embed_dim // 3  # DINO's code rounds up to a multiple of 8, which it is already
+        hidden = 2 * e.mlp_ratio * e.embed_dim // 3  # a multiple of 8, as DINO's code wants it
         self.fused = not (e.sub_ln or e.rope == "dinov3")  # w12: one matrix makes both gate and value
         if self.fused:
             self.w12 = nn.Linear(e.embed_dim, 2 * hidden)
@@ -575,7 +570,7 @@ class Block(nn.Module):
         self.norm1 = nn.LayerNorm(e.embed_dim, e.eps)
         self.norm2 = nn.LayerNorm(e.embed_dim, e.eps)
         self.attn = Attention(e)
-        self.mlp = SwiGLU(e) if e.mlp == "swiglu" else Mlp(e)
+        self.mlp = SwiGLU(e) if e.mlp == "swiglu" else mlp(e)
         self.ls1 = LayerScale(e) if e.layerscale else nn.Identity()
         self.ls2 = LayerScale(e) if e.layerscale else nn.Identity()
 
@@ -586,7 +581,7 @@ class Block(nn.Module):
 
 
 def rope_angles(rope, grid, head_dim, device):
-    """Rotation angles (N, D / 2) of D = head_dim channels in pairs: half of the pairs turn with y, half with x."""
+    """Angles (N, D / 2) of the pairs of D = head_dim channels: half of them turn with y, half with x."""
     h, w = grid
     rows = torch.arange(h, device=device)
     columns = torch.arange(w, device=device)
@@ -605,7 +600,7 @@ def rope_angles(rope, grid, head_dim, device):
 
 
 def rotate(x, cos, sin, rope):
-    """Turns the channel pairs of x (B, heads, T, D) by D / 2 angles; cos and sin (1 or B, 1, T, D / 2), in fp32."""
+    """Turns the channel pairs of x (B, heads, T, D) by angles of cos and sin (1 or B, 1, T, D / 2), in fp32."""
     if rope == "eva02":  # channels 2 i and 2 i + 1 are a pair
         a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
         turned = torch.stack([a * cos - b * sin, b * cos + a * sin], dim=-1).flatten(-2)
@@ -651,15 +646,13 @@ class ViT(nn.Module):
                 nn.init.zeros_(parameter)
 
     def forward(self, x, mask=None):
-        cls, patches, _ = self.run(x, mask)
-        return cls, patches
+        return self.tokens(x, mask)[:2]
 
     def blocks_out(self, x, layers):
-        """Raw outputs [(B, N, C)] of the blocks with these indices; blocks after the last of them do not run."""
-        _, _, outs = self.run(x, layers=layers, depth=max(layers) + 1)
-        return outs
+        """Raw outputs [(B, N, C)] of the blocks with these indices; later blocks do not run."""
+        return self.tokens(x, layers=layers, depth=max(layers) + 1)[2]
 
-    def run(self, x, mask=None, keep=None, layers=(), depth=None):
+    def tokens(self, x, mask=None, keep=None, layers=(), depth=None):
         """One pass: cls (B, C) and patches (B, N, C), normed, and the raw patches after each block of `layers`.
 
         mask (B, N) bool: True = the patch embedding is replaced by mask_token, before its position is added.
@@ -692,7 +685,7 @@ class ViT(nn.Module):
         return x[:, 0], x[:, self.prefix:], [outs[i] for i in layers]  # (B, C), (B, N, C), each (B, N, C)
 
     def rotary_position(self, grid, keep, device):
-        """Cosines and sines, each (1 or B, 1, T, D / 2), D = C / heads, of the angles that rotary positions turn by."""
+        """Cosines and sines (1 or B, 1, T, D / 2), D = C / heads, of the angles of rotary positions."""
         angles = rope_angles(self.rope, grid, self.embed_dim // self.num_heads, device)  # (N, D / 2)
         angles = angles[None] if keep is None else angles[keep]  # (1 or B, N, D / 2)
         angles = F.pad(angles, (0, 0, self.prefix, 0))[:, None]  # CLS, registers: no position, angle 0
@@ -729,7 +722,7 @@ def resize_pos_embed(pos_embed, old, new, offset=0.0, antialias=ANTIALIAS):
 
 
 def resized(values, img_size, patch_size, depth):
-    """Constructor values with the asked sizes; without img_size the stored one, rounded down to whole patches."""
+    """Constructor values with the asked sizes; the stored img_size is rounded down to whole patches."""
     patch = patch_size or values["patch_size"]
     if img_size is None:
         size = values["img_size"]
@@ -740,12 +733,12 @@ def resized(values, img_size, patch_size, depth):
 # --- Loading --------------------------------------------------------------------------------------------------------
 
 def load_vit(name_or_path, img_size=None, patch_size=None, depth=None, pretrained=True, offset=0.0):
-    """Builds an encoder with its weights; one printed line says from which file, what was changed and what guessed.
+    """Builds an encoder with its weights; one line tells from which file, what was changed and what guessed.
 
-    name_or_path: a name of ENCODERS, or a checkpoint: an official file, one of timm or transformers, this project's
-    or the official GKD repository's. img_size (int or (H, W)) and patch_size, in pixels, resize pos_embed and the patch
-    kernels; depth keeps the first blocks only; pretrained=False: random weights. offset: see resize_pos_embed; only
-    DINOv2 without registers has one. UserError where the name, the file, its keys, numbers or sizes are wrong.
+    name_or_path: a name of ENCODERS, or a checkpoint: an official file, one of timm, transformers, this project or
+    the official GKD. img_size (int or (H, W)) and patch_size, in pixels, resize pos_embed and the patch kernels;
+    depth: of the first blocks only; pretrained=False: random weights; offset: see resize_pos_embed, of DINOv2 without
+    registers alone. UserError where the name, the file, its keys, numbers or sizes are wrong.
     """
     name, given = split_options(name_or_path)
     row = ENCODERS.get(name)
@@ -800,9 +793,9 @@ def split_options(name_or_path):
 def student_checkpoint(vit):
     """What student.pt holds: "model" has the encoder's keys, which timm loads, and mask_token stands beside it.
 
-    DeiT, DINO and DINOv2 load as they are, others by timm's checkpoint_filter_fn(state, model): DINOv2-g and registers
-    by timm.models.vision_transformer's, of model | {"mask_token": mask_token}; by timm.models.eva's EVA-02, for
-    global_pool="token", and DINOv3, for "..._qkvb", once "register_tokens" is called "storage_tokens".
+    DeiT, DINO and DINOv2 load as they are, others by checkpoint_filter_fn(state, model) of timm.models: DINOv2-g and
+    registers by vision_transformer's, of model | {"mask_token": mask_token}; EVA-02, for global_pool="token", and
+    DINOv3, for "..._qkvb" and "register_tokens" called "storage_tokens", by eva's.
     """
     model = vit.state_dict()
     mask_token = model.pop("mask_token")
@@ -810,7 +803,7 @@ def student_checkpoint(vit):
 
 
 def ledger_and_heads(name_or_path):
-    """What a checkpoint of this project brings along: the ledgers of the stages behind it, and its heads (or None)."""
+    """What a checkpoint of this project brings along: the ledgers of its stages, and its heads (or None)."""
     name, _ = split_options(name_or_path)
     if name in ENCODERS:
         return [], None
@@ -819,7 +812,7 @@ def ledger_and_heads(name_or_path):
 
 
 def load_strictly(module, state, what, assign=False):
-    """Fills a module with a state dict of exactly its names and shapes, all numbers finite; else a UserError of what."""
+    """Fills a module with a state dict of exactly its names, shapes and kinds of finite numbers; or a UserError."""
     expected = module.state_dict()
     wrong = None
     try:
@@ -836,10 +829,8 @@ def load_strictly(module, state, what, assign=False):
 
 
 def find_file(name, row):
-    """The file of a named encoder, downloaded if no copy lies in WEIGHTS or torch.hub's cache; or the path given."""
+    """The path given, or the file of a named encoder, downloaded if no copy lies in WEIGHTS or torch.hub's cache."""
     if row is None:
-        if not Path(name).is_file():
-            raise UserError(f"{name}: neither a file nor a known encoder; the names are {', '.join(ENCODERS)}")
         return Path(name)
     file = Path(row.file or row.url).name
     place = Path(WEIGHTS, file)
@@ -865,11 +856,11 @@ def bare(path):
 
 
 # --- Files of any origin --------------------------------------------------------------------------------------------
-# Checkpoints of mmengine, timm and the authors pickle objects beside their tensors. The unpickler here knows what tensors
-# are made of and nothing else: whatever class or function a file names, none is imported or called.
+# Checkpoints of mmengine, timm and the authors pickle objects beside their tensors. The unpickler here knows what
+# tensors are made of and nothing else: whatever class or function a file names, none is imported or called.
 
 class Inert(dict):
-    """Stands for every other class and function that a file names: can be called and filled, and does nothing."""
+    """Stands for every other class and function of a file: can be called and filled, and does nothing."""
     def __init__(self, *args, **kwargs):
         pass
 
@@ -889,18 +880,20 @@ class InertPickle:
         return InertPickle.Unpickler(file, **options).load()
 
 
-FILES = {   # how files begin that torch.load cannot read, and what they are
+FILES = {  # how files begin that torch.load cannot read, and what they are
     rb"version https://git-lfs": "a pointer of Git LFS, not the file itself: fetch that with git lfs pull",
     rb"\s*<": "a web page: what the address gave is no file of weights",
     rb"\x1f\x8b|PK(?!.*(data\.pkl|\.npy))": "an archive: unpack it and give the file in it",
     rb"PK.*constants\.pkl": "TorchScript, a program: torch.save the state_dict() of the model it was made of",
 }
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+          "I64": torch.int64, "I32": torch.int32, "U8": torch.uint8, "BOOL": torch.bool}
 
 
 def open_checkpoint(path):
-    """The dict in a checkpoint of any origin, on the CPU; UserError where there is none. Runs no code from it."""
+    """The dict in a checkpoint of any origin, on the CPU, or a UserError; runs no code from it."""
     if not Path(path).is_file():
-        raise UserError(f"{path}: there is no such file")
+        raise UserError(f"{path}: neither a file nor a known encoder; the names are {', '.join(ENCODERS)}")
     try:
         with open(path, "rb") as file:
             if file.read(9)[8:] == b"{":
@@ -911,23 +904,17 @@ def open_checkpoint(path):
             saved = torch.load(path, map_location="cpu", weights_only=False, pickle_module=InertPickle)
     except Exception as error:  # damaged bytes raise nearly anything
         reason = (str(error) or type(error).__name__).splitlines()[0][:100]
-        what = f"truncated, damaged or no checkpoint of PyTorch's ({reason}): fetch it again"
         content = Path(path).read_bytes()
-        for pattern, known in FILES.items():
-            if re.match(pattern, content, re.DOTALL):
-                what = known
+        known = [what for pattern, what in FILES.items() if re.match(pattern, content, re.DOTALL)]
+        what = known[0] if known else f"truncated, damaged or no checkpoint of PyTorch's ({reason}): fetch it again"
         raise UserError(f"{path} is {what}") from None
     if not isinstance(saved, dict):
         raise UserError(f"{path} holds no dict of tensors, but {type(saved).__name__}: save the state dict")
     return saved
 
 
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-          "I64": torch.int64, "I32": torch.int32, "U8": torch.uint8, "BOOL": torch.bool}
-
-
 def read_safetensors(file):
-    """The tensors of a .safetensors file: eight bytes of length, JSON of that length, then the raw numbers."""
+    """The tensors of a .safetensors file: eight bytes of length, JSON of that length, raw numbers."""
     file.seek(0)
     length = int.from_bytes(file.read(8), "little")
     header = json.loads(file.read(length))
@@ -990,16 +977,15 @@ KEYS = [
 OTHERS = {  # a part of a key that tells of an encoder which is not among those here
     r"decoder_(embed|blocks)": "an MAE with its decoder: take the file without it, mae_pretrain_vit_*.pth",
     r"norm_pre|visual\.|vision_model|attn_pool": "a CLIP or SigLIP, which is not supported",
-    r"layers\.\d+\.blocks|rel(ative)?_pos|dwconv|layer1\.0\.conv": "a Swin, BEiT, SAM, ConvNeXt or ResNet: not supported",
+    r"layers\.\d+\.blocks|rel(ative)?_pos|dwconv|layer1\.0\.conv": "a Swin, BEiT, SAM, ConvNeXt or ResNet, no ViT",
 }
 
 
 def read_encoder(path, name, row, given):
-    """The file's encoder: {parameter: tensor}, the ViT's constructor values, and notes on what is new or a guess."""
+    """A file's encoder: {parameter: tensor}, the ViT's constructor values, notes on what is new or a guess."""
     checkpoint = open_checkpoint(path)
     if "learner" in checkpoint and "optimizer" in checkpoint:
-        raise UserError(f"{path} is the state of an unfinished run: give the student.pt or segmenter.pt that its "
-                        "command, started again, ends with")
+        raise UserError(f"{path} is the state of an unfinished run: give the student.pt or segmenter.pt it ends with")
     prefix, state, notes = find_encoder(path, tensors_in(checkpoint))
     ours = "embed_dim" in (checkpoint.get("encoder") or ())  # a checkpoint of this project
     if ours and "mask_token" in checkpoint:
@@ -1020,7 +1006,7 @@ def read_encoder(path, name, row, given):
 
 
 def find_encoder(path, tensors):
-    """A file's encoder: what its keys begin with, {rest of the key: tensor}, and a note if there are several."""
+    """A file's encoder: what its keys begin with, {rest of the key: tensor}, a note if there are several."""
     encoders = {}
     for found in filter(None, map(re.compile(PATCH_EMBED).fullmatch, tensors)):
         start = found[1]
@@ -1031,8 +1017,7 @@ def find_encoder(path, tensors):
         if re.search(pattern, " ".join(state)):
             raise UserError(f"{path} holds {family}")
     if not encoders:
-        raise UserError(f"{path} holds no encoder: no key in it ends in patch_embed.proj.weight; its tensors are "
-                        f"{', '.join(list(state)[:3]) or 'none: torch.save a state dict, not NumPy arrays or a model'}")
+        raise UserError(f"{path} holds no encoder, no patch_embed.proj.weight, but {list(state)[:3]}")
     shapes = [tensor.shape for tensor in state.values()]
     for other, tensors in encoders.items():  # a teacher of the student's shapes is its average: DINO's training
         if "student" in prefix and "teacher" in other and [tensor.shape for tensor in tensors.values()] == shapes:
@@ -1042,7 +1027,7 @@ def find_encoder(path, tensors):
 
 
 def official_to_ours(path, state):
-    """A file's tensors as ViT names and holds them, in fp32. What KEYS does not list keeps its name."""
+    """A file's tensors as ViT names and holds them, in fp32."""
     ours = {}
     for key, tensor in state.items():
         for pattern, name in KEYS:
@@ -1079,7 +1064,7 @@ def official_to_ours(path, state):
 
 
 def infer_values(path, prefix, state, given):
-    """Constructor values of an official file, from its tensors and its name, and notes on what is a guess."""
+    """Constructor values of a file's encoder, from its tensors and its name, and a note on what is a guess."""
     dim, _, _, patch_size = state["patch_embed.proj.weight"].shape
     positions = state["pos_embed"].shape[1] if "pos_embed" in state else 1 + 16 * 16  # of (1, 1 + N, C)
     swiglu = "blocks.0.mlp.w3.weight" in state
@@ -1092,8 +1077,7 @@ def infer_values(path, prefix, state, given):
         heads = 12
     heads = given.get("num_heads", heads)
     if not heads or dim % heads:
-        raise UserError(f"{path}: how many heads share its width of {dim} is not known, or is no divisor of it: give "
-                        f"their number, {path}:heads=NUMBER")
+        raise UserError(f"{path}: its {dim} channels do not tell how many heads divide them: add {path}:heads=NUMBER")
     values = dict(
         name=bare(path), embed_dim=dim, num_heads=heads, patch_size=patch_size,
         depth=len({key.split(".")[1] for key in state if key.startswith("blocks.")}),
@@ -1113,7 +1097,5 @@ def infer_values(path, prefix, state, given):
     mean = "half" if "augreg" in path.name.lower() else "imagenet"
     if rope == "eva02" and not prefix.endswith("backbone."):  # official GKD normalises every encoder's images so
         mean = "clip"
-    values |= STATISTICS[mean]
-    if "num_heads" in given and "mean" in given:
-        return values, []
-    return values, [f"taken to be {heads} heads and mean={mean} (other ones: {path}:heads=NUMBER,mean=NAME)"]
+    values |= STATISTICS[mean] | given
+    return values, [f"taken to be {heads} heads and mean {values['mean'][0]:g} (else: {path}:heads=NUMBER,mean=NAME)"]

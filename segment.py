@@ -630,7 +630,7 @@ class Segmenter(nn.Module):
 
     def run(self, x, layers=()):
         """One pass for two losses: the encoder's (cls, patches, outs of `layers`), the decoder's outputs."""
-        cls, patches, outs = self.encoder.run(x, layers=[*layers, *self.layers])
+        cls, patches, outs = self.encoder.tokens(x, layers=[*layers, *self.layers])
         maps = pyramid(outs[len(layers):], qsd.grid_of(x.shape[2:], self.encoder.patch_size))
         return (cls, patches, outs[:len(layers)]), self.decoder(maps)
 
@@ -814,7 +814,7 @@ def main(argv=None):
             with torch.no_grad():
                 if cfg.kd:
                     noise = data.uniform_noise(draws, N, cfg.seed).to(run.device)  # (B, N)
-                    t = teacher.run(data.renormalize(x, encoder, teacher), layers=objective.layers_t)
+                    t = teacher.tokens(data.renormalize(x, encoder, teacher), layers=objective.layers_t)
                     t = qsd.normalize_targets(t, cfg.target_norm)
                 if cfg.kd_logits:
                     outputs = teacher_segmenter(data.renormalize(x, encoder, teacher_segmenter.encoder))

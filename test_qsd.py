@@ -76,8 +76,8 @@ def setting(loss="qsd", grid=(3, 5), **constants):
     x = torch.randn(4, 3, 4 * grid[0], 4 * grid[1])
     noise = torch.rand(4, grid[0] * grid[1])
     with torch.no_grad():
-        t = teacher.run(x, layers=objective.layers_t)
-    s = student.run(x, layers=objective.layers_s) if objective.plain else None
+        t = teacher.tokens(x, layers=objective.layers_t)
+    s = student.tokens(x, layers=objective.layers_s) if objective.plain else None
     return student, objective, x, s, t, noise
 
 
@@ -120,7 +120,7 @@ def slow_gkd(objective, student, x, t, noise):
     """The paper's equations as they stand: a second pass of all images, some of them masked, and no work shared."""
     c = objective.config
     v_t_cls, v_t, outs_t = t
-    v_s_cls, v_s, outs_s = student.run(x, layers=objective.layers_s)
+    v_s_cls, v_s, outs_s = student.tokens(x, layers=objective.layers_s)
     losses = {}
 
     def errors(head, v_s, v_t):                                                 # (B, N)
@@ -177,7 +177,7 @@ def slow_g2sd(objective, student, x, t, noise):
     """A quarter of the patches is seen; four blocks predict every normalised token, by smooth L1 with 2 as its bend."""
     keep = noise.argsort(1)[:, :3]                              # 15 / 4, rounded down
     full = objective.mask_token.expand(4, 15, 256).clone()
-    full[torch.arange(4)[:, None], keep] = objective.embed(student.run(x, keep=keep)[1])
+    full[torch.arange(4)[:, None], keep] = objective.embed(student.tokens(x, keep=keep)[1])
     v = full + objective.pos_embed
     for block in objective.decoder[:4]:
         v = block(v)
@@ -188,7 +188,7 @@ def slow_g2sd(objective, student, x, t, noise):
 
 def slow_vitkd(objective, student, x, t, noise):
     """The first two blocks are mimicked, the last one is generated at the hidden half of its positions."""
-    first, second, last = [align(out) for align, out in zip(objective.align, student.run(x, layers=(0, 1, 2))[2])]
+    first, second, last = [align(out) for align, out in zip(objective.align, student.tokens(x, layers=(0, 1, 2))[2])]
     first_t, second_t, last_t = t[2]
     hidden = slow_mask(noise, 0.5)
     mixed = torch.where(hidden[..., None], objective.token, last).mT.unflatten(2, (3, 5))
@@ -258,7 +258,7 @@ def test_an_objective_equals_its_slow_form_in_value_and_gradient_and_stays_fp32_
     assert all(p.grad is not None for p in objective.parameters())              # no head is idle
     assert objective.weight == (50 if loss == "cwd" else 1)     # the published one, beside a task loss
     with torch.autocast("cpu", torch.bfloat16):
-        s = student.run(x, layers=objective.layers_s) if objective.plain else None
+        s = student.tokens(x, layers=objective.layers_s) if objective.plain else None
         low = objective(student, x, s, t, noise)
     for name, value in losses.items():
         assert low[name].dtype == torch.float32 and low[name].item() == pytest.approx(value.item(), rel=0.05)
@@ -390,7 +390,7 @@ def test_losses_and_every_gradient_equal_the_authors_step(case, form, tmp_path):
     x = recorded_tensor("", "images", (4, 3, size, size)).double()[order]
     noise = recorded_tensor("", "noise", (4, 16))[order]
     with torch.no_grad():
-        t = teacher.run(x)
+        t = teacher.tokens(x)
     losses = form(student, objective)(x, t, noise)
     losses["loss"].backward()
 
@@ -417,7 +417,7 @@ def assert_equals_timm(vit, model, size):
     blocks = list(range(vit.depth))
     with torch.no_grad():
         last, wanted = model.eval().forward_intermediates(x, indices=blocks, output_fmt="NLC", norm=False)
-        cls, patches, outs = vit.run(x, layers=blocks)
+        cls, patches, outs = vit.tokens(x, layers=blocks)
     for got, want in zip([cls, patches, *outs], [last[:, 0], last[:, vit.prefix:], *wanted], strict=True):
         assert (got - want).abs().max() < 1e-5 * want.abs().max()
 
@@ -498,15 +498,15 @@ def test_masked_and_partial_passes_follow_their_definition(name):
     vit.mask_token.copy_(vit.patch_embed.proj.bias[None])                       # the embedding of a black patch
     torch.testing.assert_close(vit(x, mask), vit(black))
 
-    cls, patches, (first,) = vit.run(x, layers=[0])
+    cls, patches, (first,) = vit.tokens(x, layers=[0])
     order = torch.stack([torch.randperm(24), torch.randperm(24)])
-    cls_kept, kept, _ = vit.run(x, keep=order)                  # all patches, shuffled
+    cls_kept, kept, _ = vit.tokens(x, keep=order)                  # all patches, shuffled
     torch.testing.assert_close(cls_kept, cls)
     torch.testing.assert_close(kept, patches.gather(1, order[..., None].expand_as(patches)))
     lower = torch.arange(12, 24).expand(2, -1)
     upper_black = x.clone()
     upper_black[:, :, :2 * P] = 0
-    torch.testing.assert_close(vit.run(upper_black, keep=lower)[1], vit.run(x, keep=lower)[1])
+    torch.testing.assert_close(vit.tokens(upper_black, keep=lower)[1], vit.tokens(x, keep=lower)[1])
     del vit.blocks[1]                                           # not needed for what the first block puts out
     torch.testing.assert_close(vit.blocks_out(x, [0])[0], first)
 
@@ -1576,8 +1576,8 @@ def test_the_one_stage_loss_is_the_task_loss_plus_the_weighted_objectives():
     x = torch.randn(2, 3, 8, 16)
     label = torch.randint(0, 3, (2, 8, 16))
     label[0, :3] = 255
-    s = encoder.run(x, layers=objective.layers_s)
-    t = encoder.run(x + 1, layers=objective.layers_t)
+    s = encoder.tokens(x, layers=objective.layers_s)
+    t = encoder.tokens(x + 1, layers=objective.layers_t)
     p_t = torch.randn(2, 3, 8, 16).softmax(1)
     logits = resize(segmenter(x), (8, 16))
     task = F.cross_entropy(logits, label, ignore_index=255)
@@ -1832,7 +1832,7 @@ def test_student_and_teachers_see_the_same_pixels_each_normalised_as_it_was_trai
     pixels = 255 * (x * STATISTICS[1] + STATISTICS[0])
     x_t = (pixels / 255 - torch.tensor(OTHER["mean"]).view(3, 1, 1)) / torch.tensor(OTHER["std"]).view(3, 1, 1)
     judge, _ = segment.load_segmenter(tmp_path / "other.pt")
-    cls, patches, _ = judge.encoder.run(x_t)
+    cls, patches, _ = judge.encoder.tokens(x_t)
     close = partial(torch.testing.assert_close, rtol=1e-3, atol=1e-3)
     close(pixels, pixels.round())
     close(t[0], F.layer_norm(cls, (128,)))
