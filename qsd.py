@@ -988,9 +988,10 @@ def read_encoder(path, name, row, given):
         raise UserError(f"{path} is the state of an unfinished run: give the student.pt or segmenter.pt it ends with")
     prefix, state, notes = find_encoder(path, tensors_in(checkpoint))
     ours = "embed_dim" in (checkpoint.get("encoder") or ())  # a checkpoint of this project
-    if ours and "mask_token" in checkpoint:
+    if not ours:
+        state = official_to_ours(path, state)
+    elif "mask_token" in checkpoint:
         state["mask_token"] = checkpoint["mask_token"]
-    state = official_to_ours(path, state)
     if row is not None:
         values = constructor_values(name, row)
     elif ours:
