@@ -41,16 +41,16 @@ class LossConfig:
     alpha: float = 1.0          # weight of L_feat; 0 leaves out the term, its head and its work
     beta: float = 1.0           # weight of L_mask; likewise
     gamma: float = 1.0          # weight of L_cls; 0 leaves the CLS token out of every term
-    distance: Literal["mse", "l1", "cosine"] = "mse"  # between student and teacher, in all three terms; paper: mse
-    feat_with_cls: bool = True  # official: L_feat is the mean over [CLS; patches]; the paper: over the patches
+    distance: Literal["mse", "l1", "cosine"] = "mse"  # of student and teacher, in all terms; paper: mse
+    feat_with_cls: bool = True  # official: L_feat is the mean over [CLS; patches]; paper: patches
     mask_ratio: float = 0.5     # share of the patches hidden in a masked image: int(mask_ratio N) exactly
-    mask_all: bool = False      # no: every second image is masked (official: half of the batch); yes: all (the paper)
+    mask_all: bool = False      # no: every second image is masked (official: half of them); yes: all (paper)
     attention: Literal["learned", "identity", "teacher"] = "learned"  # who queries: v_s (paper), nobody (W = 1), v_t
     scale: Literal["one", "sqrt"] = "one"  # the attention's logits times 1 (paper) or times C_t^-1/2
-    layers: Literal["last", "four"] = "last"  # paper: the last block; four: also the three others that a decoder reads
+    layers: Literal["last", "four"] = "last"  # paper: the last; four: also the others that a decoder reads
     # every objective
-    target_norm: Literal["none", "layernorm"] = "none"  # of the teacher's final tokens; paper and official: none
-    dcd_pool: int = 4           # Af-DCD pools both maps by this first (4 needs a grid of 16x16 patches or more)
+    target_norm: Literal["none", "layernorm"] = "none"  # of the teacher's tokens; paper, official: none
+    dcd_pool: int = 4           # Af-DCD pools both maps by this first (4 wants 16x16 patches or more)
 
 
 # --- Query-based soft distillation ----------------------------------------------------------------------------------
@@ -118,8 +118,8 @@ DISTANCES = {
 class GKD(Objective):
     """The paper's objective, L_QSD: features, masked patches and CLS token, each through a QSD head of its own.
 
-    "diagonal" is no term: the mean share of the attention in L_feat that a patch pays to its own place, about 1 / N at
-    first, more once the attention has formed. --layers four adds L_inner, of earlier blocks.
+    "diagonal" is no term, but the share of L_feat's attention that a patch pays to its own place: 1 / N at first, more
+    once it has formed. --layers four adds L_inner, of earlier blocks.
     """
     def __init__(self, student, teacher, config):
         super().__init__()
@@ -139,25 +139,25 @@ class GKD(Objective):
 
     def forward(self, student, x, s, t, noise):
         c = self.config
-        distance = DISTANCES[c.distance]                    # paper: the squared error
-        v_s_cls, v_s, _ = s                                 # (B, C_s), (B, N, C_s)
-        v_t_cls, v_t, _ = t                                 # (B, C_t), (B, N, C_t)
+        distance = DISTANCES[c.distance]                # paper: the squared error
+        v_s_cls, v_s, _ = s                             # (B, C_s), (B, N, C_s)
+        v_t_cls, v_t, _ = t                             # (B, C_t), (B, N, C_t)
         N = v_t.shape[1]
         L_feat = L_mask = L_cls = diagonal = 0.0
 
         if c.alpha:
-            v_s_prime, W = self.feat(v_s, v_t)              # (B, N, C_t), (B, N, N)
-            L_feat = distance(v_s_prime, v_t)               # Eq. 9
+            v_s_prime, W = self.feat(v_s, v_t)          # (B, N, C_t), (B, N, N)
+            L_feat = distance(v_s_prime, v_t)           # Eq. 9
             diagonal = W.detach().diagonal(dim1=1, dim2=2).mean()
         if c.beta:
             v_s_mask = self.masked_pass(student, x, v_s, noise)  # (B, N, C_s), every second image without a mask
-            v_s_mask_prime, _ = self.mask(v_s_mask, v_t)    # (B, N, C_t)
-            L_mask = distance(v_s_mask_prime, v_t)          # Eq. 10
-        if c.gamma:                                         # one key: the softmax is 1, only phi learns
+            v_s_mask_prime, _ = self.mask(v_s_mask, v_t)  # (B, N, C_t)
+            L_mask = distance(v_s_mask_prime, v_t)      # Eq. 10
+        if c.gamma:                                     # one key: the softmax is 1, only phi learns
             v_s_cls_prime, _ = self.cls(v_s_cls[:, None], v_t_cls[:, None])  # (B, 1, C_t)
             L_cls = distance(v_s_cls_prime[:, 0], v_t_cls)  # Eq. 11
         if c.alpha and c.gamma and c.feat_with_cls:
-            L_feat = (N * L_feat + L_cls) / (N + 1)         # official: [CLS; patches], so CLS counts twice
+            L_feat = (N * L_feat + L_cls) / (N + 1)     # official: [CLS; patches], so CLS counts twice
         loss = c.alpha * L_feat + c.beta * L_mask + c.gamma * L_cls  # Eq. 12
 
         losses = {"L_feat": L_feat, "L_mask": L_mask, "L_cls": L_cls, "diagonal": diagonal}
@@ -171,7 +171,7 @@ class GKD(Objective):
         """L_feat, without CLS, of the three earlier blocks that a decoder reads."""
         L_inner = 0.0
         for head, v_s, v_t in zip(self.inner, outs_s, outs_t, strict=True):  # each (B, N, C_s), (B, N, C_t)
-            v_t = F.layer_norm(v_t, v_t.shape[-1:])  # raw outputs of different blocks differ in scale
+            v_t = F.layer_norm(v_t, v_t.shape[-1:])  # raw outputs differ in scale
             L_inner = L_inner + DISTANCES[self.config.distance](head(v_s, v_t)[0], v_t)
         return L_inner
 
@@ -213,7 +213,7 @@ def feature_layers(depth):
 # --- The rivals of Tables 1, 2 and 4 --------------------------------------------------------------------------------
 
 class MSE(Objective):
-    """Vanilla KD (FitNets, Romero et al. 2015): the mean of (phi(s) - t)^2 over the patches, phi linear."""
+    """Vanilla KD (FitNets, Romero et al. 2015): the mean of (phi(s) - t)^2, phi linear."""
     def __init__(self, student, teacher, config):
         super().__init__()
         self.phi = nn.Linear(student.embed_dim, teacher.embed_dim)
@@ -441,10 +441,10 @@ LS = dict(layerscale=True)
 REG = dict(layerscale=True, registers=4)
 GLU = dict(mlp="swiglu")
 EVA02 = dict(rope="eva02", **GLU, **CLIP)  # official GKD feeds EVA-02 with IMAGENET's statistics instead
-V3 = dict(url=ON_REQUEST, layerscale=True, registers=4, rope="dinov3", eps=1e-5)  # trained at 256, takes any grid
+V3 = dict(url=ON_REQUEST, layerscale=True, registers=4, rope="dinov3", eps=1e-5)  # takes any grid
 V3PLUS = dict(mlp_ratio=6, **GLU, **V3)
 
-ENCODERS = {                # size, patch, image, official file, its SHA-256, what differs from DeiT
+ENCODERS = {  # size, patch, image, official file, its SHA-256, what differs from DeiT
     "deit_tiny":            Encoder(*TI, 16, 224, DEIT + "deit_tiny_patch16_224-a1311bcf.pth", "a1311bcf"),
     "deit_small":           Encoder(*S, 16, 224, DEIT + "deit_small_patch16_224-cd65a155.pth", "cd65a155"),
     "deit_base":            Encoder(*B, 16, 224, DEIT + "deit_base_patch16_224-b5f2ef4d.pth", "b5f2ef4d"),
@@ -473,10 +473,10 @@ ENCODERS = {                # size, patch, image, official file, its SHA-256, wh
     "eva02_small":          Encoder(*S, 14, 224, EVA + "eva02_S_pt_in21k_p14.pt", **EVA02),
     "eva02_base":           Encoder(*B, 14, 224, EVA + "eva02_B_pt_in21k_p14.pt", sub_ln=True, **EVA02),
     "eva02_large":          Encoder(*L, 14, 224, EVA + "eva02_L_pt_m38m_p14.pt", sub_ln=True, **EVA02),
-    "toy_small":            Encoder(64, 4, 2, 8, 64),        # for the built-in toy world: no official file
+    "toy_small":            Encoder(64, 4, 2, 8, 64),  # for the built-in toy world: no official file
     "toy_base":             Encoder(128, 4, 4, 8, 64),
-    "toy_student":          Encoder(64, 4, 2, 8, 64, "assets/toy_student.pt"),      # shipped; trained on image labels
-    "toy_teacher":          Encoder(128, 4, 4, 8, 64, "assets/toy_teacher.pt"),     # shipped
+    "toy_student":          Encoder(64, 4, 2, 8, 64, "assets/toy_student.pt"),  # shipped; trained on image labels
+    "toy_teacher":          Encoder(128, 4, 4, 8, 64, "assets/toy_teacher.pt"),  # shipped
 }
 
 
@@ -536,8 +536,8 @@ class SwiGLU(nn.Module):
     """A gate times a value; two thirds as wide as mlp: three matrices cost as much as its two."""
     def __init__(self, e):
         super().__init__()
-        hidden = 2 * e.mlp_ratio * e.embed_dim // 3  # a multiple of 8, as DINO's code wants it
-        self.fused = not (e.sub_ln or e.rope == "dinov3")  # w12: one matrix makes both gate and value
+        hidden = 2 * e.mlp_ratio * e.embed_dim // 3  # a multiple of 8, as in DINO's code
+        self.fused = not (e.sub_ln or e.rope == "dinov3")  # w12 makes gate and value
         if self.fused:
             self.w12 = nn.Linear(e.embed_dim, 2 * hidden)
         else:
@@ -655,33 +655,33 @@ class ViT(nn.Module):
     def tokens(self, x, mask=None, keep=None, layers=(), depth=None):
         """One pass: cls (B, C) and patches (B, N, C), normed, and the raw patches after each block of `layers`.
 
-        mask (B, N) bool: True = the patch embedding is replaced by mask_token, before its position is added.
+        mask (B, N) bool: True = mask_token instead of the patch's embedding, before its position is added.
         keep (B, K) int64: only these patches enter the blocks, N becomes K (MAE, arXiv:2111.06377).
         depth: only so many blocks run.
         """
-        grid = grid_of(x.shape[-2:], self.patch_size)   # (h, w), N = h w
+        grid = grid_of(x.shape[-2:], self.patch_size)  # (h, w), N = h w
         x = self.patch_embed(x).flatten(2).transpose(1, 2)  # (B, N, C)
-        if mask is not None:                            # (B, N)
+        if mask is not None:                        # (B, N)
             x = torch.where(mask[..., None], self.mask_token.to(x.dtype), x)  # (B, N, C)
 
-        cls = self.cls_token                            # (1, 1, C)
+        cls = self.cls_token                        # (1, 1, C)
         if self.pos_embed is not None:
             pos_embed = resize_pos_embed(self.pos_embed, self.grid, grid)  # (1, 1 + N, C)
-            cls = cls + pos_embed[:, :1]                # (1, 1, C)
-            x = x + pos_embed[:, 1:]                    # (B, N, C)
-        if keep is not None:                            # (B, K), N becomes K
+            cls = cls + pos_embed[:, :1]            # (1, 1, C)
+            x = x + pos_embed[:, 1:]                # (B, N, C)
+        if keep is not None:                        # (B, K), N becomes K
             x = x.gather(1, keep[..., None].expand(-1, -1, self.embed_dim))  # (B, K, C)
 
         first = [cls] if self.register_tokens is None else [cls, self.register_tokens]
         first = torch.cat(first, dim=1).expand(x.shape[0], -1, -1)  # (B, 1 + registers, C)
-        x = torch.cat([first, x], dim=1)                # (B, T, C)
+        x = torch.cat([first, x], dim=1)            # (B, T, C)
         rotation = self.rotary_position(grid, keep, x.device) if self.rope else None
         outs = {}
         for i in range(self.depth if depth is None else depth):
-            x = self.blocks[i](x, rotation)             # (B, T, C)
+            x = self.blocks[i](x, rotation)         # (B, T, C)
             if i in layers:
-                outs[i] = x[:, self.prefix:]            # (B, N, C)
-        x = self.norm(x)                                # (B, T, C)
+                outs[i] = x[:, self.prefix:]        # (B, N, C)
+        x = self.norm(x)                            # (B, T, C)
         return x[:, 0], x[:, self.prefix:], [outs[i] for i in layers]  # (B, C), (B, N, C), each (B, N, C)
 
     def rotary_position(self, grid, keep, device):
@@ -705,8 +705,7 @@ def grid_of(img_size, patch_size):
 def resize_pos_embed(pos_embed, old, new, offset=0.0, antialias=ANTIALIAS):
     """pos_embed (1, 1 + h w, C) of grid old = (h, w), interpolated to grid new; CLS's row is kept.
 
-    offset: interpolate by the factors (new + offset) / old instead of to the size. DINOv2's hub models do so with 0.1:
-    as many positions, sampled at slightly other places; those with registers to the size and antialiased.
+    offset, 0.1 in DINOv2's hub models without registers: by the factors (new + offset) / old, to slightly other places.
     """
     if tuple(old) == tuple(new):
         return pos_embed
@@ -760,13 +759,11 @@ def load_vit(name_or_path, img_size=None, patch_size=None, depth=None, pretraine
             offset = 0.0
         antialias = ANTIALIAS or values["registers"] > 0  # as in DINOv2's hub models
         state["pos_embed"] = resize_pos_embed(state["pos_embed"], stored.grid, vit.grid, offset, antialias)
-        sizes = "{}x{} -> {}x{}".format(*stored.grid, *vit.grid)
         how = "antialiased" if antialias else f"offset {offset:g}"
-        notes.append(f"pos_embed {sizes} (bicubic, {how})")
+        notes.append("pos_embed {}x{} -> {}x{} (bicubic, {})".format(*stored.grid, *vit.grid, how))
     if vit.patch_size != stored.patch_size:
-        kernels = state["patch_embed.proj.weight"]  # (C, 3, P, P)
-        size = (vit.patch_size, vit.patch_size)
-        state["patch_embed.proj.weight"] = F.interpolate(kernels, size, mode="bicubic", antialias=ANTIALIAS)
+        key = "patch_embed.proj.weight"  # (C, 3, P, P)
+        state[key] = F.interpolate(state[key], 2 * (vit.patch_size,), mode="bicubic", antialias=ANTIALIAS)
         notes.append(f"patch {stored.patch_size} -> {vit.patch_size} (bicubic)")
     if vit.depth != stored.depth:
         notes.append(f"the first {vit.depth} of {stored.depth} blocks")
@@ -803,7 +800,7 @@ def student_checkpoint(vit):
 
 
 def ledger_and_heads(name_or_path):
-    """What a checkpoint of this project brings along: the ledgers of its stages, and its heads (or None)."""
+    """What a checkpoint of this project brings along: its stages' ledgers, and its heads (or None)."""
     name, _ = split_options(name_or_path)
     if name in ENCODERS:
         return [], None
@@ -851,7 +848,7 @@ def find_file(name, row):
 
 
 def bare(path):
-    """A file's name without its ending and without the hash that DeiT's and DINOv3's files carry."""
+    """A file's name without its ending and the hash that DeiT's and DINOv3's files carry."""
     return re.sub(r"(-[0-9a-f]{8})?\.(pth|pt|bin|safetensors)$", "", Path(path).name)
 
 
@@ -956,23 +953,22 @@ KEYS = [
     (r"\.(output\.dense|mlp\.down_proj)\.", ".mlp.fc2."),
     (r"\.mlp\.weights_in\.", ".mlp.w12."),
     (r"\.mlp\.(weights_out)\.", ".mlp.w3."),
-    (r"^layernorm\.", "norm."),
+    (r"^(layernorm|fc_norm)\.", "norm."),  # the latter: timm, where an average of the patches follows
     # timm: DINOv2 with registers, EVA-02, DINOv3
-    (r"^(reg_token|storage_tokens)$", "register_tokens"),   # the latter: official DINOv3
-    (r"\.(gamma_|layer_scale)(\d)(\.lambda1)?$", r".ls\2.gamma"),     # the latter: transformers
-    (r"\.mlp\.(fc1_g|gate_proj)\.", ".mlp.w1."),        # the latter: transformers
+    (r"^(reg_token|storage_tokens)$", "register_tokens"),  # the latter: official DINOv3
+    (r"\.(gamma_|layer_scale)(\d)(\.lambda1)?$", r".ls\2.gamma"),  # the latter: transformers
+    (r"\.mlp\.(fc1_g|gate_proj)\.", ".mlp.w1."),  # the latter: transformers
     (r"\.mlp\.fc1_x\.", ".mlp.w2."),
     (r"\.mlp\.norm\.", ".mlp.ffn_ln."),
     (r"\.attn\.norm\.", ".attn.inner_attn_ln."),
-    (r"^fc_norm\.", "norm."),                           # where an average of the patches follows
     # official files
-    (r"^blocks\.\d+\.(\d+)\.", r"blocks.\1."),         # DINOv2's training: chunks of blocks, counted throughout
+    (r"^blocks\.\d+\.(\d+)\.", r"blocks.\1."),  # DINOv2's training: chunks of blocks, counted throughout
     (r"\.attn\.([qkv])(_proj)?\.bias$", r".attn.\1_bias"),
     # of no use here
-    (r"^(head|head_dist|lm_head|pooler)\..*", ""),      # classifiers; DINO's and EVA-02's pretraining heads
-    (r"^((blocks\.\d+\.attn\.)?rope|rope_embed)\..*", ""),     # rotation tables: rope_angles computes them
-    (r"^blocks\.\d+\.attn\.qkv\.bias_mask$", ""),      # DINOv3: 0 for keys, which have no bias here
-    (r"^local_cls_norm\..*", ""),                       # DINOv3's satellite model: for its training only
+    (r"^(head|head_dist|lm_head|pooler)\..*", ""),  # classifiers; DINO's and EVA-02's pretraining heads
+    (r"^((blocks\.\d+\.attn\.)?rope|rope_embed)\..*", ""),  # rotation tables: rope_angles computes them
+    (r"^blocks\.\d+\.attn\.qkv\.bias_mask$", ""),  # DINOv3: 0 for keys, which have no bias here
+    (r"^local_cls_norm\..*", ""),  # DINOv3's satellite model: for its training only
 ]
 OTHERS = {  # a part of a key that tells of an encoder which is not among those here
     r"decoder_(embed|blocks)": "an MAE with its decoder: take the file without it, mae_pretrain_vit_*.pth",
