@@ -20,7 +20,7 @@ import torch.nn.functional as F
 
 
 class UserError(ValueError):
-    """A user's mistake, in one line: what is wrong, in which file or flag. Scripts print it and end with status 2."""
+    """A user's mistake, in one line: what is wrong, in which file or flag. Scripts end with it and status 2."""
 
     def __str__(self):
         return super().__str__().split("UserError: ")[-1].strip()  # a worker wraps it in its traceback
@@ -58,9 +58,9 @@ class LossConfig:
 class Objective(nn.Module):
     """What all objectives share, so that a training loop does not know which one it runs.
 
-    `losses = objective(student, x, s, t, noise)`: a dict of scalars, of which losses["loss"] is minimised. x
-    (B, 3, H, W) are images; t = (cls, patches, outs) is the teacher's pass: (B, C_t), (B, N, C_t), the raw outputs of
-    layers_t; s is the student's likewise. noise (B, N), uniform in 0..1, is the only source of randomness.
+    `losses = objective(student, x, s, t, noise)`: a dict of scalars; losses["loss"] is minimised. x (B, 3, H, W) are
+    images; t = (cls, patches, outs) is the teacher's pass: (B, C_t), (B, N, C_t), raw outputs of layers_t; s is the
+    student's. noise (B, N), uniform in 0..1, is the only source of randomness.
     """
     weight = 1.0  # the published weight beside a task loss, for the mean reductions here
     plain = True  # no: it reads no pass over whole images, s is None
@@ -139,25 +139,25 @@ class GKD(Objective):
 
     def forward(self, student, x, s, t, noise):
         c = self.config
-        distance = DISTANCES[c.distance]                # paper: the squared error
-        v_s_cls, v_s, _ = s                             # (B, C_s), (B, N, C_s)
-        v_t_cls, v_t, _ = t                             # (B, C_t), (B, N, C_t)
+        distance = DISTANCES[c.distance]        # paper: the squared error
+        v_s_cls, v_s, _ = s                     # (B, C_s), (B, N, C_s)
+        v_t_cls, v_t, _ = t                     # (B, C_t), (B, N, C_t)
         N = v_t.shape[1]
         L_feat = L_mask = L_cls = diagonal = 0.0
 
         if c.alpha:
-            v_s_prime, W = self.feat(v_s, v_t)          # (B, N, C_t), (B, N, N)
-            L_feat = distance(v_s_prime, v_t)           # Eq. 9
+            v_s_prime, W = self.feat(v_s, v_t)  # (B, N, C_t), (B, N, N)
+            L_feat = distance(v_s_prime, v_t)   # Eq. 9
             diagonal = W.detach().diagonal(dim1=1, dim2=2).mean()
         if c.beta:
             v_s_mask = self.masked_pass(student, x, v_s, noise)  # (B, N, C_s), every second image without a mask
             v_s_mask_prime, _ = self.mask(v_s_mask, v_t)  # (B, N, C_t)
-            L_mask = distance(v_s_mask_prime, v_t)      # Eq. 10
-        if c.gamma:                                     # one key: the softmax is 1, only phi learns
+            L_mask = distance(v_s_mask_prime, v_t)  # Eq. 10
+        if c.gamma:                             # one key: the softmax is 1, only phi learns
             v_s_cls_prime, _ = self.cls(v_s_cls[:, None], v_t_cls[:, None])  # (B, 1, C_t)
             L_cls = distance(v_s_cls_prime[:, 0], v_t_cls)  # Eq. 11
         if c.alpha and c.gamma and c.feat_with_cls:
-            L_feat = (N * L_feat + L_cls) / (N + 1)     # official: [CLS; patches], so CLS counts twice
+            L_feat = (N * L_feat + L_cls) / (N + 1)  # official: [CLS; patches], so CLS counts twice
         loss = c.alpha * L_feat + c.beta * L_mask + c.gamma * L_cls  # Eq. 12
 
         losses = {"L_feat": L_feat, "L_mask": L_mask, "L_cls": L_cls, "diagonal": diagonal}
@@ -206,7 +206,7 @@ def normalize_targets(t, how):
 
 
 def feature_layers(depth):
-    """The four blocks a decoder reads: [3, 5, 7, 11] of 12, [7, 11, 15, 23] of 24, in proportion of others."""
+    """The four blocks a decoder reads: [3, 5, 7, 11] of 12, [7, 11, 15, 23] of 24 and so on."""
     return [max(0, round(depth * part / 12) - 1) for part in (4, 6, 8, 12)]
 
 
@@ -431,7 +431,7 @@ V2 = "https://dl.fbaipublicfiles.com/dinov2/dinov2_"
 EVA = "https://huggingface.co/Yuxin-CV/EVA-02/resolve/main/eva02/pt/"
 TIMM = "https://huggingface.co/timm/vit_tiny_patch16_224.augreg_in21k_ft_in1k"
 ON_REQUEST = "https://ai.meta.com/resources/models-and-libraries/dinov3-downloads/"  # DINOv3: a form
-TI = (192, 12, 3)           # width, depth, heads
+TI = (192, 12, 3)  # width, depth, heads
 S = (384, 12, 6)
 B = (768, 12, 12)
 L = (1024, 24, 16)
@@ -547,11 +547,7 @@ class SwiGLU(nn.Module):
         self.w3 = nn.Linear(hidden, e.embed_dim)
 
     def forward(self, x):
-        if self.fused:
-            gate, value = self.w12(x).chunk(2, dim=-1)
-        else:
-            gate = self.w1(x)
-            value = self.w2(x)
+        gate, value = self.w12(x).chunk(2, dim=-1) if self.fused else (self.w1(x), self.w2(x))
         return self.w3(self.ffn_ln(F.silu(gate) * value))
 
 
@@ -600,7 +596,7 @@ def rope_angles(rope, grid, head_dim, device):
 
 
 def rotate(x, cos, sin, rope):
-    """Turns the channel pairs of x (B, heads, T, D) by angles of cos and sin (1 or B, 1, T, D / 2), in fp32."""
+    """Turns the channel pairs of x (B, heads, T, D); cos and sin are (1 or B, 1, T, D / 2), in fp32."""
     if rope == "eva02":  # channels 2 i and 2 i + 1 are a pair
         a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
         turned = torch.stack([a * cos - b * sin, b * cos + a * sin], dim=-1).flatten(-2)
@@ -661,27 +657,27 @@ class ViT(nn.Module):
         """
         grid = grid_of(x.shape[-2:], self.patch_size)  # (h, w), N = h w
         x = self.patch_embed(x).flatten(2).transpose(1, 2)  # (B, N, C)
-        if mask is not None:                        # (B, N)
+        if mask is not None:                # (B, N)
             x = torch.where(mask[..., None], self.mask_token.to(x.dtype), x)  # (B, N, C)
 
-        cls = self.cls_token                        # (1, 1, C)
+        cls = self.cls_token                # (1, 1, C)
         if self.pos_embed is not None:
             pos_embed = resize_pos_embed(self.pos_embed, self.grid, grid)  # (1, 1 + N, C)
-            cls = cls + pos_embed[:, :1]            # (1, 1, C)
-            x = x + pos_embed[:, 1:]                # (B, N, C)
-        if keep is not None:                        # (B, K), N becomes K
+            cls = cls + pos_embed[:, :1]    # (1, 1, C)
+            x = x + pos_embed[:, 1:]        # (B, N, C)
+        if keep is not None:                # (B, K), N becomes K
             x = x.gather(1, keep[..., None].expand(-1, -1, self.embed_dim))  # (B, K, C)
 
         first = [cls] if self.register_tokens is None else [cls, self.register_tokens]
         first = torch.cat(first, dim=1).expand(x.shape[0], -1, -1)  # (B, 1 + registers, C)
-        x = torch.cat([first, x], dim=1)            # (B, T, C)
+        x = torch.cat([first, x], dim=1)    # (B, T, C)
         rotation = self.rotary_position(grid, keep, x.device) if self.rope else None
         outs = {}
         for i in range(self.depth if depth is None else depth):
-            x = self.blocks[i](x, rotation)         # (B, T, C)
+            x = self.blocks[i](x, rotation)  # (B, T, C)
             if i in layers:
-                outs[i] = x[:, self.prefix:]        # (B, N, C)
-        x = self.norm(x)                            # (B, T, C)
+                outs[i] = x[:, self.prefix:]  # (B, N, C)
+        x = self.norm(x)                    # (B, T, C)
         return x[:, 0], x[:, self.prefix:], [outs[i] for i in layers]  # (B, C), (B, N, C), each (B, N, C)
 
     def rotary_position(self, grid, keep, device):
@@ -691,8 +687,6 @@ class ViT(nn.Module):
         angles = F.pad(angles, (0, 0, self.prefix, 0))[:, None]  # CLS, registers: no position, angle 0
         return angles.cos(), angles.sin()
 
-
-# --- Other image and patch sizes ------------------------------------------------------------------------------------
 
 def grid_of(img_size, patch_size):
     """Patches along (height, width); img_size is one number or (H, W) in pixels."""
@@ -711,11 +705,9 @@ def resize_pos_embed(pos_embed, old, new, offset=0.0, antialias=ANTIALIAS):
         return pos_embed
     cls = pos_embed[:, :1]
     patches = pos_embed[:, 1:].unflatten(1, old).permute(0, 3, 1, 2).float()  # (1, C, h, w)
-    if offset:
-        target = dict(scale_factor=((new[0] + offset) / old[0], (new[1] + offset) / old[1]))
-    else:
-        target = dict(size=tuple(new))
-    patches = F.interpolate(patches, **target, mode="bicubic", align_corners=False, antialias=antialias)
+    factors = ((new[0] + offset) / old[0], (new[1] + offset) / old[1])
+    target = dict(scale_factor=factors) if offset else dict(size=tuple(new))
+    patches = F.interpolate(patches, **target, mode="bicubic", antialias=antialias)
     patches = patches.flatten(2).transpose(1, 2).to(cls.dtype)  # (1, N, C)
     return torch.cat([cls, patches], dim=1)
 
@@ -734,10 +726,10 @@ def resized(values, img_size, patch_size, depth):
 def load_vit(name_or_path, img_size=None, patch_size=None, depth=None, pretrained=True, offset=0.0):
     """Builds an encoder with its weights; one line tells from which file, what was changed and what guessed.
 
-    name_or_path: a name of ENCODERS, or a checkpoint: an official file, one of timm, transformers, this project or
-    the official GKD. img_size (int or (H, W)) and patch_size, in pixels, resize pos_embed and the patch kernels;
-    depth: of the first blocks only; pretrained=False: random weights; offset: see resize_pos_embed, of DINOv2 without
-    registers alone. UserError where the name, the file, its keys, numbers or sizes are wrong.
+    name_or_path: a name of ENCODERS or a checkpoint: official, of timm, transformers, this project or official GKD.
+    img_size (int or (H, W)) and patch_size, in pixels, resize pos_embed and the patch kernels; depth: only the first
+    blocks; pretrained=False: random weights; offset: of DINOv2 without registers, see resize_pos_embed. UserError
+    where the name, the file, its keys, numbers or sizes are wrong.
     """
     name, given = split_options(name_or_path)
     row = ENCODERS.get(name)
@@ -809,7 +801,7 @@ def ledger_and_heads(name_or_path):
 
 
 def load_strictly(module, state, what, assign=False):
-    """Fills a module with a state dict of exactly its names, shapes and kinds of finite numbers; or a UserError."""
+    """Fills a module with a state dict of its very names and shapes, all numbers finite; or UserError."""
     expected = module.state_dict()
     wrong = None
     try:
@@ -826,7 +818,7 @@ def load_strictly(module, state, what, assign=False):
 
 
 def find_file(name, row):
-    """The path given, or the file of a named encoder, downloaded if no copy lies in WEIGHTS or torch.hub's cache."""
+    """The path given, or a named encoder's file, downloaded unless it lies in WEIGHTS or torch.hub's cache."""
     if row is None:
         return Path(name)
     file = Path(row.file or row.url).name
@@ -978,7 +970,7 @@ OTHERS = {  # a part of a key that tells of an encoder which is not among those 
 
 
 def read_encoder(path, name, row, given):
-    """A file's encoder: {parameter: tensor}, the ViT's constructor values, notes on what is new or a guess."""
+    """A file's encoder: {parameter: tensor}, the ViT's constructor values, notes."""
     checkpoint = open_checkpoint(path)
     if "learner" in checkpoint and "optimizer" in checkpoint:
         raise UserError(f"{path} is the state of an unfinished run: give the student.pt or segmenter.pt it ends with")
@@ -1003,7 +995,7 @@ def read_encoder(path, name, row, given):
 
 
 def find_encoder(path, tensors):
-    """A file's encoder: what its keys begin with, {rest of the key: tensor}, a note if there are several."""
+    """A file's encoder: what its keys begin with, {rest: tensor}, and a note of other encoders."""
     encoders = {}
     for found in filter(None, map(re.compile(PATCH_EMBED).fullmatch, tensors)):
         start = found[1]
@@ -1061,7 +1053,7 @@ def official_to_ours(path, state):
 
 
 def infer_values(path, prefix, state, given):
-    """Constructor values of a file's encoder, from its tensors and its name, and a note on what is a guess."""
+    """Constructor values of a file's encoder, from its tensors and name, and a note of guesses."""
     dim, _, _, patch_size = state["patch_embed.proj.weight"].shape
     positions = state["pos_embed"].shape[1] if "pos_embed" in state else 1 + 16 * 16  # of (1, 1 + N, C)
     swiglu = "blocks.0.mlp.w3.weight" in state
