@@ -759,7 +759,8 @@ def load_vit(name_or_path, img_size=None, patch_size=None, depth=None, pretraine
         notes.append(f"patch {stored.patch_size} -> {vit.patch_size} (bicubic)")
     if vit.depth != stored.depth:
         notes.append(f"the first {vit.depth} of {stored.depth} blocks")
-    vit.load_state_dict({key: state[key] for key in vit.state_dict()}, assign=True)
+    kept = {key: state[key] for key in vit.state_dict() if key in state}
+    load_strictly(vit, kept, f"{path} does not hold {vit.depth} blocks", assign=True)
     say(f"{vit.name}: " + "; ".join([str(path)] + notes))
     return vit
 
@@ -918,13 +919,13 @@ def read_safetensors(file):
 
 
 def tensors_in(contents, prefix=""):
-    """{key: tensor} of a dict and of the dicts in it, whose names stand before a dot."""
+    """{key: tensor in fp32} of a dict and of the dicts in it, whose names stand before a dot."""
     found = {}
     for key, value in contents.items():
         if isinstance(value, dict):
             found |= tensors_in(value, f"{prefix}{key}.")
         elif isinstance(value, torch.Tensor):
-            found[f"{prefix}{key}"] = value
+            found[f"{prefix}{key}"] = value.float() if value.is_floating_point() else value
     return found
 
 
@@ -965,7 +966,7 @@ KEYS = [
 OTHERS = {  # a part of a key that tells of an encoder which is not among those here
     r"decoder_(embed|blocks)": "an MAE with its decoder: take the file without it, mae_pretrain_vit_*.pth",
     r"norm_pre|visual\.|vision_model|attn_pool": "a CLIP or SigLIP, which is not supported",
-    r"layers\.\d+\.blocks|rel(ative)?_pos|dwconv|layer1\.0\.conv": "a Swin, BEiT, SAM, ConvNeXt or ResNet, no ViT",
+    r"layers\.\d+\.blocks|rel(ative)?_pos|dwconv|layer1\.0\.conv": "a Swin, BEiT, SAM, ConvNeXt or ResNet: unsupported",
 }
 
 
@@ -974,12 +975,13 @@ def read_encoder(path, name, row, given):
     checkpoint = open_checkpoint(path)
     if "learner" in checkpoint and "optimizer" in checkpoint:
         raise UserError(f"{path} is the state of an unfinished run: give the student.pt or segmenter.pt it ends with")
-    prefix, state, notes = find_encoder(path, tensors_in(checkpoint))
+    tensors = tensors_in(checkpoint)
+    prefix, state, notes = find_encoder(path, tensors)
     ours = "embed_dim" in (checkpoint.get("encoder") or ())  # a checkpoint of this project
     if not ours:
         state = official_to_ours(path, state)
-    elif "mask_token" in checkpoint:
-        state["mask_token"] = checkpoint["mask_token"]
+    elif "mask_token" in tensors:
+        state["mask_token"] = tensors["mask_token"]
     if row is not None:
         values = constructor_values(name, row)
     elif ours:
@@ -1016,13 +1018,13 @@ def find_encoder(path, tensors):
 
 
 def official_to_ours(path, state):
-    """A file's tensors as ViT names and holds them, in fp32."""
+    """A file's tensors as ViT names and holds them."""
     ours = {}
     for key, tensor in state.items():
         for pattern, name in KEYS:
             key = re.sub(pattern, name, key)
         if key:
-            ours[key] = tensor.float() if tensor.is_floating_point() else tensor  # which load_strictly refuses
+            ours[key] = tensor
 
     pos_embed = ours.get("pos_embed", torch.zeros(1, 2, 1))
     if "dist_token" in ours:  # DeiT's distillation token has a row of pos_embed
@@ -1066,7 +1068,7 @@ def infer_values(path, prefix, state, given):
         heads = 12
     heads = given.get("num_heads", heads)
     if not heads or dim % heads:
-        raise UserError(f"{path}: its {dim} channels do not tell how many heads divide them: add {path}:heads=NUMBER")
+        raise UserError(f"{path}: {dim} channels do not make {heads or 'whole'} heads: add {path}:heads=NUMBER")
     values = dict(
         name=bare(path), embed_dim=dim, num_heads=heads, patch_size=patch_size,
         depth=len({key.split(".")[1] for key in state if key.startswith("blocks.")}),

@@ -157,12 +157,13 @@ def slow_afdcd(objective, student, x, t, noise):
     pooled = [f.unflatten(3, (8, 2)).unflatten(2, (4, 2)).amax((3, 5)) for f in (f_s, f_t)]  # (B, C, 4, 8)
     terms = []
     for b, left in np.ndindex(4, 2):
-        cut_s, cut_t = [f[b, :, :, 4 * left:4 * left + 4].reshape(16, 2, 16) for f in pooled]
-        for m, n in np.ndindex(16, 16):  # group, position
-            logits = -(cut_s[m, :, n, None] - cut_t).abs().sum(1) / 0.07  # (groups, positions)
-            others = logits[torch.arange(16) != m].flatten()
-            terms.append(torch.cat([logits[m, n, None], others]).logsumexp(0) - logits[m, n])
-    L_con = 16 * sum(terms) / len(terms)
+        cut_s, cut_t = [f[b, :, :, 4 * left:4 * left + 4].reshape(16, 2, 16).mT for f in pooled]  # group, position, C
+        logits = -(cut_s[:, :, None, None] - cut_t).abs().sum(-1) / 0.07  # of a student's vector and a teacher's
+        for m in range(16):
+            positive = logits[m, :, m].diagonal()[:, None]
+            others = logits[m][:, torch.arange(16) != m].flatten(1)
+            terms.append(torch.cat([positive, others], 1).logsumexp(1) - positive[:, 0])
+    L_con = 16 * torch.cat(terms).mean()
     return {"L_fd": L_fd, "L_con": L_con, "loss": L_fd + 0.01 * L_con}
 
 
@@ -492,6 +493,8 @@ def test_asked_sizes_depth_and_the_familys_offset_are_applied_and_printed(values
     assert torch.equal(loaded.patch_embed.proj.weight, kernels)
     changes = f"mask_token is new; pos_embed 4x4 -> 3x6 ({printed}); patch 8 -> 16 (bicubic); the first 1 of 2 blocks\n"
     assert capsys.readouterr().out.endswith(changes)
+    with pytest.raises(qsd.UserError, match="small.pth does not hold 3 blocks"):
+        qsd.load_vit("small.pth", depth=3)
 
 
 def under(prefix, state):
@@ -528,8 +531,8 @@ ENCODER_FILES = {  # what an encoder has that small has not, and how a file hold
     "student of DINOv3": (DINOV3, qsd.student_checkpoint),
     "segmenter": ({}, lambda vit: {"model": under("encoder.", vit.state_dict()) | {"decoder.bias": ODD}}),
     "official GKD": ({}, lambda vit: {
-        "model": under("student.backbone.", vit.state_dict()) | {"teacher.backbone.patch_embed.proj.weight": ODD}}),
-    "DINO": ({}, lambda vit: {"teacher": vit.half().float().state_dict()}),
+        "model": {"teacher.backbone.patch_embed.proj.weight": ODD} | under("student.backbone.", vit.state_dict())}),
+    "DINO": ({}, lambda vit: {"teacher": {key: p.double() for key, p in vit.state_dict().items()}}),
     "DINO's training": ({}, lambda vit: {
         "student": under("module.backbone.", qsd.ViT(**vit.config).state_dict()),
         "teacher": under("backbone.", vit.state_dict())}),
@@ -571,7 +574,7 @@ def test_heads_and_normalisation_are_named_where_guessed_and_can_be_said_behind_
     vit = qsd.load_vit("lr=1,seed=2.pth:heads=4,mean=half")
     assert vit.num_heads == 4 and vit.mean == (0.5, 0.5, 0.5)
     assert qsd.ledger_and_heads("lr=1,seed=2.pth:heads=4") == ([1], None)
-    for wrong, text in [("heads=5", "its 64 channels do not tell how many heads divide them: add small.pth:heads=NUM"),
+    for wrong, text in [("heads=5", "small.pth: 64 channels do not make 5 heads: add small.pth:heads=NUMBER"),
                         ("mean=grey", "mean=grey is none of heads=NUMBER, mean=imagenet|half|clip|satellite"),
                         ("head=3", "small.pth:head=3: head=3 is none of heads=NUMBER")]:
         with pytest.raises(qsd.UserError, match=re.escape(text)):
