@@ -1,9 +1,9 @@
-"""Every dataset of the paper, read from its original download without conversion, and the augmentations of both stages.
+"""Every dataset of the paper, read as downloaded, and the augmentations of both stages.
 
-An image is a uint8 tensor (3, H, W), a label an int64 tensor (H, W) of class numbers, 255 = ignore, or boxes: as_label.
-A domain is a row of DATASETS; sources join with "+" (gtav+synthia). Check a download:
+An image is uint8 (3, H, W), a label int64 (H, W) of class numbers and 255 = ignore, or boxes: see as_label. A domain is
+a row of DATASETS; sources join with "+" (gtav+synthia). Check a download:
 
-    python data.py --data gtav --root /data --out gtav.png  # opens every file; exit status 1 if something is wrong
+    python data.py --data gtav --root /data --out gtav.png  # exit status 1 if a file is wrong
 """
 import argparse
 import itertools
@@ -33,91 +33,73 @@ from torchvision.tv_tensors import BoundingBoxes
 from torchvision.utils import draw_bounding_boxes, make_grid
 from tqdm import tqdm
 
-import qsd
-from qsd import UserError
+from qsd import UserError, say
 
-IGNORE = 255                # label of a pixel that no loss and no metric sees
-UNKNOWN = 254               # a label value that the dataset's table does not name: always an error
-FILL = (124, 116, 104)      # the mean as a pixel, for what lies outside an image: 0 after normalisation
-DARK = 32                   # images whose values all lie below are no photographs: 12 bits in 16 look so
-TRIES = 10                  # as many training images in a row may be unreadable before a run stops
-SUFFIXES = {".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp"}
+IGNORE = 255            # label of a pixel that no loss and no metric sees
+UNKNOWN = 254           # a label value that the dataset's table does not name
+FILL = (124, 116, 104)  # the mean as a pixel, for what lies outside an image
+TRIES = 10              # as many training images in a row may be unreadable
+OBJECTS = 100           # rows of a label of boxes, as images of a batch need equally many
+SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+LABEL_FOLDER = re.compile(r"(?i)(^|/)(gt|gts|gtfine|gts?_[^/]*|[^/]*labels[^/]*|masks|annotations)/")
 BROKEN = (OSError, ValueError, SyntaxError, RuntimeError, Image.DecompressionBombError)  # what damaged files raise
 
 
 # --- Files to pixels ------------------------------------------------------------------------------------------------
 
-def read_image(path, mapped=True, upright=False):
-    """Read an image as RGB, uint8 (3, H, W); UserError names a file that is broken.
-
-    upright: turned as its EXIF data say that the camera was held. TIFFs are mapped into memory if `mapped`: a crop
-    then reads its own rows only."""
+def read_image(path, own=False):
+    """Read an image as RGB, uint8 (3, H, W); one's own stand upright, as their EXIF data say."""
     try:
-        pixels = map_tiff(path) if mapped and path.suffix.lower() in (".tif", ".tiff") else read_rgb(path, upright)
+        pixels = read_rgb(path, upright=True) if own else read_mapped(path)
         return torch.from_numpy(pixels).permute(2, 0, 1)
     except BROKEN as error:
         raise UserError(f"{path}: cannot be read as an image ({error})") from None
 
 
 def read_rgb(path, upright=False):
-    """Read any kind of image with Pillow as uint8 (H, W, 3); upright as in read_image."""
+    """Read any kind of image with Pillow as uint8 (H, W, 3)."""
     with Image.open(path) as image:
         if upright:
             image = ImageOps.exif_transpose(image)
-        if image.mode[0] in "IF":   # 16-bit grey is scaled to 8 bits, where Pillow would cut it off at 255
-            values = np.asarray(image)
-            if image.mode == "F" or values.min() < 0 or values.max() > 65535:
-                raise ValueError(f"values from {values.min()} to {values.max()}, of which none is known to be white")
-            image = Image.fromarray(((values.astype(np.uint32) * 255 + 32767) // 65535).astype(np.uint8))
+        if image.mode[0] in "IF":  # Pillow would cut them off at 255
+            raise ValueError("16 bits or real numbers, of which none is known to be white: save it with 8 bits")
         return np.array(image.convert("RGB"))
 
 
-def map_tiff(path):
-    """Map a TIFF as uint8 (H, W, 3) from a copy that is unpacked beside it once, and again when the TIFF is newer.
-
-    Where nothing can be written it is read without a copy."""
+def read_mapped(path):
+    """read_rgb, but TIFFs are unpacked once and mapped into memory: a tile reads its own rows only."""
+    if path.suffix.lower() not in (".tif", ".tiff"):
+        return read_rgb(path)
     unpacked = path.with_name(f"{path.name}.npy")
     if not unpacked.exists() or unpacked.stat().st_mtime < path.stat().st_mtime:
-        unfinished = path.with_name(f"{path.name}.{os.getpid()}")   # other processes may unpack it just now
         pixels = read_rgb(path)
-        try:
-            file = open(unfinished, "wb")
-        except OSError:
+        if not os.access(path.parent, os.W_OK):
             return pixels
-        with file:
-            np.save(file, pixels)
+        unfinished = path.with_name(f"{path.name}.{os.getpid()}.npy")  # others may unpack it, too
+        np.save(unfinished, pixels)
         os.replace(unfinished, unpacked)
     return np.load(unpacked, mmap_mode="c")
 
 
 def resize_label(label, size):
-    """Resize (H, W) to size (height, width): the class at each pixel's centre; official: up to half a pixel off."""
+    """Resize (H, W) to size (height, width): the class at each pixel's centre."""
     return TF.resize(label[None], size, InterpolationMode.NEAREST_EXACT)[0]
 
 
-def crop(image, box):
-    """The part of (3, H, W) inside the box (left, top, right, bottom)."""
-    left, top, right, bottom = box
-    return image[:, top:bottom, left:right]
+# --- Files to labels: each decoder takes a path and returns uint8 (H, W), 255 = ignore; ValueError if it cannot -----
 
-
-# --- Files to labels: each decoder takes a path and returns uint8 (H, W), 255 = ignore ------------------------------
-
-def checked(path, label, values):
+def checked(label, values):
     """The label, unless some of the file's values are in no table."""
     if (label == UNKNOWN).any():
         listed = np.unique(values[label == UNKNOWN], axis=0)[:8].tolist()
-        raise UserError(f"{path}: label values {listed} are not among the dataset's classes")
+        raise ValueError(f"values {listed} are not among the dataset's classes")
     return label
 
 
 def lookup_table(values, ignored=()):
-    """The class of each of 256 label values; `values` holds the value of one class after the other, or a list of them.
-
-    Values in `ignored` that belong to no class, and 255, become IGNORE, all others UNKNOWN."""
+    """The class of each of 256 label values; `values` holds each class's value, or a list of them."""
     table = np.full(256, UNKNOWN, np.uint8)
-    table[IGNORE] = IGNORE
-    table[list(ignored)] = IGNORE
+    table[[*ignored, IGNORE]] = IGNORE
     for number, values_of_class in enumerate(values):
         table[values_of_class] = number
     return table
@@ -126,12 +108,10 @@ def lookup_table(values, ignored=()):
 def by_value(path, table):
     """Class = table[value]; of a palette file the indices are the values, never the colours."""
     image = Image.open(path)
-    if image.format == "JPEG":
-        raise UserError(f"{path}: is a JPEG, whose compression changes class numbers; save the labels as PNG")
+    if image.format == "JPEG" or image.mode not in ("L", "P"):
+        raise ValueError(f"a {image.format} of mode {image.mode}, not a PNG with one 8-bit channel")
     values = np.asarray(image)
-    if values.ndim != 2 or values.dtype != np.uint8:
-        raise UserError(f"{path}: is {values.dtype} with shape {values.shape}, but one 8-bit channel was expected")
-    return checked(path, table[values], values)
+    return checked(table[values], values)
 
 
 def by_color(path, colors, ignored=(), unknown=UNKNOWN):
@@ -141,11 +121,11 @@ def by_color(path, colors, ignored=(), unknown=UNKNOWN):
     label = np.full(packed.shape, unknown, np.uint8)
     for number, (red, green, blue) in enumerate((*colors, *ignored)):
         label[packed == (red << 16 | green << 8 | blue)] = number if number < len(colors) else IGNORE
-    return checked(path, label, rgb)
+    return checked(label, rgb)
 
 
 def cityscapes_label(path):
-    """labelIds or labelTrainIds, told apart by the file's name; some mirrors of GTAV hold colours instead."""
+    """labelIds or labelTrainIds, as the file's name says; some mirrors of GTAV hold colours."""
     if "TrainIds" in path.name:
         return by_value(path, TRAIN_IDS)
     if Image.open(path).mode in ("RGB", "RGBA"):
@@ -154,30 +134,24 @@ def cityscapes_label(path):
 
 
 def synthia_label(path):
-    """The class is the first channel of a 16-bit PNG: its low bytes, where Pillow would take the high ones, zeros."""
+    """The low bytes of a 16-bit PNG's first channel, where Pillow would read the high ones, zeros."""
     image = Image.open(path)
-    if image.format == "PNG":
-        image.tile = [(codec, box, start, mode.replace("RGB;16B", "RGB;16L")) for codec, box, start, mode in image.tile]
+    image.tile = [(*where, mode.replace("RGB;16B", "RGB;16L")) for *where, mode in image.tile]
     values = np.asarray(image)[..., 0]
-    return checked(path, SYNTHIA_IDS[values], values)
+    return checked(SYNTHIA_IDS[values], values)
 
 
-def isprs_label(path, box=(0, 0, None, None)):
-    """Six colours, and black for void; channels are cut at 127 because tiles 4_12 and 6_7 hold shades of them."""
-    rgb = crop(read_image(path), box).numpy()
-    red, green, blue = rgb > 127
-    return checked(path, ISPRS_CLASS_OF[red * 4 + green * 2 + blue], np.moveaxis(rgb, 0, 2))
+def isprs_label(path, *tile):
+    """Six colours, and black for void; cut at 127, as tiles 4_12 and 6_7 hold shades of them."""
+    rgb = read_mapped(path)[tile]
+    red, green, blue = np.moveaxis(rgb > 127, 2, 0)
+    return checked(ISPRS_CLASS_OF[red * 4 + green * 2 + blue], rgb)
 
 
 # --- Files to boxes: the labels of a detection set ------------------------------------------------------------------
 
-OBJECTS = 100   # rows of a label; no image of VOC shows as many
-
-
 def as_label(objects):
-    """Objects as float32 (OBJECTS, 6): left, top, right, bottom in pixels, class, whether it is difficult (0 or 1).
-
-    Difficult ones are neither learned nor counted. Rows of zeros follow, as images of a batch need equally many."""
+    """(OBJECTS, 6): left, top, right, bottom, class, difficult (neither learned nor counted), then zeros."""
     padding = (OBJECTS - len(objects)) * [6 * [0]]
     return np.array([*objects, *padding], np.float32)
 
@@ -191,10 +165,11 @@ def voc_boxes(path):
     """The objects of an annotation, whose pixels are numbered from 1, the last one included."""
     objects = []
     for item in ElementTree.parse(path).iterfind("object"):
+        # Of the item itself: a person's <part> has a bndbox, too.
         box = [float(item.findtext(f"bndbox/{border}", "")) for border in ("xmin", "ymin", "xmax", "ymax")]
-        left, top, right, bottom = box  # of the item itself: a person's <part> has a bndbox, too
+        left, top, right, bottom = box
         if not (0 < left <= right and 0 < top <= bottom):
-            raise UserError(f"{path}: the box {box} has no area")
+            raise ValueError(f"the box {box} has no area")
         number = VOC_CLASSES.index(item.findtext("name"))
         objects.append([left - 1, top - 1, right, bottom, number, item.findtext("difficult") == "1"])
     return as_label(objects)
@@ -239,22 +214,20 @@ MAPILLARY_IDS = lookup_table((
     [20, 21, 22],                   # rider: bicyclist, motorcyclist, other
     55, 61, 54, 58, 57, 52,         # car, truck, bus, train (on rails), motorcycle, bicycle
 ), ignored=range(66))
-ISPRS_CLASS_OF = np.array([IGNORE, 1, 3, 2, 5, UNKNOWN, 4, 0], np.uint8)  # at red 4 + green 2 + blue; magenta: no class
+ISPRS_CLASS_OF = np.array([IGNORE, 1, 3, 2, 5, UNKNOWN, 4, 0], np.uint8)  # at red 4 + green 2 + blue
 
 
 # --- The toy world: streets drawn on the fly, so that the method runs with no download ------------------------------
-# A scene is a layout (which object covers which pixel, with exact labels) seen in a look (palette, texture, light,
-# weather). One fixed look is the labelled source ("the game"), two more ("arcade", "diorama") are further sources, as
-# SYNTHIA and UrbanSyn are to GTAV; four others are never trained on. The wide world draws a random look for each image.
-# Coordinates are pixels of 64 x 64. Only rng.random() and exact arithmetic make a scene: the same on every machine.
+# A scene is a layout (which object covers which of 64 x 64 pixels) seen in a look (palette, texture, light, weather).
+# The game is the labelled source, as GTAV is, arcade and diorama are further ones, the city's weathers are never
+# trained on. Only rng.random() and exact arithmetic make a scene: it is the same on every machine.
 
 TOY_CLASSES = ("sky", "building", "vegetation", "road", "pavement", "car", "pole", "person")
 SKY, BUILDING, VEGETATION, ROAD, PAVEMENT, CAR, POLE, PERSON = range(8)
 TOY_COLORS = ((70, 130, 180), (70, 70, 70), (107, 142, 35), (128, 64, 128), (244, 35, 232), (0, 0, 142), (220, 220, 0),
               (220, 20, 60))
 
-# The palettes: each class's colour, RGB in 0..1, in the order of TOY_CLASSES. The city is the place under the unseen
-# weather: it has colours of its own and is not the game behind a filter.
+# Palettes: the colour of each of TOY_CLASSES, RGB in 0..1. The city has its own: it is not the game behind a filter.
 GAME = np.array([[.55, .75, .95], [.62, .50, .42], [.25, .50, .20], [.30, .30, .32],
                  [.62, .60, .58], [.75, .15, .15], [.80, .75, .30], [.85, .60, .45]])
 ARCADE = np.array([[.40, .60, .85], [.75, .68, .55], [.35, .60, .25], [.42, .40, .40],
@@ -266,18 +239,18 @@ CITY = np.array([[.70, .72, .75], [.45, .42, .45], [.30, .38, .15], [.38, .37, .
 
 GAME_LOOK = dict(
     palette=GAME,
-    jitter=.08,             # how far an object's colour may lie from its class's
-    texture=.10,            # contrast of each class's pattern
-    gain=1.,                # brightness of the light
-    tint=np.ones(3),        # its colour
-    grey=0.,                # share of the colour that is lost
-    fog=0.,                 # share of the fog's colour in what is farthest away
+    jitter=.08,         # how far an object's colour may lie from its class's
+    texture=.10,        # contrast of each class's pattern
+    gain=1.,            # brightness of the light
+    tint=np.ones(3),    # its colour
+    grey=0.,            # share of the colour that is lost
+    fog=0.,             # share of the fog's colour in what is farthest away
     fog_color=np.full(3, .8),
-    white=0.,               # how much snow lies on the ground and on plants
-    dots=0.,                # share of the pixels that are falling flakes
-    streaks=0.,             # share of the pixels that are streaks of rain
-    lamps=0.,               # brightness of lamps on poles and of lights on cars
-    noise=.02,              # of the camera
+    white=0.,           # how much snow lies on the ground and on plants
+    dots=0.,            # share of the pixels that are falling flakes
+    streaks=0.,         # share of the pixels that are streaks of rain
+    lamps=0.,           # brightness of lamps on poles and of lights on cars
+    noise=.02,          # of the camera
 )
 LOOKS = {  # in what a domain differs from the game
     "game": {},
@@ -291,7 +264,7 @@ LOOKS = {  # in what a domain differs from the game
 
 
 def toy_look(rng, domain):
-    """One look as plain numbers: fixed for a named domain, random for "wide": any light, now and then each weather."""
+    """One look: fixed for a named domain, random for "wide"."""
     if domain != "wide":
         return GAME_LOOK | LOOKS[domain]
     wild = .6 * rng.random() ** 2  # from natural colours towards arbitrary ones
@@ -313,14 +286,14 @@ def toy_look(rng, domain):
 
 
 class ToyCanvas:
-    """A scene while it is drawn, back to front: a map of object numbers, and each object's class and distance."""
+    """A scene while it is drawn, back to front: object number per pixel, class and distance per object."""
 
     def __init__(self, rng):
         self.rng = rng
         self.map = Image.new("L", (64, 64), 0)
         self.pen = ImageDraw.Draw(self.map)
-        self.kinds = [SKY]          # object 0 is the sky, and
-        self.distances = [1.0]      # as far away as anything can be; 0 is near
+        self.kinds = [SKY]  # object 0 is the sky, and
+        self.distances = [1.0]  # as far away as anything can be; 0 is near
 
     def between(self, low, high):
         return low + (high - low) * self.rng.random()
@@ -356,8 +329,7 @@ class ToyCanvas:
 
 
 def toy_layout(domain, index, jumble=False):
-    """Draw one scene: object number per pixel (64, 64), per object its class and distance (0 near, 1 far); and the
-    random numbers that follow, for its look and its pixels."""
+    """Object number per pixel (64, 64), class and distance per object, and the generator for the look."""
     rng = np.random.Generator(np.random.PCG64([0, index, sum(domain.encode())]))
     canvas = ToyCanvas(rng)
     draw = draw_jumble if jumble else draw_street
@@ -366,25 +338,19 @@ def toy_layout(domain, index, jumble=False):
 
 
 def draw_jumble(canvas):
-    """A scene of the proxy set: the same kinds of things, but no street; anything anywhere at any size."""
+    """A scene of the proxy set: two grounds with a slanted border, and things anywhere at any size."""
     between = canvas.between
-    draw = canvas.draw
-    pen = canvas.pen
-
-    # Two grounds of any classes share the image; a slanted border divides them.
     grounds = (SKY, BUILDING, VEGETATION, ROAD, PAVEMENT)
-    draw(pen.rectangle, canvas.one_of(*grounds), 1, (0, 0), (64, 64))
-    draw(pen.polygon, canvas.one_of(*grounds), between(0, 1),
-         (0, between(0, 64)), (64, between(0, 64)), (64, 64), (0, 64))
-
-    # Four to ten things lie before them.
+    canvas.draw(canvas.pen.rectangle, canvas.one_of(*grounds), 1, (0, 0), (64, 64))
+    canvas.draw(canvas.pen.polygon, canvas.one_of(*grounds), between(0, 1),
+                (0, between(0, 64)), (64, between(0, 64)), (64, 64), (0, 64))
     for _ in range(int(between(4, 11))):
         kind = canvas.one_of(BUILDING, VEGETATION, CAR, POLE, PERSON)
         canvas.thing(kind, x=between(0, 64), y=between(16, 70), s=between(4, 15), distance=between(0, 1))
 
 
 def draw_street(canvas):
-    """A street that leads to a vanishing point on the horizon, with things on it and beside it."""
+    """A street that leads to a vanishing point, with things on it and beside it."""
     between = canvas.between
     draw = canvas.draw
     pen = canvas.pen
@@ -426,7 +392,7 @@ def draw_street(canvas):
 
 @lru_cache(maxsize=8192)  # a scene takes longer to draw than to train on
 def toy_scene(domain, index, jumble=False):
-    """Image (64, 64, 3) uint8 and label (64, 64) uint8 of scene number `index`; domain: a key of LOOKS, or "wide"."""
+    """Image (64, 64, 3) and label (64, 64), uint8; domain: a key of LOOKS, or "wide"."""
     objects, kinds, distances, rng = toy_layout(domain, index, jumble)
     look = toy_look(rng, domain)
     label = kinds[objects]
@@ -436,14 +402,14 @@ def toy_scene(domain, index, jumble=False):
     fine = rng.random((64, 64)) - .5
     coarse = np.kron(rng.random((16, 16)), np.ones((4, 4))) - .5
     patterns = np.stack([
-        (y - 24) / 64,                              # sky: brighter towards the horizon
-        ((x % 5 < 2) & (y % 6 < 3)) - .3,           # building: windows
-        coarse + fine,                              # vegetation: leaves
-        fine,                                       # road
-        ((x + y) % 8 < 1) - .2,                     # pavement: diagonal joints
-        (y % 7 < 2) - .3,                           # car
-        (y % 6 < 3) - .5,                           # pole: rings
-        coarse,                                     # person
+        (y - 24) / 64,                      # sky: brighter towards the horizon
+        ((x % 5 < 2) & (y % 6 < 3)) - .3,   # building: windows
+        coarse + fine,                      # vegetation: leaves
+        fine,                               # road
+        ((x + y) % 8 < 1) - .2,             # pavement: diagonal joints
+        (y % 7 < 2) - .3,                   # car
+        (y % 6 < 3) - .5,                   # pole: rings
+        coarse,                             # person
     ])  # (8, 64, 64)
     shade = rng.random((len(kinds), 1)) + .5 * rng.random((len(kinds), 3)) - .75
     colors = look["palette"][kinds] + look["jitter"] * shade * 2
@@ -473,7 +439,7 @@ def toy_scene(domain, index, jumble=False):
     streaks = np.kron(rng.random((8, 64)) < look["streaks"], np.ones((8, 1)))
     image += .5 * streaks[..., None] * (.8 - image)
 
-    # The camera adds its noise.
+    # The camera:
     image += look["noise"] * (rng.random((64, 64, 3)) + rng.random((64, 64, 3)) - 1) * 1.5
     image = np.clip(image, 0, 1) * 255 + .5
     return image.astype(np.uint8), label.astype(np.uint8)
@@ -481,9 +447,7 @@ def toy_scene(domain, index, jumble=False):
 
 @lru_cache(maxsize=8192)
 def toy_things(domain, index, least=12):
-    """The image of toy_scene, and as its label boxes around what is visible of each thing.
-
-    One of which fewer than `least` pixels are visible is difficult."""
+    """toy_scene with boxes around what is visible of each thing; below `least` pixels it is difficult."""
     image, _ = toy_scene(domain, index)
     objects, kinds, distances, _ = toy_layout(domain, index)  # that scene's layout again
     found = []
@@ -495,27 +459,26 @@ def toy_things(domain, index, least=12):
 
 
 # --- The datasets: one row each -------------------------------------------------------------------------------------
-# A pattern names files of any image suffix below the dataset's folder: "*" stands for text within one name, "{a,b}" for
-# either, "**/" for any folders, "<split>" for the row's text of that split. Image and label are a pair where "*" and
-# "{}" stood for the same texts. A space is between patterns for the layouts of several releases: the first that finds a
-# file counts.
+# A pattern names images below the dataset's folder, without their suffix: "*" stands for text within one name, "{a,b}"
+# for either, "**/" for any folders, "<split>" for the row's text of that split. Image and label are a pair where "*"
+# and "{}" stood for the same texts. Of several patterns, for several releases, the first that finds a file counts.
 
 @dataclass(frozen=True)
 class Dataset:
     folder: str                 # below --root, which may also be the folder itself
     images: str = ""            # patterns
     labels: str = ""
-    splits: dict = None         # {split: text of "<split>"}; of a generated set {split: range of scene numbers}
+    splits: dict = None         # {split: text of "<split>"}, or {split: scene numbers}
     decode: Callable = None     # label file -> uint8 (H, W), or boxes
     classes: tuple = ()
     colors: tuple = ()
-    eval_size: tuple = None     # evaluation scales images to fit (long edge, short edge); None: native size
+    eval_size: tuple = None     # evaluation fits images into (long edge, short edge)
     eval_half: bool = False     # evaluation first halves image and label
     tile: int = None            # images are cut into tiles of this side
-    resize_label: bool = False  # labels of another size than their image are known to occur: resized, no error
-    generate: Callable = None   # scene number -> image uint8 (H, W, 3) and a label like decode's: a set without files
-    own: bool = False           # one's own pictures, which stand upright as their EXIF data say
-    boxes: bool = False         # labels are boxes; of a set with files, "splits" name VOC's lists of images
+    resize_label: bool = False  # some labels have another size than their image
+    generate: Callable = None   # scene number -> image uint8 (H, W, 3) and label: no files
+    own: bool = False           # one's own pictures: see read_image
+    boxes: bool = False         # labels are boxes; "splits" name VOC's lists of images
     corrupted: bool = False     # every image comes in all CORRUPTIONS at all severities
 
 
@@ -531,26 +494,22 @@ VOC = {"train": "VOC2007/trainval VOC2012/trainval", "val": "VOC2007/test"}
 street = partial(Dataset, classes=CITYSCAPES_CLASSES, colors=CITYSCAPES_COLORS)
 isprs = partial(Dataset, classes=ISPRS_CLASSES, colors=ISPRS_COLORS, decode=isprs_label, tile=512)
 camvid = partial(Dataset, classes=CAMVID_CLASSES, colors=CAMVID_COLORS, decode=partial(by_value, table=CAMVID_IDS))
-voc = Dataset("VOCdevkit", "VOC2007/JPEGImages/*", splits=VOC, decode=voc_boxes, boxes=True, classes=VOC_CLASSES,
+voc = Dataset("VOCdevkit", splits=VOC, decode=voc_boxes, boxes=True, classes=VOC_CLASSES,
               colors=(*CITYSCAPES_COLORS, (255, 140, 0)))
 
 
-def toy(domain, jumble=False, **counts):
-    """A toy domain with so many scenes for training and for evaluation: train=1000, val=100."""
-    first = dict(train=0, val=10 ** 6)
-    splits = {split: range(first[split], first[split] + count) for split, count in counts.items()}
-    return Dataset("toy", splits=splits, classes=TOY_CLASSES, colors=TOY_COLORS,
-                   generate=partial(toy_scene, domain, jumble=jumble))
-
-
-def toy_boxes(domain, corrupted=False, **counts):
-    """A toy domain whose labels are boxes; their classes are the last ones of TOY_CLASSES."""
-    return replace(toy(domain, **counts), classes=TOY_CLASSES[CAR:], colors=TOY_COLORS[CAR:],
-                   generate=partial(toy_things, domain), boxes=True, corrupted=corrupted)
+def toy(domain, train=0, val=0, jumble=False, boxes=False, corrupted=False):
+    """A toy domain with so many scenes; its boxes lie around cars, poles and persons."""
+    splits = {"train": range(train), "val": range(10 ** 6, 10 ** 6 + val)}
+    splits = {split: numbers for split, numbers in splits.items() if numbers}
+    draw = partial(toy_things, domain) if boxes else partial(toy_scene, domain, jumble=jumble)
+    first = CAR if boxes else SKY
+    return Dataset("toy", splits=splits, generate=draw, classes=TOY_CLASSES[first:], colors=TOY_COLORS[first:],
+                   boxes=boxes, corrupted=corrupted)
 
 
 DATASETS = {
-    "imagenet": Dataset("imagenet", "<split>/{**/}* {**/}*", splits=TRAIN_VAL, own=True),  # or any folder of images
+    "imagenet": Dataset("imagenet", "<split>/{**/}* {**/}*", splits=TRAIN_VAL, own=True),  # or any images
     "gtav": street("gtav", "images/*", "labels/*", TRAIN, cityscapes_label, resize_label=True),
     "synthia": street("synthia", "**/RGB/*", "**/GT/LABELS/*", TRAIN, synthia_label),
     "urbansyn": street("urbansyn", "rgb/**/rgb_*", "ss/**/ss_*", TRAIN, partial(by_value, table=URBANSYN_IDS)),
@@ -574,34 +533,29 @@ DATASETS = {
     "endovis18": Dataset("endovis18", "**/<split>/left_frames/*", "**/<split>/labels/*", ENDOVIS,
                          partial(by_color, colors=ENDOVIS_COLORS, ignored=[ENDOVIS_PROBE]), ENDOVIS_CLASSES,
                          ENDOVIS_COLORS),
-    # CamVid by day, and at dusk as an unseen domain
     "camvid": camvid("camvid", "<split>/{0006R0,0016E5,Seq05VD}_*", "<split>annot/{0006R0,0016E5,Seq05VD}_*",
                      {"train": "train", "val": "test"}),
     "camvid-dusk": camvid("camvid", "<split>/0001TP_*", "<split>annot/0001TP_*", {"val": "{train,val,test}"}),
-    # VOC 2007 and 2012, whose labels are boxes; the corruptions of its test images are an unseen domain
     "voc": voc,
     "voc-corruptions": replace(voc, corrupted=True),
-    # one's own images
     "folder": Dataset("folder", "images/<split>*", "masks/<split>*", {"train": "{train/,}", "val": "val/"}, own=True),
     "toy": toy("game", train=1000, val=100),
     **{f"toy-{look}": toy(look, val=100) for look in ("night", "fog", "snow", "rain")},
-    "toy-arcade": toy("arcade", train=1000, val=100),
-    "toy-diorama": toy("diorama", train=1000, val=100),
+    **{f"toy-{look}": toy(look, train=1000, val=100) for look in ("arcade", "diorama")},
     "toy-wide": toy("wide", train=4000, val=100),
-    "toy-proxy": toy("wide", jumble=True, train=2000),
-    "toy-boxes": toy_boxes("game", train=1000, val=100),
-    **{f"toy-boxes-{look}": toy_boxes(look, val=100) for look in ("night", "fog", "snow", "rain")},
-    "toy-boxes-corruptions": toy_boxes("game", val=20, corrupted=True),
+    "toy-proxy": toy("wide", train=2000, jumble=True),
+    "toy-boxes": toy("game", train=1000, val=100, boxes=True),
+    **{f"toy-boxes-{look}": toy(look, val=100, boxes=True) for look in ("night", "fog", "snow", "rain")},
+    "toy-boxes-corruptions": toy("game", val=20, boxes=True, corrupted=True),
 }
 ACDC = ("acdc-night", "acdc-snow", "acdc-fog", "acdc-rain")
-JOINED = {"acdc": ACDC}  # short names of several rows
 TOY_SOURCES = ("toy", "toy-arcade", "toy-diorama")
 SETTINGS = {  # labelled source -> domains of the table row
     "gtav": ("gtav", ("cityscapes", "bdd100k", "mapillary")),
     "gtav-acdc": ("gtav", ACDC),
     "cityscapes": ("cityscapes", ACDC),
     "potsdam-rgb": ("potsdam-rgb", ("potsdam-irrg", "vaihingen-irrg")),
-    "endovis18": ("endovis18", ("endovis18",)),  # its val split is the unseen domain: other sequences
+    "endovis18": ("endovis18", ("endovis18",)),  # other sequences are its unseen domain
     "camvid": ("camvid", ("camvid-dusk",)),
     "toy": ("toy", ("toy-night", "toy-fog", "toy-snow", "toy-rain")),
     "voc": ("voc", ("voc-corruptions",)),
@@ -611,43 +565,37 @@ SETTINGS = {  # labelled source -> domains of the table row
 
 # --- Finding the files ----------------------------------------------------------------------------------------------
 
-LABEL_FOLDER = re.compile(r"(?i)(^|/)(gt|gts|gtfine|gts?_[^/]*|[^/]*labels[^/]*|masks|annotations)/")
-
-
 class Sample(NamedTuple):
     """One image with its label: where they lie, and how they are read."""
     entry: Dataset
-    image: object           # Path, or the number of a generated scene
-    label: object = None    # Path
-    box: tuple = (0, 0, None, None)     # (left, top, right, bottom) of a tile
-    corruption: tuple = None    # a key of CORRUPTIONS and a severity, 1 to 5
+    image: object  # Path, or the number of a generated scene
+    label: object = None  # Path
+    tile: tuple = ()  # rows and columns, as slices
+    corruption: tuple = None  # a key of CORRUPTIONS and a severity, 1 to 5
 
     def read_image(self):
         """uint8 (3, H, W); UserError names a file that is broken."""
         if self.entry.generate:
             image = torch.from_numpy(self.entry.generate(self.image)[0]).permute(2, 0, 1)
         else:
-            image = crop(read_image(self.image, upright=self.entry.own), self.box)
+            image = read_image(self.image, self.entry.own)[(..., *self.tile)]
         return corrupt(image, *self.corruption) if self.corruption else image
 
     def read_label(self):
-        """uint8 (H, W) of class numbers and 255, or boxes; UserError names a file that is broken or holds others."""
+        """uint8 (H, W) of class numbers and 255, or boxes; UserError names a file that holds neither."""
         if self.entry.generate:
             return torch.from_numpy(self.entry.generate(self.image)[1])
-        tile = [self.box] if self.entry.tile else []
         try:
-            return torch.from_numpy(self.entry.decode(self.label, *tile))
-        except UserError:
-            raise
+            return torch.from_numpy(self.entry.decode(self.label, *self.tile))
         except BROKEN as error:
             raise UserError(f"{self.label}: cannot be read as a label ({error})") from None
 
 
 def entries(name, classes=0, labelled=True):
-    """{name: row of DATASETS} for a name like gtav+synthia; `classes` is the number of classes of --data folder."""
+    """{name: row of DATASETS} for a name like gtav+synthia; `classes`: how many, of --data folder."""
     found = {}
     for word in name.split("+"):
-        for part in JOINED.get(word, [word]):
+        for part in ACDC if word == "acdc" else [word]:
             if part not in DATASETS:
                 raise UserError(f"--data {part}: not one of {' '.join(DATASETS)}")
             if classes and (part != "folder" or not 0 < classes <= UNKNOWN):
@@ -664,27 +612,23 @@ def entries(name, classes=0, labelled=True):
 
 
 def locate(root, entry):
-    """The dataset's folder: below root, or root itself."""
+    """The dataset's folder: below root, or root itself unless it holds other sets."""
     own = Path(root, entry.folder)
     if own.is_dir():
         return own
-    others = sorted({other.folder for other in DATASETS.values() if Path(root, other.folder).is_dir()})
-    if others:  # the folder of all datasets: what lies below it is not this dataset
-        raise UserError(f"--root {root}: holds {' '.join(others)}, but no folder {entry.folder}")
-    if not Path(root).is_dir():
-        raise UserError(f"--root {root}: no such folder (it holds one folder per dataset, or is the dataset's own)")
+    if not Path(root).is_dir() or any(Path(root, other.folder).is_dir() for other in DATASETS.values()):
+        raise UserError(f"--root {root}: no such folder as {own}")
     return Path(root)
 
 
 class Samples:
-    """The Samples of a set with files, each made when it is asked for.
+    """The Samples of a set with files, made one by one from rows of names (image[, label])."""
 
-    Names are kept as one array: a million Python texts would take 700 MB, and each loading process would copy them."""
-
-    def __init__(self, entry, folder, names):
+    def __init__(self, entry, folder, rows):
         self.entry = entry
         self.folder = folder
-        self.names = np.array([list(map(os.fsencode, row)) for row in names])   # rows (image,) or (image, label)
+        # One array: a million Python texts take 700 MB, and each loading process would copy them.
+        self.names = np.array([list(map(os.fsencode, row)) for row in rows])
 
     def __len__(self):
         return len(self.names)
@@ -693,10 +637,8 @@ class Samples:
         return Sample(self.entry, *[self.folder / os.fsdecode(name) for name in self.names[i]])
 
 
-def find(folder, patterns, text, part=None):
-    """The names of the files below a folder by the first pattern that matches any, and its regular expression.
-
-    `text` stands for <split>. Where none matches, UserError if `part` is given, the set's name."""
+def find(part, folder, patterns, text):
+    """The names of files by the first pattern that matches any, and its regular expression."""
     patterns = patterns.replace("<split>", text).split()
     for pattern in patterns:
         regex = re.escape(pattern).replace(r"\{", "(").replace(r"\}", ")").replace(",", "|")
@@ -704,20 +646,15 @@ def find(folder, patterns, text, part=None):
         if not pattern.endswith("TrainIds"):
             regex += "(?<!_labelTrainIds)"  # which converters write beside the labels
         regex = re.compile(f"{regex}(?i:{'|'.join(map(re.escape, SUFFIXES))})")
-        top = re.split(r"[*{]", pattern)[0].rpartition("/")[0]  # the folder below which all its files lie
+        top = re.split(r"[*{]", pattern)[0].rpartition("/")[0]  # all its files lie below
         names = [name for name in files_below(folder, top) if regex.fullmatch(name)]
         if names:
             return names, regex
-    if part:
-        there = [*files_below(folder, top)] or [*files_below(folder)]
-        instead = f"; there are {there[0]} and {len(there) - 1} others" if there else ""
-        raise UserError(f"--data {part}: {folder} holds no files like {' or '.join(patterns)} "
-                        f"({' '.join(sorted(SUFFIXES))}){instead}")
-    return [], None
+    raise UserError(f"--data {part}: {folder} holds no files like {' or '.join(patterns)} ({' '.join(SUFFIXES)})")
 
 
-def files_below(folder, below=""):
-    """All files below folder / below that are not hidden, as texts below folder, sorted; links are followed."""
+def files_below(folder, below):
+    """All files in folder / below that are not hidden, as sorted names in folder; links are followed."""
     if not Path(folder, below).is_dir():
         return
     visible = [item for item in os.scandir(folder / below) if not item.name.startswith((".", "__MACOSX"))]
@@ -729,44 +666,33 @@ def files_below(folder, below=""):
             yield name
 
 
-def tile_boxes(width, height, side):
-    """Boxes (left, top, right, bottom) every `side` pixels, the last flush with the border; 12 x 12 for 6000 px."""
-    lefts = [min(left, max(width - side, 0)) for left in range(0, width, side)]
-    tops = [min(top, max(height - side, 0)) for top in range(0, height, side)]
-    return [(left, top, left + side, top + side) for top in tops for left in lefts]
-
-
 def listing(part, entry, root, split, labelled):
-    """The samples of one dataset, and a line on each image or label that is no part of a pair."""
+    """The samples of one dataset, and a line on each file that is in no pair."""
     if split not in entry.splits:
         raise UserError(f"--data {part}: has no {split} split, only {' '.join(entry.splits)}")
     text = entry.splits[split]
-    problems = []
     if entry.generate:
-        return [Sample(entry, number) for number in text], problems
+        return [Sample(entry, number) for number in text], []
     if labelled and not entry.decode:
         raise UserError(f"--data {part}: {'say how many --classes' if part == 'folder' else 'has no labels'}")
     folder = locate(root, entry)
+    problems = []
     if entry.boxes:
-        samples = voc_samples(entry, folder, text)
+        rows = voc_pairs(folder, text)
     else:
-        found, regex = find(folder, entry.images, text, part)
-        images = [name for name in found if not LABEL_FOLDER.search(name)] or found
-        if len(images) < len(found):
-            qsd.say(f"{part} {split}: {len(found) - len(images)} files in folders of labels are taken for no images")
+        images, regex = find(part, folder, entry.images, text)
+        images = [name for name in images if not LABEL_FOLDER.search(name)] or images
         rows = zip(images)
         if labelled:
-            rows, problems = paired(folder, (images, regex), find(folder, entry.labels, text, part))
-        samples = Samples(entry, folder, rows)
-    qsd.say(f"{part} {split}: {len(samples)} images in {folder}")
+            rows, problems = paired(folder, (images, regex), find(part, folder, entry.labels, text))
+    samples = Samples(entry, folder, rows)
+    say(f"{part} {split}: {len(samples)} images in {folder}")
     return samples, problems
 
 
 def paired(folder, images, labels):
-    """The pairs (image, label) among what `find` returned for both, and a line on each name that is in none.
-
-    An image and a label are a pair where "*" and "{}" stood for the same texts."""
-    groups = {}     # {those texts: ([images], [labels])}
+    """The pairs among what `find` returned for both sides, and a line on each file that is in none."""
+    groups = {}  # {texts for "*" and "{}": ([images], [labels])}
     for side, (names, regex) in enumerate((images, labels)):
         for name in names:
             groups.setdefault(regex.fullmatch(name).groups(), ([], []))[side].append(name)
@@ -776,34 +702,30 @@ def paired(folder, images, labels):
         if len(here) == len(there) == 1:
             pairs.append(here + there)
         for names, partners in ((here, there), (there, here)):
-            several = f"has {len(partners)} partners: {' and '.join(partners)}"
-            problems += [f"{folder / name}: {several if partners else 'has no partner'}"
-                         for name in names if len(partners) != 1]
+            if len(partners) != 1:
+                said = " or ".join(partners) or "missing"
+                problems += [f"{folder / name}: its partner is {said}" for name in names]
     return pairs, problems
 
 
-def voc_samples(entry, folder, lists):
-    """The samples that VOC's lists name: JPEGImages/NAME.jpg and Annotations/NAME.xml in the folder of the year."""
-    samples = []
+def voc_pairs(folder, lists):
+    """The pairs that VOC's lists name, as VOC2007/trainval is one."""
     for text in lists.split():
-        year, part = text.split("/")    # as VOC2007/trainval
+        year, part = text.split("/")
         file = folder / year / f"ImageSets/Main/{part}.txt"
         if not file.is_file():
             raise UserError(f"{file} is not there")
         for name in file.read_text().split():
-            image = folder / year / f"JPEGImages/{name}.jpg"
-            samples.append(Sample(entry, image, folder / year / f"Annotations/{name}.xml"))
-    return samples
+            yield f"{year}/JPEGImages/{name}.jpg", f"{year}/Annotations/{name}.xml"
 
 
 def gather(name, root, split, labelled, classes=0):
-    """All samples of a name like gtav+synthia, each tile, each corruption; UserError where a file lacks its partner."""
+    """All samples of a name like gtav+synthia, each tile, each corruption."""
     samples = []
     for part, entry in entries(name, classes, labelled).items():
         found, problems = listing(part, entry, root, split, labelled)
         if problems:
-            raise UserError(f"{problems[0]} ({len(problems)} such files in {part} {split}); "
-                            "python data.py with the same --data, --root and --classes lists them")
+            raise UserError(f"{problems[0]} (one of {len(problems)} in {part} {split}: python data.py lists them)")
         if entry.tile or entry.corrupted:
             found = list(itertools.chain.from_iterable(map(pieces, found)))
         samples.append(found)
@@ -811,21 +733,22 @@ def gather(name, root, split, labelled, classes=0):
 
 
 def pieces(sample):
-    """The tiles of a large image, or all corruptions of one."""
+    """The tiles of a large image, the last ones flush with its border, or all corruptions."""
     if sample.entry.corrupted:
         return [sample._replace(corruption=pair) for pair in itertools.product(CORRUPTIONS, range(1, 6))]
     with Image.open(sample.image) as header:
-        boxes = tile_boxes(*header.size, sample.entry.tile)
-    return [sample._replace(box=box) for box in boxes]
+        width, height = header.size
+    side = sample.entry.tile
+    lefts = [min(left, max(width - side, 0)) for left in range(0, width, side)]
+    tops = [min(top, max(height - side, 0)) for top in range(0, height, side)]
+    return [sample._replace(tile=(slice(top, top + side), slice(left, left + side)))
+            for top, left in itertools.product(tops, lefts)]
 
 
 # --- Datasets -------------------------------------------------------------------------------------------------------
 
 class Scenes(torch.utils.data.Dataset):
-    """Samples by key (index, draw), or by index: items (image, draw), or (image, label, draw) if labelled.
-
-    All that is random about an item follows from (seed, draw), so that neither the number of workers nor of processes
-    changes it. A training image that cannot be read is named and replaced by the next; all else is a UserError."""
+    """Items (image[, label], draw), by key (index, draw) or index; random by (seed, draw) alone."""
 
     def __init__(self, samples, transform, labelled, training):
         self.samples = samples
@@ -850,19 +773,19 @@ class Scenes(torch.utils.data.Dataset):
             label = sample.read_label()
             if not self.boxes and label.shape != image.shape[1:]:
                 if not sample.entry.resize_label:
-                    raise UserError(f"{sample.label}: {label.shape[1]}x{label.shape[0]}, but its image is "
-                                    f"{image.shape[2]}x{image.shape[1]}")
+                    raise UserError(f"{sample.label}: {(*label.shape,)} pixels, its image {(*image.shape[1:],)}")
                 label = resize_label(label, image.shape[1:])
         if self.transform:
             with torch.random.fork_rng(devices=[]):
-                torch.default_generator.manual_seed(mix(self.seed, draw))  # torch.manual_seed would touch the GPU's too
+                # torch.manual_seed would touch the GPU's generator, too.
+                torch.default_generator.manual_seed(mix(self.seed, draw))
                 image, label = self.transform(image, label)
         if self.labelled:
             return image.contiguous(), label if self.boxes else label.long(), draw
         return image.contiguous(), draw
 
     def read(self, index):
-        """The sample at index with its image; while training the next one that can be read, of TRIES at most."""
+        """The sample at index with its image; while training the next one that can be read."""
         for _ in range(TRIES):
             sample = self.samples[index]
             try:
@@ -875,55 +798,36 @@ class Scenes(torch.utils.data.Dataset):
         raise UserError(f"{sample.image}: cannot be read as an image, like {TRIES - 1} before it: too many")
 
 
-ORDER, ERASED_BOX, ERASED_PIXELS, MASKS = range(1, 5)  # each use of a draw's number has random numbers of its own
-
-
-def mix(*numbers):
-    """One 32-bit seed from several numbers (torch's CPU generator reads 32 bits, and neighbours must differ)."""
-    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
-
-
 def images(name, root, transform=None, split="train"):
     """Images without labels, for distillation and for figures."""
-    return looked_at(name, Scenes(gather(name, root, split, False), transform, False, training=split == "train"))
+    samples = gather(name, root, split, labelled=False)
+    return Scenes(samples, transform, labelled=False, training=split == "train")
 
 
 def scenes(name, root, split="train", transform=None, labels="1", classes=0):
-    """Images with labels; labels="1/16" keeps a fixed random subset, `classes` is the number of classes of "folder"."""
+    """Images with labels; labels="1/16" keeps a fixed random subset; classes: see entries."""
     share = Fraction(labels) if re.fullmatch(r"\d*\.?\d+|\d+/[1-9]\d*", labels) else 0
     if not 0 < share <= 1:
         raise UserError(f"--labels {labels}: a fraction like 1/16 was expected")
     samples = gather(name, root, split, True, classes)
-    order = torch.randperm(len(samples), generator=torch.Generator().manual_seed(0))     # the same in every run
+    order = torch.randperm(len(samples), generator=torch.Generator().manual_seed(0))  # the same in every run
     count = max(1, round(share * len(samples)))
-    kept = sorted(order[:count].tolist())
-    return looked_at(name, Scenes([samples[i] for i in kept], transform, True, training=split == "train"))
+    kept = [samples[i] for i in sorted(order[:count].tolist())]
+    if split == "train" and not kept[0].entry.generate:
+        doubt(name, kept)
+    return Scenes(kept, transform, labelled=True, training=split == "train")
 
 
-def looked_at(name, dataset):
-    """The dataset; what can hardly be meant in a hundred of its samples is said before anybody trains on them."""
-    entry = dataset.samples[0].entry
-    if entry.generate or not (dataset.training or entry.own):
-        return dataset
-    counts = np.zeros(256, np.int64)
-    brightest = 0
-    step = 1 if entry.tile else math.ceil(len(dataset) / 100)   # tiles that follow one another lie in one file
-    for i in range(0, len(dataset), step)[:100]:
-        if dataset.labelled:
-            counts += counts_of(dataset.samples[i].read_label(), entry)
-        if brightest < DARK:
-            brightest = max(brightest, dataset.read(i)[1].max().item())
-    if entry.own and counts[0] and counts[IGNORE] and not counts[1:IGNORE].any():
-        raise UserError(f"--data {name}: the labels hold 0 and 255 alone, and 255 is void; save what it marks as 1")
+def doubt(name, samples):
+    """Say if a hundred labels can hardly be meant, as with 255 for 1 or another set's numbers."""
+    entry = samples[0].entry
+    looked_at = samples[::math.ceil(len(samples) / 100)]
+    counts = sum(counts_of(sample.read_label(), entry) for sample in looked_at)
     missing = [kind for kind, count in zip(entry.classes, counts) if not count]
     void = counts[IGNORE] / max(1, counts.sum())
-    found = f"--data {name}: in {min(len(dataset), 100)} images looked at "
-    if dataset.labelled and (missing or void > 0.5):
-        qsd.say(f"{found}{void:.0%} is void, classes without a pixel: {', '.join(missing) or 'none'}; is the numbering "
-                "this set's?")
-    if brightest < DARK:
-        qsd.say(f"{found}nothing is brighter than {brightest} of 255: scale 12 bits in 16-bit files to all 16")
-    return dataset
+    if missing or void > 0.5:
+        say(f"--data {name}: in {len(looked_at)} labels looked at {void:.0%} is void (255), "
+            f"classes without a pixel: {', '.join(missing) or 'none'}; is the numbering this set's?")
 
 
 def counts_of(label, entry):
@@ -934,11 +838,16 @@ def counts_of(label, entry):
 
 # --- Which image when -----------------------------------------------------------------------------------------------
 
-def batches(n, batch, seed=0, start_step=0, rank=0, world=1, accumulate=1, repeats=1):
-    """Yield this process's micro-batches of keys (index, draw), from a step on, forever.
+ORDER, ERASED_BOX, ERASED_PIXELS, MASKS = range(1, 5)  # what random numbers of a draw are for
 
-    Step s takes draws [s batch, (s + 1) batch); each process a contiguous share of them, in `accumulate` micro-batches:
-    the same images at any number of processes. world x accumulate divides the batch: see passes_of."""
+
+def mix(*numbers):
+    """One seed from several numbers: torch's CPU generator reads 32 bits, and neighbours must differ."""
+    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
+
+
+def batches(n, batch, seed=0, start_step=0, rank=0, world=1, accumulate=1, repeats=1):
+    """Micro-batches of keys (index, draw), forever: this process's share of each step's draws."""
     share = batch // world
     micro = share // accumulate
     for step in itertools.count(start_step):
@@ -948,9 +857,7 @@ def batches(n, batch, seed=0, start_step=0, rank=0, world=1, accumulate=1, repea
 
 
 def image_of(draw, n, seed=0, repeats=1):
-    """The index of a draw's image: draw d belongs to epoch d // n, a permutation seeded by (seed, epoch).
-
-    Each image of it comes `repeats` times in a row (repeated augmentation), until n draws are done."""
+    """The index of a draw's image: each epoch is a shuffle, in which each comes `repeats` times in a row."""
     return order_of_epoch(n, seed, draw // n)[draw % n // repeats].item()
 
 
@@ -960,9 +867,7 @@ def order_of_epoch(n, seed, epoch):
 
 
 def loader(dataset, batch, workers=0, seed=0, **order):
-    """Endless batches (image uint8 (B, 3, H, W), [label int64 (B, H, W),] draw (B,)), B = batch/world/accumulate.
-
-    `order`: the constants of `batches` that follow seed."""
+    """Endless batches: image uint8 (B, 3, H, W)[, label int64 (B, H, W)], draw (B,); order: see batches."""
     dataset.seed = seed
     return DataLoader(dataset, batch_sampler=batches(len(dataset), batch, seed, **order), num_workers=workers,
                       pin_memory=torch.cuda.is_available(), prefetch_factor=4 if workers else None,
@@ -970,9 +875,7 @@ def loader(dataset, batch, workers=0, seed=0, **order):
 
 
 def outlast_signals(worker):
-    """Keep a loading process alive until the training one has finished its step and saved: signals often reach both.
-
-    A second SIGTERM ends it, for that is how Python ends it when the training process has failed."""
+    """Load on while the training process, signalled too, saves; a second SIGTERM, Python's, ends it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda number, frame: signal.signal(number, signal.SIG_DFL))
 
@@ -988,7 +891,7 @@ def uniform(low, high):
 
 
 def distill_transform(image, label=None, size=224, randaugment=True, scale=(0.08, 1), ratio=(3 / 4, 4 / 3), flip=0.5):
-    """Augmentation of both distillation stages: random resized crop, flip, RandAugment; uint8 (3, size, size)."""
+    """Of both distillation stages: random resized crop, flip, RandAugment; uint8 (3, size, size)."""
     box = RandomResizedCrop.get_params(image, scale, ratio)
     image = TF.resized_crop(image, *box, [size, size], InterpolationMode.BICUBIC, antialias=True)
     if chance(flip):
@@ -1025,7 +928,7 @@ def warp(image, a=1.0, b=0.0, c=0.0, d=0.0, e=1.0, f=0.0):
 
 
 def shift(image, dx=0, dy=0):
-    """Output pixel (x, y) shows input (x + dx, y + dy), in whole pixels: half a pixel off at most, 30 x faster."""
+    """Output pixel (x, y) shows input (x + dx, y + dy), whole pixels: 30 times faster than warp."""
     pad = [max(-dx, 0), max(-dy, 0), max(dx, 0), max(dy, 0)]  # left, top, right, bottom
     padded = TF.pad(image, pad, fill=list(FILL))
     return TF.crop(padded, max(dy, 0), max(dx, 0), *image.shape[1:])
@@ -1035,30 +938,25 @@ def rotate(image, signed):
     angle = math.radians(30 * signed)
     cos = math.cos(angle)
     sin = math.sin(angle)
-    x = image.shape[2] / 2  # the centre, which stays
+    x = image.shape[2] / 2
     y = image.shape[1] / 2
     return warp(image, cos, -sin, x - cos * x + sin * y, sin, cos, y - sin * x - cos * y)
-
-
-def strength(signed):
-    """A factor that changes nothing at 1; the level leads away from 1 ("increasing")."""
-    return max(0.1, 1 + 0.9 * signed)
 
 
 RAND_AUGMENT = (  # each operation takes an image, a level in 0..1, and the level with a random sign
     lambda image, level, signed: rotate(image, signed),
     lambda image, level, signed: TF.posterize(image, bits=4 - int(4 * level)),
     lambda image, level, signed: TF.solarize(image, threshold=256 - int(256 * level)),
-    lambda image, level, signed: torch.where(image < 128, image + int(110 * level), image),     # solarize, add
+    lambda image, level, signed: torch.where(image < 128, image + int(110 * level), image),  # solarize, add
     lambda image, level, signed: TF.autocontrast(image),
     lambda image, level, signed: TF.equalize(image),
     lambda image, level, signed: TF.invert(image),
-    lambda image, level, signed: TF.adjust_saturation(image, strength(signed)),
-    lambda image, level, signed: TF.adjust_contrast(image, strength(signed)),
-    lambda image, level, signed: TF.adjust_brightness(image, strength(signed)),
-    lambda image, level, signed: TF.adjust_sharpness(image, strength(signed)),
-    lambda image, level, signed: warp(image, b=0.3 * signed),                                   # shear x
-    lambda image, level, signed: warp(image, d=0.3 * signed),                                   # shear y
+    lambda image, level, signed: TF.adjust_saturation(image, 1 + 0.9 * signed),
+    lambda image, level, signed: TF.adjust_contrast(image, 1 + 0.9 * signed),
+    lambda image, level, signed: TF.adjust_brightness(image, 1 + 0.9 * signed),
+    lambda image, level, signed: TF.adjust_sharpness(image, 1 + 0.9 * signed),
+    lambda image, level, signed: warp(image, b=0.3 * signed),
+    lambda image, level, signed: warp(image, d=0.3 * signed),
     lambda image, level, signed: shift(image, dx=round(0.45 * signed * image.shape[2])),
     lambda image, level, signed: shift(image, dy=round(0.45 * signed * image.shape[1])),
 )
@@ -1074,7 +972,7 @@ def normalize(image, mean, std):
 
 
 def renormalize(x, model, other):
-    """Images normalised for one encoder, normalised for another instead: x std + mean are the pixels of both."""
+    """Images normalised for one encoder, normalised for another instead."""
     if (model.mean, model.std) == (other.mean, other.std):
         return x
     scale = np.divide(model.std, other.std)
@@ -1083,7 +981,7 @@ def renormalize(x, model, other):
 
 
 def erase(x, draws, seed=0, p=0.25, area=(0.02, 1 / 3), ratio=(0.3, 3.3)):
-    """Random erasing, in place: one box of noise in a share p of normalised x (B, 3, H, W), by (seed, draw) alone."""
+    """Random erasing of x (B, 3, H, W), in place: a box of noise in a share p, by (seed, draw) alone."""
     height, width = x.shape[2:]
     generator = torch.Generator(x.device)
     for i, draw in enumerate(draws.tolist()):
@@ -1105,7 +1003,7 @@ def erase(x, draws, seed=0, p=0.25, area=(0.02, 1 / 3), ratio=(0.3, 3.3)):
 
 
 def uniform_noise(draws, N, seed):
-    """Random numbers in 0..1, (B, N), each row by (seed, draw) alone: the same masks at any number of processes."""
+    """Random numbers in 0..1, (B, N), each row by (seed, draw) alone."""
     generators = [torch.Generator().manual_seed(mix(seed, MASKS, draw)) for draw in draws.tolist()]
     return torch.stack([torch.rand(N, generator=generator) for generator in generators])
 
@@ -1113,12 +1011,11 @@ def uniform_noise(draws, N, seed):
 # --- Stage 2: image and label together ------------------------------------------------------------------------------
 
 def segment_transform(image, label, size=512, cat_max_ratio=0.75, flip=0.5):
-    """Random scale (without antialiasing), crop, flip, colours, padding to (size, size): mmsegmentation's pipeline."""
+    """mmsegmentation's pipeline: scale, crop, flip, colours, padding; uint8 (., size, size)."""
     height, width = label.shape
     tenths = 5 + torch.randint(16, ()).item()
-    short_edge = size * tenths // 10    # 0.5, 0.6, .. 2.0 sizes
-    long_edge = 4 * size                # at most
-    scale = min(short_edge / min(height, width), long_edge / max(height, width))
+    short_edge = size * tenths // 10  # 0.5, 0.6, .. 2.0 sizes; the long edge is 4 at most
+    scale = min(short_edge / min(height, width), 4 * size / max(height, width))
     scaled = (max(1, round(height * scale)), max(1, round(width * scale)))
     image = TF.resize(image, scaled, antialias=False)
     label = resize_label(label, scaled)
@@ -1135,9 +1032,7 @@ def segment_transform(image, label, size=512, cat_max_ratio=0.75, flip=0.5):
 
 
 def varied_crop(label, size, cat_max_ratio, tries=10):
-    """Rows and columns, as slices, of a random crop in which no class fills cat_max_ratio of the labelled pixels.
-
-    The last try is taken whatever it holds."""
+    """Rows and columns of a crop in which no class fills cat_max_ratio; the last try is always taken."""
     height, width = label.shape
     for _ in range(tries):
         top = torch.randint(max(height - size, 0) + 1, ()).item()
@@ -1151,30 +1046,24 @@ def varied_crop(label, size, cat_max_ratio, tries=10):
 
 
 def distort(image, brightness=32, contrast=(0.5, 1.5), saturation=(0.5, 1.5), hue=18):
-    """Brightness, saturation and hue, with contrast before or after the last two, each with probability 0.5.
-
-    uint8 (3, H, W); brightness in grey levels, hue in OpenCV's half degrees; mmsegmentation's PhotoMetricDistortion."""
+    """mmsegmentation's PhotoMetricDistortion; brightness in grey levels, hue in half degrees."""
     if chance(0.5):
-        image = linear(image, 1, uniform(-brightness, brightness))
+        image = (image + uniform(-brightness, brightness)).clamp_(0, 255).to(torch.uint8)
     change_contrast = chance(0.5)
     contrast_first = chance(0.5)
     if change_contrast and contrast_first:
-        image = linear(image, uniform(*contrast), 0)
+        image = TF.adjust_brightness(image, uniform(*contrast))  # a mere factor
     if chance(0.5):
         image = saturate(image, uniform(*saturation))
     if chance(0.5):
         image = TF.adjust_hue(image, uniform(-hue, hue) / 180)
     if change_contrast and not contrast_first:
-        image = linear(image, uniform(*contrast), 0)
+        image = TF.adjust_brightness(image, uniform(*contrast))
     return image
 
 
-def linear(image, factor, offset):
-    return (image * factor + offset).clamp_(0, 255).to(torch.uint8)
-
-
 def saturate(image, factor):
-    """Scale the S of HSV: the channels' distances to the largest one grow by the factor, until the smallest is 0."""
+    """Scale the S of HSV: the distances to the largest channel grow, until the smallest is 0."""
     brightest = image.amax(0).float()
     reach = brightest - image.amin(0)
     factor = torch.minimum(torch.full_like(reach, factor), brightest / reach.clamp(min=1))
@@ -1182,9 +1071,7 @@ def saturate(image, factor):
 
 
 def detect_transform(image, label, size, visible=0.3):
-    """Image and boxes together: the short edge scaled to size, a square crop, flip; uint8 (3, size, size), boxes.
-
-    A box of which the crop shows less than the share `visible` is dropped."""
+    """Short edge scaled to size, square crop, flip; a box that shows less than `visible` is dropped."""
     boxes = BoundingBoxes(label[:, :4], format="XYXY", canvas_size=image.shape[1:])
     scale = size / min(image.shape[1:])
     together = Compose([Resize(size), RandomCrop(size), RandomHorizontalFlip()])
@@ -1195,7 +1082,7 @@ def detect_transform(image, label, size, visible=0.3):
 
 
 def eval_transform(image, label, name):
-    """Official test size of a dataset for the image; the label keeps its own (Mapillary's is halved)."""
+    """The dataset's official test size for the image; the label keeps its own, or is halved."""
     entry = DATASETS[name]
     if entry.eval_half:
         half = (image.shape[1] // 2, image.shape[2] // 2)
@@ -1210,25 +1097,24 @@ def eval_transform(image, label, name):
 
 
 # --- Corruptions: an unseen domain for detectors --------------------------------------------------------------------
-# Ten of the fifteen corruptions of Hendrycks and Dietterich (2019), over which Michaelis et al. (2019) average. The
-# others need further packages or photographs: motion and glass blur, snow, frost, elastic.
+# Ten of the fifteen of Hendrycks and Dietterich (2019); the others need further packages or photographs.
 
 CORRUPTIONS = {  # the constants of severity 1 to 5
-    "gaussian_noise": (0.08, 0.12, 0.18, 0.26, 0.38),                                   # standard deviation
-    "shot_noise": (60, 25, 12, 5, 3),                                                   # photons of a white pixel
-    "impulse_noise": (0.03, 0.06, 0.09, 0.17, 0.27),                                    # share of black and white
-    "defocus_blur": ((3, 0.1), (4, 0.5), (6, 0.5), (8, 0.5), (10, 0.5)),                # radius, deviation
-    "zoom_blur": ((1.11, 0.01), (1.16, 0.01), (1.21, 0.02), (1.26, 0.02), (1.31, 0.03)),    # farthest, step
-    "fog": ((1.5, 2), (2, 2), (2.5, 1.7), (2.5, 1.5), (3, 1.4)),                        # strength, decay
-    "brightness": (0.1, 0.2, 0.3, 0.4, 0.5),                                            # added to V of HSV
-    "contrast": (0.4, 0.3, 0.2, 0.1, 0.05),                                             # factor about the mean
-    "pixelate": (0.6, 0.5, 0.4, 0.3, 0.25),                                             # scale
-    "jpeg_compression": (25, 18, 15, 10, 7),                                            # quality
+    "gaussian_noise": (0.08, 0.12, 0.18, 0.26, 0.38),  # standard deviation
+    "shot_noise": (60, 25, 12, 5, 3),  # photons of a white pixel
+    "impulse_noise": (0.03, 0.06, 0.09, 0.17, 0.27),  # share of black and white
+    "defocus_blur": ((3, 0.1), (4, 0.5), (6, 0.5), (8, 0.5), (10, 0.5)),  # radius, deviation
+    "zoom_blur": ((1.11, 0.01), (1.16, 0.01), (1.21, 0.02), (1.26, 0.02), (1.31, 0.03)),  # farthest, step
+    "fog": ((1.5, 2), (2, 2), (2.5, 1.7), (2.5, 1.5), (3, 1.4)),  # strength, decay
+    "brightness": (0.1, 0.2, 0.3, 0.4, 0.5),  # added to V of HSV
+    "contrast": (0.4, 0.3, 0.2, 0.1, 0.05),  # factor about the mean
+    "pixelate": (0.6, 0.5, 0.4, 0.3, 0.25),  # scale
+    "jpeg_compression": (25, 18, 15, 10, 7),  # quality
 }
 
 
 def corrupt(image, name, severity):
-    """An image uint8 (3, H, W) under one of CORRUPTIONS; all that is random follows from its pixels."""
+    """An image uint8 (3, H, W) under one of CORRUPTIONS, whose noise follows from its pixels."""
     c = CORRUPTIONS[name][severity - 1]
     x = image / 255
     height, width = image.shape[1:]
@@ -1267,7 +1153,7 @@ def corrupt(image, name, severity):
 
 
 def clouds(height, width, decay, generator):
-    """A plasma fractal in 0..1, (H, W): each new point is the mean of four around it, and noise that gets weaker."""
+    """A plasma fractal in 0..1, (H, W): each new point is the mean of four, and ever weaker noise."""
     x = torch.zeros(1, 1)
     for octave in range(math.ceil(math.log2(max(height, width)))):
         noise = decay ** (-2 * octave) * (torch.rand(3, *x.shape, generator=generator) - 0.5)
@@ -1292,30 +1178,30 @@ def check(sample):
 
 
 def preflight(name, root, out=None, classes=0, workers=0):
-    """Open every file of every split that is there and print what was found; returns the number of problems."""
+    """Open every file and print what was found; returns the number of problems."""
     count = 0
     shown = []
     total = np.zeros(256, np.int64)
     for part, entry in entries(name, classes).items():
-        at_hand = [split for split, text in entry.splits.items()
-                   if entry.generate or find(locate(root, entry), entry.images, text)[0]]
-        for split in at_hand or [*entry.splits][:1]:    # if none is there, listing says what is missing
-            samples, problems = listing(part, entry, root, split, bool(entry.labels))
+        absent = 0
+        for split in entry.splits:
+            try:
+                samples, problems = listing(part, entry, root, split, bool(entry.labels))
+            except UserError as error:
+                print(f"{part} {split}: {error}")
+                absent += 1
+                continue
             findings = DataLoader(samples, batch_size=None, num_workers=workers, collate_fn=check)
-            good = []
-            for sample, (problem, counts) in zip(samples, tqdm(findings, f"{part} {split}")):
-                if problem:
-                    problems.append(problem)
-                else:
-                    good.append(sample)
-                total += counts
+            findings = [*tqdm(findings, f"{part} {split}")]
+            good = [sample for sample, (problem, _) in zip(samples, findings) if not problem]
+            problems += [problem for problem, _ in findings if problem]
+            total += sum(counts for _, counts in findings)
             count += len(problems)
             shown += good[::max(1, math.ceil(len(good) / 4))]  # 4 at most, evenly
             print(f"{part} {split}: {len(samples)} {'pairs' if entry.classes else 'images'}, {len(problems)} problems")
             for line in problems:
                 print(f"  {line}")
-            if good:
-                looked_at(f"{part} {split}", Scenes(good, None, bool(entry.classes), training=True))
+        count += absent == len(entry.splits)  # one split alone is often all that is wanted
     if total.any():
         print(f"share of the {'objects' if entry.boxes else 'pixels'}, %")
         for number, kind in [*enumerate(entry.classes), (IGNORE, "ignored")]:
@@ -1326,13 +1212,13 @@ def preflight(name, root, out=None, classes=0, workers=0):
 
 
 def palette(colors):
-    """The colour of each class number as an array (256, 3), uint8: black for those that are none, as 255."""
+    """The colour of each of 256 class numbers (256, 3), uint8; those that are none are black."""
     black = [(0, 0, 0)] * (256 - len(colors))
     return np.array([*colors, *black], np.uint8)
 
 
 def picture_of(sample, size=(300, 225)):
-    """A sample's image above its label, or with its boxes on it, each fitted into a size (width, height)."""
+    """A sample's image above its label, or with its boxes, each fitted into (width, height)."""
     entry = sample.entry
     image = sample.read_image()
     pictures = [] if entry.boxes else [image.permute(1, 2, 0).numpy()]
@@ -1343,9 +1229,7 @@ def picture_of(sample, size=(300, 225)):
 
 
 def label_picture(label, image, classes, colors, width=300, scored=False):
-    """A label (H, W) in its classes' colours, or boxes (M, 6) on their image (3, H, W), which is scaled to a width.
-
-    uint8, as an array (., ., 3). scored: the last number of a box is its score."""
+    """A label (H, W) in its colours, or boxes (M, 6), maybe scored, on their image: uint8 (., ., 3)."""
     if not label.is_floating_point():  # classes of pixels
         return palette(colors)[label]
     scale = width / image.shape[2]
@@ -1361,7 +1245,7 @@ def label_picture(label, image, classes, colors, width=300, scored=False):
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", default="toy", help="a name of DATASETS, or several joined with +")
-    parser.add_argument("--root", default="data", help="holds one folder per dataset, or is the dataset's own folder")
+    parser.add_argument("--root", default="data", help="holds one folder per dataset, or is the dataset's own")
     parser.add_argument("--classes", type=int, default=0, help="how many, for --data folder")
     parser.add_argument("--out", default="preflight.png", help="picture of some samples: image above label")
     parser.add_argument("--workers", type=int, default=0, help="processes that open files")

@@ -1129,7 +1129,7 @@ def segment_images(cfg, device):
     files = sorted(given.iterdir()) if given.is_dir() else [given]
     files = [file for file in files if file.suffix.lower() in data.SUFFIXES]
     if not files:
-        raise UserError(f"--images {given}: no images directly in it ({' '.join(sorted(data.SUFFIXES))})")
+        raise UserError(f"--images {given}: no images directly in it ({' '.join(data.SUFFIXES)})")
     names = {file.stem for file in files}
     if len(names) < len(files) or out.resolve() == files[0].parent.resolve():
         raise UserError(f"--images {given}: results are named after images, so that no two may differ in their "
@@ -1139,7 +1139,7 @@ def segment_images(cfg, device):
     out.mkdir(parents=True, exist_ok=True)
     share = files[distill.rank()::distill.world_size()]
     for file in tqdm(share, "images", disable=distill.rank() > 0, leave=False):
-        image = data.read_image(file, mapped=False, upright=True)  # (3, H, W)
+        image = data.read_image(file, own=True)  # (3, H, W)
         found = classify(model, saved, image, cfg, device)
         if saved["config"]["decoder"] == "boxes":
             picture = data.label_picture(found, image, *legend, width=800, scored=True)

@@ -676,27 +676,21 @@ def test_real_weights_classify_imagenet(file, mean, measured):
 def save_files(root, files):
     """Write files from a text of "path=content": images of 6x8 pixels, all of them alike.
 
-    Content: 7 one channel, 1-2-3 a colour, 1-2-3-4 one with alpha, P7 the index of a palette, S7 the red of a 16-bit
-    PNG, C7 CMYK, N7 a PNG whatever the file's name, D7 of twice the size, ! what is no image."""
+    Content: 7 one channel, 1-2-3 a colour, P7 the index of a palette, S7 the red of a 16-bit PNG, C7 CMYK, N7 a PNG
+    whatever the file's name, D7 of twice the size, ! what is no image."""
     for name, content in re.findall(r"(\S+)=(\S+)", files):
         path = root / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        if content == "!":
-            path.write_bytes(b"\x89PNG")
-            continue
         kind = content.strip("0123456789-")
-        values = [int(value) for value in re.findall(r"\d+", content)]
+        values = [int(value) for value in re.findall(r"\d+", content)] or [0]
         pixels = np.full((6, 8, len(values)), values, np.uint8).squeeze()
         image = Image.fromarray(pixels)
         if kind == "P":
-            image.putpalette([255 - value // 3 for value in range(768)])  # colours that mean nothing; "L" becomes "P"
-        if kind == "C":
-            image = image.convert("CMYK")
-        if kind == "D":
-            image = image.resize((16, 12))
-        image.save(path, "PNG" if kind == "N" else None)
-        if kind == "S":
-            path.write_bytes(png16(pixels))
+            image.putpalette(768 * [9])  # colours that mean nothing; "L" becomes "P"
+        image = {"C": image.convert("CMYK"), "D": image.resize((16, 12))}.get(kind, image)
+        image.save(path, "PNG" if kind in ("N", "!") else None)
+        if kind in ("S", "!"):
+            path.write_bytes(png16(pixels) if kind == "S" else b"\x89PNG")
 
 
 def png16(red):
@@ -717,8 +711,7 @@ def save_gtav(root, count):
         save_files(root / "gtav", f"images/{i:05}.png={i} labels/{i:05}.png=P26")
 
 
-# --- Datasets: what the values and colours of label files mean, as the releases document it ---------------------------
-
+# What the values and colours of label files mean, as the releases document it; "-" is ignored.
 CITYSCAPES = re.findall(r"([a-z ]+) (\d+) (\d+) (\d+) (\d+)", """road 7 128 64 128,sidewalk 8 244 35 232,
 building 11 70 70 70,wall 12 102 102 156,fence 13 190 153 153,pole 17 153 153 153,traffic light 19 250 170 30,
 traffic sign 20 220 220 0,vegetation 21 107 142 35,terrain 22 152 251 152,sky 23 70 130 180,person 24 220 20 60,
@@ -746,46 +739,23 @@ LABEL_FILES = {  # dataset and label file: {value or colour: class}
     "urbansyn ids": TRAIN_IDS | {19: "-"}, "synthia ids": SYNTHIA, "mapillary ids": MAPILLARY, "camvid ids": CAMVID,
     "endovis18 colors": ENDOVIS, "potsdam-rgb colors": ISPRS, "vaihingen-irrg colors": ISPRS}
 
-
 @pytest.mark.parametrize("case", LABEL_FILES)
-def test_every_value_or_colour_of_a_label_file_is_the_documented_class_or_refused(case, tmp_path):
+def test_every_value_or_colour_of_a_label_file_is_the_documented_class_or_an_error(case, tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "checked", lambda label, values: label)  # which makes of 254 an error
     name, kind = case.split()
     entry = data.DATASETS[name]
     path = tmp_path / f"a_{kind}.png"
-
-    def decode(values):
-        Image.fromarray(np.uint8([values])).save(path)
-        if name == "synthia":
-            path.write_bytes(png16(np.uint8([values])))
-        return ["-" if number == 255 else entry.classes[number] for number in entry.decode(path)[0]]
-
-    assert decode([*LABEL_FILES[case]]) == [*LABEL_FILES[case].values()]
+    known = LABEL_FILES[case]
+    if kind != "colors":
+        known = dict.fromkeys(range(255), "error") | {255: "-"} | known
+    Image.fromarray(np.uint8([[*known]])).save(path)
+    if name == "synthia":
+        path.write_bytes(png16(np.uint8([[*known]])))
+    classes = dict(enumerate(entry.classes)) | {254: "error", 255: "-"}
+    assert [classes[number] for number in entry.decode(path)[0]] == [*known.values()]
     if kind == "colors":
-        assert entry.colors == tuple(color for color, label in LABEL_FILES[case].items() if label != "-")
-    else:
-        assert decode([255]) == ["-"]
-        unknown = [value for value in range(255) if value not in LABEL_FILES[case]]
-        for start in range(0, len(unknown), 8):
-            listed = unknown[start:start + 8]
-            with pytest.raises(data.UserError, match=re.escape(f"a_{kind}.png: label values {listed} are not")):
-                decode(listed)
+        assert entry.colors == tuple(color for color, label in known.items() if label != "-")
 
-
-def test_the_rows_of_the_papers_tables_have_their_domains_classes_colours_and_tiles():
-    for name, entry in data.DATASETS.items():
-        assert len(entry.classes) == len(entry.colors) == len(set(entry.colors)), name
-    weather = "acdc-night acdc-snow acdc-fog acdc-rain".split()
-    assert data.SETTINGS["gtav"] == ("gtav", ("cityscapes", "bdd100k", "mapillary"))
-    assert data.SETTINGS["gtav-acdc"] == ("gtav", (*weather,)) and data.SETTINGS["cityscapes"][1] == (*weather,)
-    assert data.SETTINGS["potsdam-rgb"][1] == ("potsdam-irrg", "vaihingen-irrg")
-    assert data.SETTINGS["endovis18"][1] == ("endovis18",) and data.SETTINGS["camvid"][1] == ("camvid-dusk",)
-    for name, train, val in (("potsdam-rgb", 24, 14), ("potsdam-irrg", 24, 14), ("vaihingen-irrg", 16, 17)):
-        tiles = [text.strip("{}").split(",") for text in data.DATASETS[name].splits.values()]
-        assert [*map(len, tiles)] == [train, val] and not {*tiles[0]} & {*tiles[1]}
-    assert len(data.tile_boxes(6000, 6000, 512)) * 24 == 3456
-
-
-# --- Datasets: each from its true layout ------------------------------------------------------------------------------
 
 MICCAI = "miccai_challenge_2018_release_1/seq"
 WEATHER = ""
@@ -840,63 +810,54 @@ LAYOUTS = [  # sets with what is read from them (grey level:class of each item),
         masks/val/b.png=P2"""),
 ]
 
-
-def read_all(name, root, split):
-    """Grey level:class of each item of a set, the grey level alone if it has no labels."""
-    if name == "imagenet":
-        return [f"{image.float().mean():.0f}" for image, _ in data.images(name, root, split=split)]
-    items = data.scenes(name, root, split, classes=3 if name == "folder" else 0)
-    assert len(items) == len(data.images(name, root, split=split))
-    return [f"{image[0, 0, 0]}:{label[-1, -1]}" for image, label, _ in items]
-
-
 @pytest.mark.parametrize("sets, files", LAYOUTS, ids=[sets for sets, _ in LAYOUTS])
-def test_each_dataset_is_read_from_its_true_layout_without_complaint(sets, files, tmp_path, capsys):
+def test_each_dataset_is_read_from_its_true_layout_without_complaint(sets, files, tmp_path):
     folder = "acdc" if "acdc" in sets else data.DATASETS[sets.split()[0]].folder
     save_files(tmp_path / folder, files)
     for root in (tmp_path, tmp_path / folder):  # what holds all datasets, or the dataset's own folder
         for line in sets.split(", "):
             name, split, *expected = line.split()
-            assert read_all(name, root, split) == expected
-            assert data.preflight(name, root, classes=3 if name == "folder" else 0) == 0
+            classes = 3 if name == "folder" else 0
+            found = [f"{image.float().mean():.0f}" for image, _ in data.images(name, root, split=split)]
+            if name != "imagenet":
+                labels = [label[-1, -1] for _, label, _ in data.scenes(name, root, split, classes=classes)]
+                found = [f"{grey}:{label}" for grey, label in zip(found, labels, strict=True)]
+            assert found == expected
+            assert data.preflight(name, root, classes=classes) == 0
 
 
-@pytest.mark.parametrize("compression", ["raw", "tiff_lzw"])
-def test_tiles_cover_the_whole_image_and_shades_of_a_colour_are_its_class(compression, tmp_path):
+def test_tiles_cover_an_image_and_a_tiff_is_unpacked_again_only_when_it_is_newer(tmp_path, monkeypatch):
     rng = np.random.default_rng(0)
-    image = rng.integers(0, 256, (700, 600, 3), np.uint8)
+    path = tmp_path / "top_potsdam_2_10_RGB.tif"
     classes = rng.integers(0, 6, (700, 600))
-    shades = np.abs(np.array([*ISPRS])[classes] - rng.integers(0, 128, image.shape)).astype(np.uint8)  # as in tile 4_12
-    for kind, pixels in (("RGB", image), ("label_noBoundary", shades)):
-        Image.fromarray(pixels).save(tmp_path / f"top_potsdam_2_10_{kind}.tif", compression=compression)
-    for _ in range(2):      # unpacked, and then from what was unpacked
-        dataset = data.scenes("potsdam-rgb", tmp_path)
-        for (tile, label, _), (top, left) in zip(dataset, [(0, 0), (0, 88), (188, 0), (188, 88)], strict=True):
+    shades = np.abs(np.array([*ISPRS])[classes] - rng.integers(0, 128, (700, 600, 3)))  # as in tile 4_12
+    Image.fromarray(shades.astype(np.uint8)).save(tmp_path / "top_potsdam_2_10_label_noBoundary.tif")
+    for writable in (False, True, True):
+        image = rng.integers(0, 256, (700, 600, 3), np.uint8)
+        Image.fromarray(image).save(path, compression="tiff_lzw")
+        for unpacked in tmp_path.glob("*.npy"):
+            os.utime(unpacked, (0, 0))
+        monkeypatch.setattr(os, "access", lambda *given: writable)
+        tiles = data.scenes("potsdam-rgb", tmp_path)
+        for (tile, label, _), (top, left) in zip(tiles, [(0, 0), (0, 88), (188, 0), (188, 88)], strict=True):
             assert (tile.permute(1, 2, 0).numpy() == image[top:top + 512, left:left + 512]).all()
             assert (label.numpy() == classes[top:top + 512, left:left + 512]).all()
-    assert len([*tmp_path.iterdir()]) == 4
+        assert len([*tmp_path.iterdir()]) == 2 + 2 * writable
+    Image.new("RGB", (600, 700)).save(path)
+    os.utime(path, (0, 0))
+    assert data.read_image(path).any()
 
 
-def test_16_bit_grey_is_scaled_and_a_tiff_is_unpacked_again_only_when_it_is_newer(tmp_path, monkeypatch):
-    path = tmp_path / "a.tif"
-    for value in (257, 514):
-        Image.fromarray(np.uint16([[0, value, 32800, 65535]])).save(path, compression="tiff_lzw")
-        later = time.time() + value
-        os.utime(path, (later, later))
-        with monkeypatch.context() as disk:             # one that is only read from, and then one that is not
-            disk.setattr(data, "open", Mock(side_effect=OSError(30, "Read-only")), raising=False)
-            assert data.map_tiff(path)[0, :, 1].tolist() == [0, value // 257, 128, 255]
-        assert data.read_image(path)[:, 0].tolist() == [[0, value // 257, 128, 255]] * 3
-    unpacked = tmp_path / "a.tif.npy"
-    os.utime(unpacked, (later, later))
-    before = unpacked.stat().st_ino
-    assert data.read_image(path).shape == (3, 1, 4) and unpacked.stat().st_ino == before
-    Image.fromarray(np.float32([[0.5, 2]])).save(tmp_path / "b.tif")
-    with pytest.raises(data.UserError, match="b.tif: cannot be read as an image .* none is known to be white"):
-        data.read_image(tmp_path / "b.tif", mapped=False)
+def test_ones_own_photographs_stand_upright_and_16_bits_are_refused(tmp_path):
+    exif = Image.Exif()
+    exif[0x112] = 6
+    Image.new("RGB", (6, 8)).save(tmp_path / "a.jpg", exif=exif)
+    assert data.images("imagenet", tmp_path)[0][0].shape == (3, 6, 8)
+    assert data.read_image(tmp_path / "a.jpg").shape == (3, 8, 6)  # of an official set: as it is stored
+    Image.fromarray(np.full((6, 8), 4095, np.uint16)).save(tmp_path / "b.png")
+    with pytest.raises(data.UserError, match="b.png: cannot be read as an image .16 bits"):
+        data.read_image(tmp_path / "b.png")
 
-
-# --- Datasets: what goes wrong ----------------------------------------------------------------------------------------
 
 ONE = "images/1.png=0 labels/1.png=7"
 OWN_FOLDER = "images/a.png=0 masks/a.png=2"
@@ -904,34 +865,22 @@ BDD = "seg/images/val/a.jpg=0 seg/labels/val/a_train_id.png"
 SEQ = "miccai_challenge_release_2/seq_5"
 WRONG_FILES = [  # set (with --classes) and split, the files of its folder, the one line
     ("gtav train", "images/1.png=0 labels/1.png=!", "1.png: cannot be read as a label"),
-    ("gtav train", f"{ONE} labels/2.png=7", r"labels/2.png: has no partner \(1 such files in gtav train\); python"),
-    ("gtav train", f"{ONE} images/1.jpg=0", "labels/1.png: has 2 partners: images/1.jpg and images/1.png"),
+    ("gtav train", f"{ONE} labels/2.png=7", r"labels/2.png: its partner is missing \(one of 1 in gtav train: python"),
+    ("gtav train", f"{ONE} images/1.jpg=0", "labels/1.png: its partner is images/1.jpg or images/1.png"),
     ("gtav train", "images/1.png=0", "--data gtav: .* holds no files like labels/"),
-    ("gtav train", "labels/1.png=7", "--data gtav: .* holds no files like images/"),
-    ("gtav train", f"deep/{ONE}", r"holds no files like images/\* .*; there are deep/images/1.png and 1 others"),
-    ("folder:2 train", "images/a.png=0 masks/a.gif=0", r"like masks/.*\.webp\); there are masks/a.gif and 0 others"),
-    ("folder:2 train", "images/day/a.png=0 images/day/b.png=0", "like images/.* are images/day/a.png and 1 others"),
-    ("folder:2 train", "images/a.png=0 masks/a.png=0 images/b.png=0 masks/b.png=255", "folder: .* hold 0 and 255 alo"),
-    ("folder:2 train", "images/a.png=0 masks/a.jpg=0", "masks/a.jpg: is a JPEG, whose compression changes"),
-    ("potsdam-rgb train", "a/top_potsdam_2_10_RGB.tif=1 b/top_potsdam_2_10_label_noBoundary.tif=255 "
-     "c/top_potsdam_2_10_label_noBoundary.tif=255", "10_RGB.tif: has 2 partners: b/top_.*_noBoundary.tif and c/top_"),
     ("gtav val", ONE, "--data gtav: has no val split, only train"),
-    ("cityscapes train", "../gtav/images/1.png=0", "--root .*: holds gtav, but no folder cityscapes"),
-    ("gtav:3 train", ONE, "--classes 3: is for --data folder"),
+    ("cityscapes train", "../gtav/images/1.png=0", "--root .*: no such folder as .*cityscapes"),
     ("gtav+camvid train", ONE, r"--data gtav\+camvid: these sets have different classes"),
-    ("gta train", ONE, "--data gta: not one of imagenet gtav"),
     ("imagenet train", "a.png=0", "--data imagenet: has no labels"),
     ("folder train", OWN_FOLDER, "--data folder: say how many --classes"),
-    ("folder:2 train", OWN_FOLDER, r"a.png: label values \[2\] are not"),
+    ("folder:2 train", OWN_FOLDER, r"a.png: .*values \[2\] are not"),
     ("folder:255 train", OWN_FOLDER, "--classes 255: is for --data folder, and at most 254"),
+    ("folder:2 train", "images/a.png=0 masks/a.jpg=0", "masks/a.jpg: .*a JPEG of mode L, not a PNG"),
     ("folder:3 val", OWN_FOLDER, "--data folder: .* holds no files like images/val/"),  # flat: nothing is held out
-    ("bdd100k val", f"{BDD}=D0", "a_train_id.png: 16x12, but its image is 8x6"),
-    ("bdd100k val", f"{BDD}=0-0-0", "a_train_id.png: .* one 8-bit channel was expected"),
+    ("bdd100k val", f"{BDD}=D0", r"a_train_id.png: \(12, 16\) pixels, its image \(6, 8\)"),
+    ("bdd100k val", f"{BDD}=0-0-0", "a_train_id.png: .* of mode RGB, not a PNG with one"),
     ("bdd100k val", "seg/images/val/a.jpg=! seg/labels/val/a_train_id.png=0", r"a.jpg: cannot be read as .*\)$"),
-    ("endovis18 val", f"{SEQ}/left_frames/0.png=5 {SEQ}/labels/0.png=7", r"0.png: label values \[\[7, 7, 7\]\]"),
-    ("vaihingen-irrg val", "top_mosaic_09cm_area2.tif=1 top_mosaic_09cm_area2_noBoundary.tif=255-0-255",
-     r"noBoundary.tif: label values \[\[255, 0, 255\]\] are not"),
-]
+    ("endovis18 val", f"{SEQ}/left_frames/0.png=5 {SEQ}/labels/0.png=7", r"0.png: .*values \[\[7, 7, 7\]\]")]
 
 
 @pytest.mark.parametrize("case, files, line", WRONG_FILES)
@@ -944,44 +893,25 @@ def test_a_wrong_file_or_flag_is_one_line_that_names_it(case, files, line, tmp_p
     assert "\n" not in str(error.value)
 
 
-CITY = "leftImg8bit/train/u/{0}_leftImg8bit.png=99 gtFine/train/u/{0}_gtFine_labelIds.png={1} "
-DOUBTS = [  # set, its files, what is said before training and by the preflight
-    ("cityscapes", CITY.format(1, 7) + CITY.format(2, 5) + CITY.format(3, 6),   # 5 and 6 are train ids
-     "in 3 images .* 67% is void, classes without a pixel: sidewalk, building, .*, bicycle; is the numbering this"),
-    ("folder", "images/a.png=99 masks/a.png=0 images/b.png=99 masks/b.png=2", "0% is void, .* without a pixel: 1; is"),
-    ("folder", "images/a.png=9 masks/a.png=0-1-2", "nothing is brighter than 9 of 255: scale 12 bits"),
-    ("folder", "images/a.png=99 masks/a.png=0-1-2-255", "62% is void, classes without a pixel: none; is"),
-    ("folder", "images/a.png=99 masks/a.png=0-1-2", None)]
-
-
-@pytest.mark.parametrize("name, files, line", DOUBTS)
-def test_labels_and_images_that_can_hardly_be_meant_are_named_before_training(name, files, line, tmp_path, capsys):
-    save_files(tmp_path, files)
-    for path, values in re.findall(r"(\S+)=(\d-\S+)", files):      # a label of several values, most of them the last
-        row = [*map(int, values.split("-"))]
-        Image.fromarray(np.uint8(6 * [row + (8 - len(row)) * row[-1:]])).save(tmp_path / path)
-    classes = 3 if name == "folder" else 0
-    for look in (data.scenes, partial(data.preflight, out=None)):
-        look(name, tmp_path, classes=classes)
-        text = capsys.readouterr().out
-        assert re.search(f"--data {name}.*: .*{line}", text) if line else "looked at" not in text
-    if line and "brighter" in line:
-        Image.fromarray(np.full((6, 8), 4095, np.uint16)).save(tmp_path / "images/a.png")   # 12 bits in 16
-        data.images("imagenet", tmp_path)
-        assert re.search("nothing is brighter than 16 of 255", capsys.readouterr().out)
+@pytest.mark.parametrize("classes, said", [
+    (1, "in 3 labels looked at 67% is void (255), classes without a pixel: none; is the numbering this set's?"),
+    (2, "67% is void (255), classes without a pixel: 1; is")])
+def test_labels_that_can_hardly_be_meant_are_named_before_training(classes, said, tmp_path, capsys):
+    save_files(tmp_path, "images/a.png=9 masks/a.png=0 images/b.png=9 masks/b.png=255 images/c.png=9 masks/c.png=255")
+    data.scenes("folder", tmp_path, classes=classes)
+    assert said in capsys.readouterr().out
 
 
 def test_an_unreadable_training_image_is_named_and_replaced_and_too_many_in_a_row_stop_the_run(tmp_path, capfd):
     save_gtav(tmp_path, 30)
     save_files(tmp_path, "gtav/images/00007.png=! gtav/images/00029.png=! gtav/images/00000.png=!")
-    for dataset in (data.scenes("gtav", tmp_path), data.images("gtav", tmp_path)):
-        capfd.readouterr()
-        for index, found, named in ((7, 8, "7"), (29, 1, "29 0"), (5, 5, "")):
-            image, *_, draw = dataset[index, 77]
-            assert image[0, 0, 0] == found and draw == 77
-            lines = re.findall(r"0*(\d+).png: cannot be .*: the next image takes its place", capfd.readouterr().err)
-            assert lines == named.split()
-    batches = iter(data.loader(data.scenes("gtav", tmp_path), 30, workers=1))
+    dataset = data.scenes("gtav", tmp_path)
+    for index, found, named in ((7, 8, "7"), (29, 1, "29 0"), (5, 5, "")):
+        image, _, draw = dataset[index, 77]
+        assert image[0, 0, 0] == found and draw == 77
+        lines = re.findall(r"0*(\d+).png: cannot be .*: the next image takes its place", capfd.readouterr().err)
+        assert lines == named.split()
+    batches = iter(data.loader(dataset, 30, workers=1))
     save_files(tmp_path, " ".join(f"gtav/images/{i:05}.png=!" for i in range(10)))
     line = r"\A.*/0000[89].png: cannot be .*, like 9 before it: too many\Z"  # one line, though it crosses processes
     with pytest.raises(data.UserError, match=line):
@@ -990,32 +920,19 @@ def test_an_unreadable_training_image_is_named_and_replaced_and_too_many_in_a_ro
 
 
 def test_the_preflight_lists_all_that_is_wrong_and_the_shares_of_the_classes_and_exits_with_1(tmp_path, capsys):
-    save_files(tmp_path, """images/a.png=0 masks/a.png=0 images/f.png=0 masks/f.png=1 images/g.png=0 masks/g.png=1
-        images/h.png=0 masks/h.png=255""")
-    command = ["--data", "folder", "--root", str(tmp_path), "--classes", "2", "--out", str(tmp_path / "out.png")]
-    data.main(command)
+    save_files(tmp_path, """images/a.png=0 masks/a.png=0 images/b.png=0 masks/b.png=1 images/c.png=0 masks/c.png=1
+        images/d.png=0 masks/d.png=255 images/e.png=! masks/e.png=0 images/f.png=0 masks/f.png=9
+        images/g.png=0 masks/g.png=D0 images/h.png=0 masks/i.png=0""")
+    with pytest.raises(SystemExit, match="1"):
+        data.main(["--data", "folder", "--root", str(tmp_path), "--classes", "2", "--out", str(tmp_path / "out.png")])
     text = capsys.readouterr().out
-    assert "folder train: 4 pairs, 0 problems" in text
+    for line in ("train: 7 pairs, 5 problems", "masks/i.png: its partner is missing", "images/h.png: its partner is",
+                 "e.png: cannot be read as an image", "f.png: cannot be read as a label (values [9]",
+                 "g.png: (12, 16) pixels, its image (6, 8)", "folder val: --data folder: "):
+        assert line in text
     assert re.findall(r"(\w+) +(\d+\.\d+)\n", text) == [("0", "25.00"), ("1", "50.00"), ("ignored", "25.00")]
     assert Image.open(tmp_path / "out.png").size == (1250, 470)  # four samples, each image above its label
-    save_files(tmp_path, """masks/b.png=0 images/c.png=0 images/d.png=! masks/d.png=0 images/e.png=0 masks/e.png=9
-        images/f.png=0 masks/f.png=D0""")
-    with pytest.raises(SystemExit, match="1"):
-        data.main(command)
-    text = capsys.readouterr().out
-    for line in ("6 pairs, 5 problems", "masks/b.png: has no partner", "images/c.png: has no partner",
-                 "d.png: cannot be read as an image", "e.png: label values [9]", "f.png: 16x12, but its image is 8x6"):
-        assert line in text
-
-
-def test_ones_own_photographs_stand_upright_as_their_labels_do(tmp_path):
-    save_files(tmp_path, "images/a.jpg=1 masks/a.png=1")
-    exif = Image.Exif()
-    exif[0x112] = 6
-    Image.new("RGB", (6, 8), "red").save(tmp_path / "images/a.jpg", exif=exif)
-    image, label, _ = data.scenes("folder", tmp_path, classes=2)[0]
-    assert image.shape == (3, 6, 8) and label.shape == (6, 8)
-    assert data.read_image(tmp_path / "images/a.jpg").shape == (3, 8, 6)    # of an official set: as it is stored
+    assert data.preflight("gtav+synthia", tmp_path / "nowhere") == 2
 
 
 # --- Datasets: which image when ---------------------------------------------------------------------------------------
@@ -1025,16 +942,14 @@ def seeded(*numbers):
     return torch.Generator().manual_seed(int(np.random.SeedSequence(numbers).generate_state(1)[0]))
 
 
-def test_batches_are_the_same_for_any_workers_processes_and_micro_batches_and_after_resuming(tmp_path):
-    save_gtav(tmp_path, 5)
-    dataset = data.scenes("gtav", tmp_path, transform=partial(data.segment_transform, size=16))
+def test_batches_are_the_same_for_any_workers_processes_and_micro_batches_and_after_resuming():
+    dataset = data.scenes("toy", "nowhere", labels="1/200", transform=partial(data.segment_transform, size=16))
     whole = [torch.cat(part) for part in zip(*itertools.islice(data.loader(dataset, 4, seed=5), 3))]
     for draw in range(12):
         image, label, _ = dataset[data.image_of(draw, 5, seed=5), draw]
         assert torch.equal(whole[0][draw], image) and torch.equal(whole[1][draw], label) and whole[2][draw] == draw
     for options, count, draws in (
-            (dict(workers=2), 3, slice(0, 12)), (dict(accumulate=2), 6, slice(0, 12)),
-            (dict(start_step=1, workers=1), 2, slice(4, 12)),
+            (dict(workers=1, accumulate=2), 6, slice(0, 12)), (dict(start_step=1), 2, slice(4, 12)),
             (dict(start_step=1, rank=1, world=2, accumulate=2), 2, slice(6, 8))):
         batches = itertools.islice(data.loader(dataset, 4, seed=5, **options), count)
         for found, expected in zip(zip(*batches), whole):
@@ -1044,64 +959,48 @@ def test_batches_are_the_same_for_any_workers_processes_and_micro_batches_and_af
 
 
 def test_sets_can_be_pickled_for_processes_that_begin_anew_and_loading_ones_outlast_a_signal(tmp_path):
-    save_gtav(tmp_path, 3)
     save_voc(tmp_path)
-    sets = [data.images("gtav", tmp_path, partial(data.distill_transform, size=4)),
-            data.scenes("gtav", tmp_path, transform=partial(data.eval_transform, name="gtav")),
-            data.scenes("voc", tmp_path, transform=partial(data.detect_transform, size=4)),
-            data.scenes("voc-corruptions", tmp_path, "val"), data.images("toy+toy-proxy+toy-boxes", tmp_path),
-            data.scenes("toy", tmp_path, transform=partial(data.segment_transform, size=8))]
-    for dataset in sets:
+    boxes = data.scenes("voc", tmp_path, transform=partial(data.detect_transform, size=4))
+    toys = data.images("toy+toy-proxy+toy-boxes", tmp_path, partial(data.distill_transform, size=8))
+    for dataset in (boxes, toys):
         for found, expected in zip(pickle.loads(pickle.dumps(dataset))[1, 7], dataset[1, 7]):
             assert torch.equal(torch.as_tensor(found), torch.as_tensor(expected))
-    batches = iter(data.loader(sets[-1], 2, workers=1))
-    for found, expected in zip(next(batches), next(iter(data.loader(sets[-1], 2)))):
-        assert torch.equal(found, expected)
+    batches = iter(data.loader(toys, 2, workers=1))
+    next(batches)
     (worker,) = batches._workers
-    for number in (signal.SIGINT, signal.SIGTERM):                  # as a terminal or a scheduler signals all processes
+    for number in (signal.SIGINT, signal.SIGTERM):  # as a terminal or a scheduler signals all processes
         os.kill(worker.pid, number)
     for _ in range(10):
         next(batches)
-    handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL)         # torch's would raise that a worker was killed
-    os.kill(worker.pid, signal.SIGTERM)                             # as Python ends it after a crash
+    handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's would raise that a worker was killed
+    os.kill(worker.pid, signal.SIGTERM)  # as Python ends it after a crash
     worker.join(20)
     assert worker.exitcode == -signal.SIGTERM
     batches._shutdown_workers()
     signal.signal(signal.SIGCHLD, handler)
 
 
-def test_each_epoch_has_a_shuffle_of_its_own_and_repeated_images_follow_one_another():
-    for repeats in (1, 3):
-        for epoch in range(3):
-            order = torch.randperm(10, generator=seeded(7, 1, epoch))
-            found = [data.image_of(draw, 10, 7, repeats) for draw in range(10 * epoch, 10 * epoch + 10)]
-            assert found == order[torch.arange(10) // repeats].tolist()
-
-
-def test_what_is_random_about_an_item_follows_from_seed_and_draw_alone(tmp_path):
-    save_gtav(tmp_path, 2)
-    dataset = data.images("gtav", tmp_path, lambda image, label: (torch.rand(3), label))
+def test_shuffles_label_fractions_and_all_that_is_random_about_an_item_follow_from_their_seeds_alone():
+    for repeats, epoch in itertools.product((1, 3), range(3)):
+        order = torch.randperm(10, generator=seeded(7, 1, epoch))
+        found = [data.image_of(draw, 10, 7, repeats) for draw in range(10 * epoch, 10 * epoch + 10)]
+        assert found == order[torch.arange(10) // repeats].tolist()
+    dataset = data.images("toy+toy-boxes", "nowhere", lambda image, label: (torch.rand(3), label))
     dataset.seed = 7
     before = torch.get_rng_state()
-    for index, draw in ((0, 5), (1, 5), (1, 6)):
-        assert torch.equal(dataset[index, draw][0], torch.rand(3, generator=seeded(7, draw)))
+    for index in (0, 1000):
+        assert torch.equal(dataset[index, 5][0], torch.rand(3, generator=seeded(7, 5)))
     assert torch.equal(torch.get_rng_state(), before)  # the rest of the program's numbers are left alone
-    assert len(data.images("gtav+toy-proxy", tmp_path)) == 2002  # without labels any sets join
-
-
-def test_a_label_fraction_is_the_same_subset_in_every_run_and_smaller_ones_lie_in_larger_ones(tmp_path):
-    save_gtav(tmp_path, 32)
-    order = torch.randperm(32, generator=torch.Generator().manual_seed(0)).tolist()
-    for labels, count in (("1", 32), ("1/4", 8), ("1/16", 2), ("1/100", 1)):
-        samples = data.scenes("gtav", tmp_path, labels=labels).samples
-        assert [int(sample.image.stem) for sample in samples] == sorted(order[:count])
+    order = torch.randperm(1000, generator=torch.Generator().manual_seed(0)).tolist()
+    for labels, count in (("1", 1000), ("1/4", 250), ("1/9999", 1)):
+        samples = data.scenes("toy", "nowhere", labels=labels).samples
+        assert [sample.image for sample in samples] == sorted(order[:count])
     for labels in ("0", "2", "many", "1/0"):
         with pytest.raises(data.UserError, match=f"--labels {labels}: a fraction like 1/16 was expected"):
-            data.scenes("gtav", tmp_path, labels=labels)
+            data.scenes("toy", "nowhere", labels=labels)
 
 
-# --- Transforms: each against a slow form that draws the same random numbers, the recipe's constants spelled out ------
-
+# Each transform is held against a slow form that draws the same random numbers, the recipe's constants spelled out.
 def smooth_image(height, width):
     """A colourful uint8 image (3, H, W) without hard edges, so that resampling kernels agree."""
     x = torch.arange(width) / 7 + torch.arange(3)[:, None, None]
@@ -1120,7 +1019,7 @@ def test_distillation_crops_flips_and_augments_as_in_the_recipe(monkeypatch):
         return image
     monkeypatch.setattr(data, "RAND_AUGMENT", [partial(operation, number) for number in range(15)])
     image = torch.randint(80, 180, (3, 60, 80), generator=seeded(0)).to(torch.uint8)  # fine detail, nothing to clip
-    for seed in range(100):
+    for seed in range(60):
         torch.manual_seed(seed)
         found, _ = data.distill_transform(image, size=32)
         torch.manual_seed(seed)
@@ -1134,7 +1033,6 @@ def test_distillation_crops_flips_and_augments_as_in_the_recipe(monkeypatch):
             if uniform(0, 1) < 0.5:
                 level = min(9 + 0.5 * torch.randn(()).item(), 10) / 10
                 assert calls.pop(0) == (number, level, level if uniform(0, 1) < 0.5 else -level)
-        assert not calls
     data.distill_transform(image, size=32, randaugment=False)
     assert not calls
 
@@ -1150,7 +1048,7 @@ def test_each_operation_of_rand_augment_is_timms(number, name, monkeypatch):
         monkeypatch.setattr(timm_ops.random, "random", lambda: 0.5 - 0.4 * sign)  # timm's coin for the sign
         to_arguments = timm_ops.LEVEL_TO_ARG[name]
         arguments = to_arguments(level * 10, {}) if to_arguments else ()
-        operation = partial(timm_ops.NAME_TO_OP[name], fillcolor=data.FILL, resample=Image.BICUBIC)
+        operation = partial(timm_ops.NAME_TO_OP[name], fillcolor=(124, 116, 104), resample=Image.BICUBIC)
         expected = operation(to_pil_image(image), *arguments)
         found = data.RAND_AUGMENT[number](image, level, level * sign)
         near = (found.int() - pil_to_tensor(expected).int()).abs() <= 3
@@ -1159,8 +1057,7 @@ def test_each_operation_of_rand_augment_is_timms(number, name, monkeypatch):
 
 def test_segmentation_scales_crops_flips_and_pads_image_and_label_together_as_in_the_recipe(monkeypatch):
     monkeypatch.setattr(data, "distort", lambda image: 255 - image)
-    mean = torch.tensor(data.FILL)[:, None, None]
-    assert data.FILL == (124, 116, 104)  # ImageNet's mean, which is 0 after normalisation
+    mean = torch.tensor([124, 116, 104])[:, None, None]  # ImageNet's, which is 0 after normalisation
     for seed, (h, w) in enumerate(60 * [(40, 60), (12, 70)]):  # the second meets the limit of the long edge
         image = smooth_image(h, w)
         label = torch.arange(h * w).view(h, w) // 7 % 3 * (torch.arange(w) > w // 2)
@@ -1191,16 +1088,10 @@ def test_segmentation_scales_crops_flips_and_pads_image_and_label_together_as_in
 
 
 def test_distortion_changes_brightness_contrast_saturation_and_hue_half_the_time_each():
-    def in_hsv(color, factor, turn):
-        h, s, v = colorsys.rgb_to_hsv(*color / 255)
-        return 255 * np.array(colorsys.hsv_to_rgb((h + turn) % 1, min(1, s * factor), v))
-
     image = torch.randint(0, 256, (3, 4, 4), generator=seeded(0)).to(torch.uint8)
     for seed in range(120):
         torch.manual_seed(seed)
         found = data.distort(image)
-        torch.manual_seed(seed)
-        assert torch.equal(data.distort(image, 32, (0.5, 1.5), (0.5, 1.5), 18), found)  # to the grey level
         torch.manual_seed(seed)
         shift = uniform(-32, 32) if uniform(0, 1) < 0.5 else 0
         contrast = uniform(0, 1) < 0.5
@@ -1209,28 +1100,26 @@ def test_distortion_changes_brightness_contrast_saturation_and_hue_half_the_time
         factor = uniform(0.5, 1.5) if uniform(0, 1) < 0.5 else 1
         turn = uniform(-0.1, 0.1) if uniform(0, 1) < 0.5 else 0
         last_gain = uniform(0.5, 1.5) if contrast and not first else 1
-        colors = np.clip(np.clip(image.flatten(1).T.numpy() + shift, 0, 255) * gain, 0, 255)
-        colors = np.array([in_hsv(color, factor, turn) for color in colors])
-        assert np.abs(found.flatten(1).T.numpy() - np.clip(colors * last_gain, 0, 255)).max() < 6
+        expected = np.clip(np.clip(image.double().numpy() + shift, 0, 255) * gain, 0, 255)
+        for y, x in np.ndindex(4, 4):
+            h, s, v = colorsys.rgb_to_hsv(*expected[:, y, x] / 255)
+            expected[:, y, x] = colorsys.hsv_to_rgb((h + turn) % 1, min(1, s * factor), v)
+        assert np.abs(found.numpy() - np.clip(255 * expected * last_gain, 0, 255)).max() < 6
 
 
-def test_boxes_of_noise_in_a_quarter_of_the_images_and_masks_follow_from_seed_and_draw_alone():
-    draws = torch.randperm(1000, generator=seeded(0))[:300]
-    x = torch.full((300, 3, 24, 32), 9.0)
-    found = data.erase(x.clone(), draws, seed=5)
-    for i, draw in enumerate(draws.tolist()):
-        rng = np.random.default_rng((5, 2, draw))
-        for _ in range(10 if rng.random() < 0.25 else 0):
-            pixels = rng.uniform(0.02, 1 / 3) * 24 * 32
-            aspect = math.exp(rng.uniform(math.log(0.3), math.log(3.3)))
-            height = round(math.sqrt(pixels * aspect))
-            width = round(math.sqrt(pixels / aspect))
-            if height < 24 and width < 32:
-                top = rng.integers(24 - height + 1)
-                left = rng.integers(32 - width + 1)
-                x[i, :, top:top + height, left:left + width].normal_(generator=seeded(5, 3, draw))
-                break
-    assert torch.equal(found, x)
+def test_boxes_of_noise_and_masks_follow_from_seed_and_draw_alone():
+    draws = torch.randperm(1000, generator=seeded(0))[:400]
+    found = data.erase(torch.zeros(400, 3, 24, 32), draws, seed=5)
+    ratios = []
+    for image, draw in zip(found, draws.tolist()):
+        rows, columns = np.nonzero(image[0].numpy())
+        if len(rows):
+            part = slice(rows.min(), rows.max() + 1), slice(columns.min(), columns.max() + 1)
+            expected = torch.zeros(3, 24, 32)
+            expected[:, part[0], part[1]].normal_(generator=seeded(5, 3, draw))
+            assert torch.equal(image, expected) and 0.01 < len(rows) / (24 * 32) < 0.35
+            ratios.append(np.ptp(rows) / np.ptp(columns))
+    assert 80 < len(ratios) < 120 and 0.2 < min(ratios) < 0.5 < 2 < max(ratios) < 4
     for row, draw in zip(data.uniform_noise(draws[:9], 16, seed=5), draws.tolist()):  # which patches are hidden
         assert torch.equal(row, torch.rand(16, generator=seeded(5, 4, draw)))
 
@@ -1240,18 +1129,14 @@ def test_images_are_normalised_for_one_encoder_and_renormalised_for_another():
     model = SimpleNamespace(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
     other = SimpleNamespace(mean=(0.5, 0.4, 0.6), std=(0.5, 0.25, 0.2))
     x = data.normalize(image, model.mean, model.std)
-    expected = [(0 - 0.485) / 0.229, (124 / 255 - 0.456) / 0.224, (1 - 0.406) / 0.225]
-    torch.testing.assert_close(x.flatten(), torch.tensor(expected))
+    assert x.flatten().tolist() == pytest.approx([-0.485 / 0.229, (124 / 255 - 0.456) / 0.224, 0.594 / 0.225])
     torch.testing.assert_close(data.renormalize(x, model, other), data.normalize(image, other.mean, other.std))
-    assert data.renormalize(x, model, model) is x
 
 
 @pytest.mark.parametrize("name, size, image_size, label_size", [
     ("cityscapes", (100, 200), (512, 1024), (100, 200)), ("cityscapes", (100, 400), (256, 1024), (100, 400)),
-    ("bdd100k", (72, 100), (720, 1000), (72, 100)), ("bdd100k", (50, 128), (500, 1280), (50, 128)),
-    ("mapillary", (101, 80), (640, 512), (50, 40)), ("mapillary", (60, 301), (205, 1024), (30, 150)),
-    ("acdc-fog", (54, 90), (540, 900), (54, 90)), ("acdc-fog", (40, 96), (400, 960), (40, 96)),
-    ("camvid", (36, 48), (36, 48), (36, 48))])
+    ("bdd100k", (72, 100), (720, 1000), (72, 100)), ("acdc-fog", (40, 96), (400, 960), (40, 96)),
+    ("mapillary", (101, 80), (640, 512), (50, 40)), ("camvid", (36, 48), (36, 48), (36, 48))])
 def test_evaluation_sees_images_at_the_official_size(name, size, image_size, label_size):
     image = torch.randint(80, 180, (3, *size), generator=seeded(0)).to(torch.uint8)
     found, label = data.eval_transform(image, image[0], name)
@@ -1261,42 +1146,24 @@ def test_evaluation_sees_images_at_the_official_size(name, size, image_size, lab
     assert label.shape == label_size and (found - expected).abs().max() < 3
 
 
-# --- The toy world ----------------------------------------------------------------------------------------------------
-
 TOY_HASHES = {  # domain, number[, jumbled]: first digits of the SHA-256 of image and label
     ("game", 0): "3359174cfe6a8e06", ("night", 1): "3f374adb0ce3a274", ("fog", 2): "323c9c8343e1f26c",
     ("snow", 3): "aab28b346835df1d", ("rain", 4): "3d9be02b7d34281d", ("wide", 5): "27d68a18c6c2d247",
     ("wide", 5, True): "bceacef2d36181b5", ("arcade", 6): "d1f95051e8a10770", ("diorama", 7): "a4b0e953f7219732"}
 
 
-@pytest.mark.parametrize("scene", TOY_HASHES)
-def test_a_toy_scene_is_the_same_on_every_machine(scene):
-    image, label = data.toy_scene.__wrapped__(*scene)  # drawn now, not remembered
-    assert hashlib.sha256(image.tobytes() + label.tobytes()).hexdigest()[:16] == TOY_HASHES[scene]
-
-
-def test_toy_labels_are_exact(monkeypatch):
-    """Without texture, light and weather an object has one colour: the label's borders are the image's."""
-    colors = np.arange(24).reshape(8, 3) / 24
-    plain = dict.fromkeys(data.GAME_LOOK, 0) | dict(palette=colors, gain=1, tint=np.ones(3), fog_color=np.ones(3))
-    monkeypatch.setattr(data, "toy_look", lambda rng, domain: plain)
-    for number in range(20):
-        image, label = data.toy_scene.__wrapped__("game", number)
-        assert (image == (colors * 255 + 0.5).astype(np.uint8)[label]).all()
-
-
-@pytest.mark.parametrize("name, domain, train, val", [
-    ("toy", "game", 1000, 100), ("toy-arcade", "arcade", 1000, 100), ("toy-diorama", "diorama", 1000, 100),
-    ("toy-wide", "wide", 4000, 100), ("toy-proxy", "wide", 2000, 0), ("toy-night", "night", 0, 100),
-    ("toy-fog", "fog", 0, 100), ("toy-snow", "snow", 0, 100), ("toy-rain", "rain", 0, 100)])
-def test_toy_training_never_meets_a_scene_or_a_domain_that_is_evaluated(name, domain, train, val):
-    expected = dict(train=range(train), val=range(10 ** 6, 10 ** 6 + val))
-    splits = data.DATASETS[name].splits
-    assert splits == {split: numbers for split, numbers in expected.items() if numbers}
-    for split, numbers in splits.items():
-        image, label, _ = data.scenes(name, "nowhere", split)[7]
-        scene, classes = data.toy_scene(domain, numbers[7], jumble=name == "toy-proxy")
-        assert (image.permute(1, 2, 0).numpy() == scene).all() and (label.numpy() == classes).all()
+def test_a_toy_scene_is_the_same_on_every_machine_and_none_is_both_trained_on_and_evaluated():
+    for scene, expected in TOY_HASHES.items():
+        image, label = data.toy_scene.__wrapped__(*scene)  # drawn now, not remembered
+        assert hashlib.sha256(image.tobytes() + label.tobytes()).hexdigest()[:16] == expected, scene
+    counts = {"toy": (1000, 100), "toy-arcade": (1000, 100), "toy-wide": (4000, 100), "toy-fog": (0, 100),
+              "toy-proxy": (2000, 0), "toy-boxes": (1000, 100), "toy-boxes-night": (0, 100)}
+    for name, (train, val) in counts.items():
+        splits = dict(train=range(train), val=range(10 ** 6, 10 ** 6 + val))
+        assert data.DATASETS[name].splits == {split: numbers for split, numbers in splits.items() if numbers}
+    image, label, _ = data.scenes("toy-fog", "nowhere", "val")[7]
+    scene, classes = data.toy_scene("fog", 10 ** 6 + 7)
+    assert (image.permute(1, 2, 0).numpy() == scene).all() and (label.numpy() == classes).all()
 
 
 def features(grid, batch=2):
@@ -2653,32 +2520,27 @@ PERSON = """<object><name>person</name><part><name>head</name><bndbox><xmin>1</x
     <ymax>6</ymax></bndbox></object>"""  # the order of tags differs between the releases
 
 
-def save_voc(root, objects=DOG, side=(8, 6), names=("VOC2007 000005 trainval", "VOC2007 000001 test",
-                                                     "VOC2012 2008_000002 trainval")):
-    """VOC as its archives unpack, an image of this size (width, height) with these objects in each list."""
-    for number, line in enumerate(names):
+def save_voc(root, objects=DOG):
+    """VOC as its archives unpack, an image of 8 x 6 pixels with these objects in each list."""
+    for grey, line in zip((0, 20, 40), ("VOC2007 05 trainval", "VOC2007 01 test", "VOC2012 2008_02 trainval")):
         year, name, part = line.split()
-        folder = root / "VOCdevkit" / year
-        for path in ("JPEGImages", "Annotations", "ImageSets/Main"):
-            (folder / path).mkdir(parents=True, exist_ok=True)
-        Image.new("RGB", side, (20 * number,) * 3).save(folder / f"JPEGImages/{name}.jpg")
-        size = f"<size><width>{side[0]}</width><height>{side[1]}</height><depth>3</depth></size>"
-        (folder / f"Annotations/{name}.xml").write_text(f"<annotation>{size}{objects}</annotation>")
-        (folder / f"ImageSets/Main/{part}.txt").write_text(f"{name}\n")
-        (folder / f"ImageSets/Main/dog_{part}.txt").write_text(f"{name} -1\n")
+        save_files(root, f"VOCdevkit/{year}/JPEGImages/{name}.jpg={grey}-{grey}-{grey}")
+        for path, text in ((f"Annotations/{name}.xml", f"<annotation>{objects}</annotation>"),
+                           (f"ImageSets/Main/{part}.txt", name), (f"ImageSets/Main/dog_{part}.txt", f"{name} -1")):
+            file = root / "VOCdevkit" / year / path
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(f"{text}\n")
 
 
 def test_voc_is_read_as_downloaded_its_boxes_without_parts_and_its_test_images_in_every_corruption(tmp_path, capsys):
     save_voc(tmp_path, DOG + PERSON)
-    for root in (tmp_path, tmp_path / "VOCdevkit"):
-        for split, greys in dict(train=(0, 40), val=(20,)).items():
-            for (image, label, _), grey in zip(data.scenes("voc", root, split), greys, strict=True):
-                assert image.shape == (3, 6, 8) and abs(image[0, 0, 0].item() - grey) < 3
-                assert data.objects_of(label).tolist() == [[2, 1, 7, 6, 11, 0], [0, 0.5, 8, 6, 14, 1]]
-                assert label.shape == (100, 6) and label.dtype == torch.float32 and not label[2:].any()
-    assert [image.shape for image, _ in data.images("voc", tmp_path)] == [(3, 6, 8)] * 2
+    for root, split, greys in ((tmp_path, "train", (0, 40)), (tmp_path / "VOCdevkit", "val", (20,))):
+        for (image, label, _), grey in zip(data.scenes("voc", root, split), greys, strict=True):
+            assert image.shape == (3, 6, 8) and abs(image[0, 0, 0].item() - grey) < 3
+            assert data.objects_of(label).tolist() == [[2, 1, 7, 6, 11, 0], [0, 0.5, 8, 6, 14, 1]]
+            assert label.shape == (100, 6) and label.dtype == torch.float32 and not label[2:].any()
     samples = data.scenes("voc-corruptions", tmp_path, "val").samples
-    assert [sample.corruption for sample in samples] == [(name, s) for name in data.CORRUPTIONS for s in range(1, 6)]
+    assert [sample.corruption for sample in samples] == [*itertools.product(data.CORRUPTIONS, range(1, 6))]
     image = samples[0]._replace(corruption=None).read_image()
     assert torch.equal(samples[33].read_image(), data.corrupt(image, "brightness", 4))
     data.main(["--data", "voc", "--root", str(tmp_path), "--out", str(tmp_path / "out.png")])
@@ -2689,127 +2551,78 @@ def test_voc_is_read_as_downloaded_its_boxes_without_parts_and_its_test_images_i
     assert (picture[150, 75] == data.DATASETS["voc"].colors[11]).all()  # the left border of the dog, below its name
 
 
-WRONG_BOXES = {
-    DOG.replace("dog", "dgo"): "cannot be read as a label .*not in tuple",
-    DOG.replace(">7<", ">2<"): r"the box \[3.0, 2.0, 2.0, 6.0\] has no area",
-    DOG.replace("<ymax>6</ymax>", ""): "cannot be read as a label",
-    DOG.replace("</object>", ""): "cannot be read as a label"}
-
-
-@pytest.mark.parametrize("objects", WRONG_BOXES)
-def test_an_annotation_that_makes_no_sense_is_one_line_that_names_it(objects, tmp_path):
-    save_voc(tmp_path, objects)
-    with pytest.raises(data.UserError, match=f"000001.xml: .*{WRONG_BOXES[objects]}") as error:
+@pytest.mark.parametrize("old, new, line", [
+    ("dog", "dgo", "01.xml: cannot be read as a label .*not in tuple"),
+    (">7<", ">2<", r"01.xml: .*the box \[3.0, 2.0, 2.0, 6.0\] has no area"),
+    ("</object>", "", "01.xml: cannot be read as a label"), ("<ymax>6</ymax>", "", "01.xml: cannot be read")])
+def test_an_annotation_of_voc_that_makes_no_sense_is_named(old, new, line, tmp_path):
+    save_voc(tmp_path, DOG.replace(old, new))
+    with pytest.raises(data.UserError, match=line):
         data.scenes("voc", tmp_path, "val")[0]
-    assert "\n" not in str(error.value)
 
 
-def test_a_missing_list_image_or_annotation_of_voc_is_named(tmp_path):
-    save_voc(tmp_path)
-    for name, split in (("VOC2007/JPEGImages/000001.jpg", "val"), ("VOC2012/Annotations/2008_000002.xml", "train"),
-                        ("VOC2012/ImageSets/Main/trainval.txt", "train")):
-        (tmp_path / "VOCdevkit" / name).unlink()
-        with pytest.raises(data.UserError, match=f"{name}.?.? (cannot be read as|is not there)"):
-            [*data.scenes("voc", tmp_path, split)]
-
-
-def test_toy_boxes_lie_around_the_visible_pixels_of_each_thing(monkeypatch):
-    spans = []
-    draw = data.ToyCanvas.thing
-
-    def noted(canvas, kind, *more, **where):
-        first = len(canvas.kinds)
-        draw(canvas, kind, *more, **where)
-        spans.append((kind, first, len(canvas.kinds)))
-    monkeypatch.setattr(data.ToyCanvas, "thing", noted)
-    hidden = 0
-    for look, number in itertools.product(("game", "night"), range(40)):
-        image, label = data.toy_things.__wrapped__(look, number)
-        spans.clear()
-        objects, *_ = data.toy_layout(look, number)
-        expected = set()
-        for kind, first, last in spans:
-            y, x = np.nonzero((objects >= first) & (objects < last))
-            if kind in (5, 6, 7) and len(x):
-                expected.add((x.min(), y.min(), x.max() + 1, y.max() + 1, kind - 5, len(x) < 12))
-        assert set(map(tuple, data.objects_of(label))) == expected
-        assert (image == data.toy_scene(look, number)[0]).all()
-        hidden += sum(row[5] for row in expected)
-    assert hidden > 2 and data.DATASETS["toy-boxes-night"].classes == ("car", "pole", "person")
+def test_toy_boxes_lie_tightly_around_the_visible_pixels_of_each_thing():
+    counts = Counter()
+    for number in range(40):
+        image, label = data.toy_things.__wrapped__("night", number)
+        scene, classes = data.toy_scene("night", number)
+        covered = np.zeros((64, 64), bool)
+        for left, top, right, bottom, kind, difficult in data.objects_of(label).astype(int):
+            inside = classes[top:bottom, left:right] == kind + 5
+            assert inside[0].any() and inside[-1].any() and inside[:, 0].any() and inside[:, -1].any()
+            covered[top:bottom, left:right] |= inside
+            counts.update([data.TOY_CLASSES[kind + 5]] + difficult * ["difficult"])
+        assert (image == scene).all() and (covered == (classes >= 5)).all()
+    assert counts == dict(car=60, pole=20, person=31, difficult=4)
 
 
 def test_images_and_boxes_are_scaled_cropped_and_flipped_together_and_cut_boxes_dropped():
-    flips = kept = 0
-    for height, width, size in [(40, 64, 40), (50, 30, 30), (20, 31, 40)] * 30:
-        image = torch.zeros(3, height, width, dtype=torch.uint8)
-        image[1] = torch.linspace(50, 200, width)               # grows to the right, unless flipped
-        left, top = torch.randint(width - 12, ()).item(), torch.randint(height - 8, ()).item()
+    counts = Counter()
+    for _ in range(60):
+        image = torch.zeros(3, 20, 31, dtype=torch.uint8)
+        image[1] = torch.linspace(50, 200, 31)  # grows to the right, unless flipped
+        left = torch.randint(19, ()).item()
+        top = torch.randint(12, ()).item()
         image[0, top:top + 8, left:left + 12] = 255
         label = torch.from_numpy(data.as_label([(left, top, left + 12, top + 8, 3, 1)]))
-        found, label = data.detect_transform(image, label, size)
-        assert found.shape == (3, size, size) and label.shape == (100, 6)
-        flips += found[1, 0, 0] > found[1, 0, -1]
+        found, label = data.detect_transform(image, label, 40)
         y, x = np.nonzero(found[0].numpy() > 127)
-        scale = size / min(height, width)
-        share = len(x) / (8 * 12 * scale ** 2)
         objects = data.objects_of(label)
+        assert found.shape == (3, 40, 40) and label.shape == (100, 6)
         if len(objects):
             assert objects[0].numpy() == pytest.approx([x.min(), y.min(), x.max() + 1, y.max() + 1, 3, 1], abs=1.1)
+        share = len(x) / (16 * 24)
         assert len(objects) == (share > 0.3) or abs(share - 0.3) < 0.05
-        kept += len(objects)
-    assert 25 < flips < 65 and 45 < kept < 88
+        counts.update(kept=len(objects), flipped=int(found[1, 0, 0] > found[1, 0, -1]))
+    assert 15 < counts["flipped"] < 45 and 30 < counts["kept"] < 60
 
 
-def test_corruptions_grow_with_severity_and_follow_from_the_image_alone():
-    images = [torch.from_numpy(data.toy_scene("game", i)[0]).permute(2, 0, 1) for i in range(80)]
-    assert len(data.CORRUPTIONS) == 10
-    for name in data.CORRUPTIONS:
-        few = images if name == "fog" else images[:8]           # whose clouds are as random as its severities
-        errors = np.zeros(5)
-        for image, severity in itertools.product([*few, smooth_image(70, 81)], range(1, 6)):
-            before = image.clone()
+@pytest.mark.parametrize("name", data.CORRUPTIONS)
+def test_corruptions_grow_with_severity_and_follow_from_the_image_alone(name):
+    errors = np.zeros(5)
+    for number in range(60 if name == "fog" else 8):  # whose clouds are as random as its severities
+        image = torch.from_numpy(data.toy_scene("game", number)[0]).permute(2, 0, 1)[:, :, :60 + number % 5]
+        before = image.clone()
+        for severity in range(1, 6):
             found = data.corrupt(image, name, severity)
             assert found.dtype == torch.uint8 and found.shape == image.shape and torch.equal(image, before)
             errors[severity - 1] += ((found.float() - image) ** 2).mean()
-        torch.rand(1)                                           # another state of the generator that all share
-        assert torch.equal(found, data.corrupt(image.contiguous(), name, severity))
-        assert (np.diff(errors) > 0).all() and errors[0] > 0, (name, errors)
+    torch.rand(1)  # another state of the generator that all share
+    assert torch.equal(found, data.corrupt(image, name, severity)) and (np.diff(errors) > 0).all() and errors[0] > 0
 
 
 def test_corruptions_have_the_published_constants():
     grey = torch.full((3, 200, 200), 128, dtype=torch.uint8)
-    colors = torch.randint(0, 256, (3, 60, 80), generator=seeded(0)).to(torch.uint8)
-    colors[:, 0, 0] = 0
-    noise = [data.corrupt(grey, "gaussian_noise", s).float().std() / 255 for s in (1, 2, 3)]
-    assert noise == pytest.approx([0.08, 0.12, 0.18], rel=0.02)
-    for severity, rate in enumerate((60, 25, 12, 5), start=1):
+    for severity, deviation, rate, share in ((1, 0.08, 60, 0.03), (2, 0.12, 25, 0.06), (3, 0.18, 12, 0.09)):
+        assert data.corrupt(grey, "gaussian_noise", severity).float().std() / 255 == pytest.approx(deviation, rel=0.02)
         assert data.corrupt(grey // 4, "shot_noise", severity).float().var() == pytest.approx(255 * 32 / rate, rel=0.05)
-    extreme = [data.corrupt(grey, "impulse_noise", s) for s in (1, 5)]
-    for value in (0, 255):
-        assert [(x == value).float().mean().item() for x in extreme] == pytest.approx([0.015, 0.135], rel=0.06)
-    pixels = colors.permute(1, 2, 0).reshape(-1, 3)[:200] / 255
-    hsv = [colorsys.rgb_to_hsv(*rgb) for rgb in pixels.tolist()]
-    brighter = torch.tensor([colorsys.hsv_to_rgb(h, s, min(v + 0.3, 1)) for h, s, v in hsv])
-    found = data.corrupt(colors, "brightness", 3).permute(1, 2, 0).reshape(-1, 3)[:200]
-    assert (found - 255 * brighter).abs().max() <= 0.51
-    mean = colors.float().mean((1, 2), keepdim=True)
-    assert (data.corrupt(colors, "contrast", 2) - (0.3 * (colors - mean) + mean)).abs().max() <= 0.51
-    assert len(data.corrupt(colors, "pixelate", 5).flatten(1).unique(dim=1).T) <= 15 * 20
-    spot = torch.zeros(3, 41, 41, dtype=torch.uint8)
-    spot[:, 20, 20] = 255
-    disk = data.corrupt(spot, "defocus_blur", 1)[0].numpy()
-    inside = np.add.outer(np.arange(-20, 21) ** 2, np.arange(-20, 21) ** 2) <= 9
-    assert ((disk > 0) == inside).all() and disk.max() == round(255 / inside.sum())
-    zoomed = data.corrupt(spot, "zoom_blur", 5)[0] / 255                        # 1 + 11 zooms, by up to 1.3
-    assert zoomed[20, 20] == pytest.approx(1, abs=0.01) and zoomed.argmax() == 20 * 41 + 20
+        white = data.corrupt(grey, "impulse_noise", severity) == 255
+        assert white.float().mean() == pytest.approx(share / 2, rel=0.06)
+    dark = torch.tensor([[40, 80, 200], [0, 0, 0]], dtype=torch.uint8).T[..., None]
+    assert data.corrupt(dark, "brightness", 1)[..., 0].T.tolist() == [[45, 90, 226], [26, 26, 26]]  # V + 0.1
+    assert data.corrupt(dark, "contrast", 2)[..., 0].T.tolist() == [[26, 52, 130], [14, 28, 70]]  # 0.3 of it
     fog = data.corrupt(grey, "fog", 5).float()
-    assert 18 <= fog.min() < fog.max() <= 128                                   # 128 (x + 3 clouds) / (x + 3)
-    clouds = data.clouds(64, 64, 2, seeded(0))
-    around = (clouds.roll(1, 0) + clouds.roll(-1, 0) + clouds.roll(1, 1) + clouds.roll(-1, 1)) / 4
-    assert (clouds - around)[::2, 1::2].abs().max() < 0.002 > (clouds - around)[1::2, ::2].abs().max()
-    jpeg = io.BytesIO()
-    Image.fromarray(colors.permute(1, 2, 0).numpy()).save(jpeg, "JPEG", quality=7)
-    assert (data.corrupt(colors, "jpeg_compression", 5).float() - pil_to_tensor(Image.open(jpeg))).abs().mean() < 1
+    assert 18 <= fog.min() < fog.max() <= 128  # 128 (x + 3 clouds) / (x + 3)
 
 
 # --- Boxes: Faster R-CNN as a decoder, and AP -------------------------------------------------------------------------
