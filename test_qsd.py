@@ -848,23 +848,10 @@ def test_tiles_cover_an_image_and_a_tiff_is_unpacked_again_only_when_it_is_newer
     assert data.read_image(path).any()
 
 
-def test_ones_own_photographs_stand_upright_and_16_bits_are_refused(tmp_path):
-    exif = Image.Exif()
-    exif[0x112] = 6
-    Image.new("RGB", (6, 8)).save(tmp_path / "a.jpg", exif=exif)
-    assert data.images("imagenet", tmp_path)[0][0].shape == (3, 6, 8)
-    assert data.read_image(tmp_path / "a.jpg").shape == (3, 8, 6)  # of an official set: as it is stored
-    Image.fromarray(np.full((6, 8), 4095, np.uint16)).save(tmp_path / "b.png")
-    with pytest.raises(data.UserError, match="b.png: cannot be read as an image .16 bits"):
-        data.read_image(tmp_path / "b.png")
-
-
 ONE = "images/1.png=0 labels/1.png=7"
 OWN_FOLDER = "images/a.png=0 masks/a.png=2"
 BDD = "seg/images/val/a.jpg=0 seg/labels/val/a_train_id.png"
-SEQ = "miccai_challenge_release_2/seq_5"
 WRONG_FILES = [  # set (with --classes) and split, the files of its folder, the one line
-    ("gtav train", "images/1.png=0 labels/1.png=!", "1.png: cannot be read as a label"),
     ("gtav train", f"{ONE} labels/2.png=7", r"labels/2.png: its partner is missing \(one of 1 in gtav train: python"),
     ("gtav train", f"{ONE} images/1.jpg=0", "labels/1.png: its partner is images/1.jpg or images/1.png"),
     ("gtav train", "images/1.png=0", "--data gtav: .* holds no files like labels/"),
@@ -873,14 +860,12 @@ WRONG_FILES = [  # set (with --classes) and split, the files of its folder, the 
     ("gtav+camvid train", ONE, r"--data gtav\+camvid: these sets have different classes"),
     ("imagenet train", "a.png=0", "--data imagenet: has no labels"),
     ("folder train", OWN_FOLDER, "--data folder: say how many --classes"),
-    ("folder:2 train", OWN_FOLDER, r"a.png: .*values \[2\] are not"),
     ("folder:255 train", OWN_FOLDER, "--classes 255: is for --data folder, and at most 254"),
     ("folder:2 train", "images/a.png=0 masks/a.jpg=0", "masks/a.jpg: .*a JPEG of mode L, not a PNG"),
     ("folder:3 val", OWN_FOLDER, "--data folder: .* holds no files like images/val/"),  # flat: nothing is held out
-    ("bdd100k val", f"{BDD}=D0", r"a_train_id.png: \(12, 16\) pixels, its image \(6, 8\)"),
     ("bdd100k val", f"{BDD}=0-0-0", "a_train_id.png: .* of mode RGB, not a PNG with one"),
-    ("bdd100k val", "seg/images/val/a.jpg=! seg/labels/val/a_train_id.png=0", r"a.jpg: cannot be read as .*\)$"),
-    ("endovis18 val", f"{SEQ}/left_frames/0.png=5 {SEQ}/labels/0.png=7", r"0.png: .*values \[\[7, 7, 7\]\]")]
+    ("bdd100k val", f"{BDD}=0 seg/images/val/a.jpg=!", r"a.jpg: cannot be read as .*\)$"),
+    ("camvid train", "train/0006R0_a.png=1 trainannot/0006R0_a.png=12", r"0_a.png: .*\(values \[12\] are not among")]
 
 
 @pytest.mark.parametrize("case, files, line", WRONG_FILES)
@@ -891,15 +876,6 @@ def test_a_wrong_file_or_flag_is_one_line_that_names_it(case, files, line, tmp_p
     with pytest.raises(data.UserError, match=line) as error:
         data.scenes(name, root, split, classes=int(classes or 0))[0]
     assert "\n" not in str(error.value)
-
-
-@pytest.mark.parametrize("classes, said", [
-    (1, "in 3 labels looked at 67% is void (255), classes without a pixel: none; is the numbering this set's?"),
-    (2, "67% is void (255), classes without a pixel: 1; is")])
-def test_labels_that_can_hardly_be_meant_are_named_before_training(classes, said, tmp_path, capsys):
-    save_files(tmp_path, "images/a.png=9 masks/a.png=0 images/b.png=9 masks/b.png=255 images/c.png=9 masks/c.png=255")
-    data.scenes("folder", tmp_path, classes=classes)
-    assert said in capsys.readouterr().out
 
 
 def test_an_unreadable_training_image_is_named_and_replaced_and_too_many_in_a_row_stop_the_run(tmp_path, capfd):
@@ -920,19 +896,29 @@ def test_an_unreadable_training_image_is_named_and_replaced_and_too_many_in_a_ro
 
 
 def test_the_preflight_lists_all_that_is_wrong_and_the_shares_of_the_classes_and_exits_with_1(tmp_path, capsys):
-    save_files(tmp_path, """images/a.png=0 masks/a.png=0 images/b.png=0 masks/b.png=1 images/c.png=0 masks/c.png=1
-        images/d.png=0 masks/d.png=255 images/e.png=! masks/e.png=0 images/f.png=0 masks/f.png=9
+    save_files(tmp_path, """images/a.jpg=0 masks/a.png=0 images/b.png=0 masks/b.png=1 images/c.png=0 masks/c.png=1
+        images/d.png=0 masks/d.png=255 images/e.png=0 masks/e.png=0 images/f.png=0 masks/f.png=9
         images/g.png=0 masks/g.png=D0 images/h.png=0 masks/i.png=0""")
+    exif = Image.Exif()
+    exif[0x112] = 6  # one's own photographs stand upright, as their labels do
+    Image.new("RGB", (6, 8)).save(tmp_path / "images/a.jpg", exif=exif)
+    assert data.read_image(tmp_path / "images/a.jpg").shape == (3, 8, 6)
+    Image.fromarray(np.full((6, 8), 4095, np.uint16)).save(tmp_path / "images/e.png")
     with pytest.raises(SystemExit, match="1"):
         data.main(["--data", "folder", "--root", str(tmp_path), "--classes", "2", "--out", str(tmp_path / "out.png")])
     text = capsys.readouterr().out
     for line in ("train: 7 pairs, 5 problems", "masks/i.png: its partner is missing", "images/h.png: its partner is",
-                 "e.png: cannot be read as an image", "f.png: cannot be read as a label (values [9]",
+                 "e.png: cannot be read as an image (16 bits", "f.png: cannot be read as a label (values [9]",
                  "g.png: (12, 16) pixels, its image (6, 8)", "folder val: --data folder: "):
         assert line in text
     assert re.findall(r"(\w+) +(\d+\.\d+)\n", text) == [("0", "25.00"), ("1", "50.00"), ("ignored", "25.00")]
     assert Image.open(tmp_path / "out.png").size == (1250, 470)  # four samples, each image above its label
     assert data.preflight("gtav+synthia", tmp_path / "nowhere") == 2
+    save_files(tmp_path, "own/images/a.png=9 own/masks/a.png=0 own/images/b.png=9 own/masks/b.png=255")
+    for classes, said in ((1, ""), (2, "50% is void (255), classes without a pixel: 1; is the numbering this")):
+        data.scenes("folder", tmp_path / "own", classes=classes)
+        text = capsys.readouterr().out
+        assert said in text and ("looked at" in text) == bool(said)
 
 
 # --- Datasets: which image when ---------------------------------------------------------------------------------------
@@ -992,12 +978,11 @@ def test_shuffles_label_fractions_and_all_that_is_random_about_an_item_follow_fr
         assert torch.equal(dataset[index, 5][0], torch.rand(3, generator=seeded(7, 5)))
     assert torch.equal(torch.get_rng_state(), before)  # the rest of the program's numbers are left alone
     order = torch.randperm(1000, generator=torch.Generator().manual_seed(0)).tolist()
-    for labels, count in (("1", 1000), ("1/4", 250), ("1/9999", 1)):
+    for labels, count in (("1/4", 250), ("1/9999", 1)):
         samples = data.scenes("toy", "nowhere", labels=labels).samples
         assert [sample.image for sample in samples] == sorted(order[:count])
-    for labels in ("0", "2", "many", "1/0"):
-        with pytest.raises(data.UserError, match=f"--labels {labels}: a fraction like 1/16 was expected"):
-            data.scenes("toy", "nowhere", labels=labels)
+    with pytest.raises(data.UserError, match="--labels 1/0: a fraction like 1/16 was expected"):
+        data.scenes("toy", "nowhere", labels="1/0")
 
 
 # Each transform is held against a slow form that draws the same random numbers, the recipe's constants spelled out.
@@ -1013,12 +998,10 @@ def uniform(low, high):
 
 
 def test_distillation_crops_flips_and_augments_as_in_the_recipe(monkeypatch):
-    calls = []
-    def operation(number, image, *levels):
-        calls.append((number, *levels))
-        return image
-    monkeypatch.setattr(data, "RAND_AUGMENT", [partial(operation, number) for number in range(15)])
+    operation = Mock(side_effect=lambda image, *levels: image)
+    monkeypatch.setattr(data, "RAND_AUGMENT", 15 * [operation])
     image = torch.randint(80, 180, (3, 60, 80), generator=seeded(0)).to(torch.uint8)  # fine detail, nothing to clip
+    levels = []
     for seed in range(60):
         torch.manual_seed(seed)
         found, _ = data.distill_transform(image, size=32)
@@ -1029,12 +1012,12 @@ def test_distillation_crops_flips_and_augments_as_in_the_recipe(monkeypatch):
             expected = expected.transpose(Image.FLIP_LEFT_RIGHT)
         assert (found.int() - pil_to_tensor(expected).int()).abs().max() <= 2
         for _ in range(2):
-            number = torch.randint(15, ()).item()
+            torch.randint(15, ())
             if uniform(0, 1) < 0.5:
                 level = min(9 + 0.5 * torch.randn(()).item(), 10) / 10
-                assert calls.pop(0) == (number, level, level if uniform(0, 1) < 0.5 else -level)
+                levels.append((level, level if uniform(0, 1) < 0.5 else -level))
     data.distill_transform(image, size=32, randaugment=False)
-    assert not calls
+    assert [call.args[1:] for call in operation.call_args_list] == levels
 
 
 @pytest.mark.parametrize("number, name", [*enumerate((
@@ -1108,35 +1091,28 @@ def test_distortion_changes_brightness_contrast_saturation_and_hue_half_the_time
 
 
 def test_boxes_of_noise_and_masks_follow_from_seed_and_draw_alone():
-    draws = torch.randperm(1000, generator=seeded(0))[:400]
-    found = data.erase(torch.zeros(400, 3, 24, 32), draws, seed=5)
-    ratios = []
-    for image, draw in zip(found, draws.tolist()):
-        rows, columns = np.nonzero(image[0].numpy())
-        if len(rows):
-            part = slice(rows.min(), rows.max() + 1), slice(columns.min(), columns.max() + 1)
-            expected = torch.zeros(3, 24, 32)
-            expected[:, part[0], part[1]].normal_(generator=seeded(5, 3, draw))
-            assert torch.equal(image, expected) and 0.01 < len(rows) / (24 * 32) < 0.35
-            ratios.append(np.ptp(rows) / np.ptp(columns))
-    assert 80 < len(ratios) < 120 and 0.2 < min(ratios) < 0.5 < 2 < max(ratios) < 4
+    draws = torch.randperm(2000, generator=seeded(0))[:800]
+    found = data.erase(torch.zeros(800, 3, 24, 32), draws, seed=5)
+    shares = [(image[0] != 0).double().mean().item() for image in found if image.any()]
+    assert 0.22 < len(shares) / 800 < 0.28 and 0.015 < min(shares) < 0.04 and 0.3 < max(shares) < 0.345
+    assert found[found != 0].std() == pytest.approx(1, abs=0.01)
+    assert torch.equal(data.erase(torch.zeros(50, 3, 24, 32), draws[90:140], seed=5), found[90:140])
     for row, draw in zip(data.uniform_noise(draws[:9], 16, seed=5), draws.tolist()):  # which patches are hidden
         assert torch.equal(row, torch.rand(16, generator=seeded(5, 4, draw)))
 
 
 def test_images_are_normalised_for_one_encoder_and_renormalised_for_another():
     image = torch.tensor([0, 124, 255], dtype=torch.uint8).view(1, 3, 1, 1)
-    model = SimpleNamespace(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
-    other = SimpleNamespace(mean=(0.5, 0.4, 0.6), std=(0.5, 0.25, 0.2))
+    model = SimpleNamespace(mean=(0.5, 0.4, 0.6), std=(0.5, 0.25, 0.2))
+    other = SimpleNamespace(mean=(0, 0, 0), std=(1, 1, 1))
     x = data.normalize(image, model.mean, model.std)
-    assert x.flatten().tolist() == pytest.approx([-0.485 / 0.229, (124 / 255 - 0.456) / 0.224, 0.594 / 0.225])
-    torch.testing.assert_close(data.renormalize(x, model, other), data.normalize(image, other.mean, other.std))
+    assert x.flatten().tolist() == pytest.approx([-1, (124 / 255 - 0.4) / 0.25, 2])
+    torch.testing.assert_close(data.renormalize(x, model, other), image / 255)
 
 
 @pytest.mark.parametrize("name, size, image_size, label_size", [
-    ("cityscapes", (100, 200), (512, 1024), (100, 200)), ("cityscapes", (100, 400), (256, 1024), (100, 400)),
-    ("bdd100k", (72, 100), (720, 1000), (72, 100)), ("acdc-fog", (40, 96), (400, 960), (40, 96)),
-    ("mapillary", (101, 80), (640, 512), (50, 40)), ("camvid", (36, 48), (36, 48), (36, 48))])
+    ("cityscapes", (100, 400), (256, 1024), (100, 400)), ("bdd100k", (72, 100), (720, 1000), (72, 100)),
+    ("acdc-fog", (40, 96), (400, 960), (40, 96)), ("mapillary", (101, 80), (640, 512), (50, 40))])
 def test_evaluation_sees_images_at_the_official_size(name, size, image_size, label_size):
     image = torch.randint(80, 180, (3, *size), generator=seeded(0)).to(torch.uint8)
     found, label = data.eval_transform(image, image[0], name)
@@ -1159,11 +1135,9 @@ def test_a_toy_scene_is_the_same_on_every_machine_and_none_is_both_trained_on_an
     counts = {"toy": (1000, 100), "toy-arcade": (1000, 100), "toy-wide": (4000, 100), "toy-fog": (0, 100),
               "toy-proxy": (2000, 0), "toy-boxes": (1000, 100), "toy-boxes-night": (0, 100)}
     for name, (train, val) in counts.items():
-        splits = dict(train=range(train), val=range(10 ** 6, 10 ** 6 + val))
-        assert data.DATASETS[name].splits == {split: numbers for split, numbers in splits.items() if numbers}
-    image, label, _ = data.scenes("toy-fog", "nowhere", "val")[7]
-    scene, classes = data.toy_scene("fog", 10 ** 6 + 7)
-    assert (image.permute(1, 2, 0).numpy() == scene).all() and (label.numpy() == classes).all()
+        splits = data.DATASETS[name].splits
+        assert splits.get("train", range(0)) == range(train)
+        assert splits.get("val", range(0)) == range(10 ** 6, 10 ** 6 + val)
 
 
 def features(grid, batch=2):
@@ -2549,16 +2523,10 @@ def test_voc_is_read_as_downloaded_its_boxes_without_parts_and_its_test_images_i
     assert re.search(r"objects, %\n[\s\S]* dog +50.00[\s\S]* person +50", text)
     picture = np.asarray(Image.open(tmp_path / "out.png"))[10:235, 10:310]  # 8 x 6 pixels at 300 x 225
     assert (picture[150, 75] == data.DATASETS["voc"].colors[11]).all()  # the left border of the dog, below its name
-
-
-@pytest.mark.parametrize("old, new, line", [
-    ("dog", "dgo", "01.xml: cannot be read as a label .*not in tuple"),
-    (">7<", ">2<", r"01.xml: .*the box \[3.0, 2.0, 2.0, 6.0\] has no area"),
-    ("</object>", "", "01.xml: cannot be read as a label"), ("<ymax>6</ymax>", "", "01.xml: cannot be read")])
-def test_an_annotation_of_voc_that_makes_no_sense_is_named(old, new, line, tmp_path):
-    save_voc(tmp_path, DOG.replace(old, new))
-    with pytest.raises(data.UserError, match=line):
-        data.scenes("voc", tmp_path, "val")[0]
+    for old, new in (("dog", "dgo"), (">7<", ">2<"), ("</object>", ""), ("<ymax>6</ymax>", "")):
+        save_voc(tmp_path, DOG.replace(old, new))
+        with pytest.raises(data.UserError, match="01.xml: cannot be read as a label .*(not in|no area|mism|to float)"):
+            data.scenes("voc", tmp_path, "val")[0]
 
 
 def test_toy_boxes_lie_tightly_around_the_visible_pixels_of_each_thing():
@@ -2577,24 +2545,21 @@ def test_toy_boxes_lie_tightly_around_the_visible_pixels_of_each_thing():
 
 
 def test_images_and_boxes_are_scaled_cropped_and_flipped_together_and_cut_boxes_dropped():
+    image = torch.zeros(3, 20, 60, dtype=torch.uint8)
+    image[1] = torch.linspace(50, 200, 60)  # grows to the right, unless flipped
+    image[0, 5:13, 24:36] = 255
+    start = torch.from_numpy(data.as_label([(24, 5, 36, 13, 3, 1)]))
     counts = Counter()
     for _ in range(60):
-        image = torch.zeros(3, 20, 31, dtype=torch.uint8)
-        image[1] = torch.linspace(50, 200, 31)  # grows to the right, unless flipped
-        left = torch.randint(19, ()).item()
-        top = torch.randint(12, ()).item()
-        image[0, top:top + 8, left:left + 12] = 255
-        label = torch.from_numpy(data.as_label([(left, top, left + 12, top + 8, 3, 1)]))
-        found, label = data.detect_transform(image, label, 40)
+        found, label = data.detect_transform(image, start, 40)
         y, x = np.nonzero(found[0].numpy() > 127)
         objects = data.objects_of(label)
-        assert found.shape == (3, 40, 40) and label.shape == (100, 6)
-        if len(objects):
-            assert objects[0].numpy() == pytest.approx([x.min(), y.min(), x.max() + 1, y.max() + 1, 3, 1], abs=1.1)
         share = len(x) / (16 * 24)
         assert len(objects) == (share > 0.3) or abs(share - 0.3) < 0.05
+        if len(objects):
+            assert objects[0].numpy() == pytest.approx([x.min(), y.min(), x.max() + 1, y.max() + 1, 3, 1], abs=1.1)
         counts.update(kept=len(objects), flipped=int(found[1, 0, 0] > found[1, 0, -1]))
-    assert 15 < counts["flipped"] < 45 and 30 < counts["kept"] < 60
+    assert found.shape == (3, 40, 40) and 15 < counts["flipped"] < 45 and 30 < counts["kept"] < 60
 
 
 @pytest.mark.parametrize("name", data.CORRUPTIONS)
@@ -2613,16 +2578,12 @@ def test_corruptions_grow_with_severity_and_follow_from_the_image_alone(name):
 
 def test_corruptions_have_the_published_constants():
     grey = torch.full((3, 200, 200), 128, dtype=torch.uint8)
-    for severity, deviation, rate, share in ((1, 0.08, 60, 0.03), (2, 0.12, 25, 0.06), (3, 0.18, 12, 0.09)):
-        assert data.corrupt(grey, "gaussian_noise", severity).float().std() / 255 == pytest.approx(deviation, rel=0.02)
-        assert data.corrupt(grey // 4, "shot_noise", severity).float().var() == pytest.approx(255 * 32 / rate, rel=0.05)
-        white = data.corrupt(grey, "impulse_noise", severity) == 255
-        assert white.float().mean() == pytest.approx(share / 2, rel=0.06)
+    assert data.corrupt(grey, "gaussian_noise", 3).float().std() == pytest.approx(255 * 0.18, rel=0.02)
+    assert data.corrupt(grey // 4, "shot_noise", 3).float().var() == pytest.approx(255 * 32 / 12, rel=0.05)
+    assert (data.corrupt(grey, "impulse_noise", 3) == 255).float().mean() == pytest.approx(0.09 / 2, rel=0.06)
     dark = torch.tensor([[40, 80, 200], [0, 0, 0]], dtype=torch.uint8).T[..., None]
     assert data.corrupt(dark, "brightness", 1)[..., 0].T.tolist() == [[45, 90, 226], [26, 26, 26]]  # V + 0.1
     assert data.corrupt(dark, "contrast", 2)[..., 0].T.tolist() == [[26, 52, 130], [14, 28, 70]]  # 0.3 of it
-    fog = data.corrupt(grey, "fog", 5).float()
-    assert 18 <= fog.min() < fog.max() <= 128  # 128 (x + 3 clouds) / (x + 3)
 
 
 # --- Boxes: Faster R-CNN as a decoder, and AP -------------------------------------------------------------------------
