@@ -42,7 +42,7 @@ TRIES = 10              # as many training images in a row may be unreadable
 OBJECTS = 100           # rows of a label of boxes, as images of a batch need equally many
 SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 LABEL_FOLDER = re.compile(r"(?i)(^|/)(gt|gts|gtfine|gts?_[^/]*|[^/]*labels[^/]*|masks|annotations)/")
-BROKEN = (OSError, ValueError, SyntaxError, RuntimeError, Image.DecompressionBombError)  # what damaged files raise
+BROKEN = (OSError, ValueError, SyntaxError, RuntimeError, Image.DecompressionBombError)  # of damaged files
 
 
 # --- Files to pixels ------------------------------------------------------------------------------------------------
@@ -62,7 +62,7 @@ def read_rgb(path, upright=False):
         if upright:
             image = ImageOps.exif_transpose(image)
         if image.mode[0] in "IF":  # Pillow would cut them off at 255
-            raise ValueError("16 bits or real numbers, of which none is known to be white: save it with 8 bits")
+            raise ValueError("16 bits or real numbers: which of them is white? Save it with 8 bits")
         return np.array(image.convert("RGB"))
 
 
@@ -429,7 +429,7 @@ def toy_scene(domain, index, jumble=False):
             glow = look["lamps"] / (1 + .06 * ((y - top) ** 2 + (x - left) ** 2))
             image += glow[..., None] * np.array([1., .85, .55])
 
-    # Weather: colours fade, fog thickens with the distance, flakes and streaks fall before all else.
+    # Weather: colours fade, fog thickens with the distance, flakes and streaks fall before all but the camera's noise.
     image += look["grey"] * (image.mean(2, keepdims=True) - image)
     ground_distance = np.clip(1.6 - y / 40, 0, 1)  # road and pavement recede row by row
     distance = np.where(paved, ground_distance, distances[objects])
@@ -438,8 +438,6 @@ def toy_scene(domain, index, jumble=False):
     image += flakes[..., None] * (.95 - image)
     streaks = np.kron(rng.random((8, 64)) < look["streaks"], np.ones((8, 1)))
     image += .5 * streaks[..., None] * (.8 - image)
-
-    # The camera:
     image += look["noise"] * (rng.random((64, 64, 3)) + rng.random((64, 64, 3)) - 1) * 1.5
     image = np.clip(image, 0, 1) * 255 + .5
     return image.astype(np.uint8), label.astype(np.uint8)
@@ -1244,10 +1242,10 @@ def label_picture(label, image, classes, colors, width=300, scored=False):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", default="toy", help="a name of DATASETS, or several joined with +")
+    parser.add_argument("--data", default="toy", help="names of DATASETS, joined with +")
     parser.add_argument("--root", default="data", help="holds one folder per dataset, or is the dataset's own")
     parser.add_argument("--classes", type=int, default=0, help="how many, for --data folder")
-    parser.add_argument("--out", default="preflight.png", help="picture of some samples: image above label")
+    parser.add_argument("--out", default="preflight.png", help="picture of some samples")
     parser.add_argument("--workers", type=int, default=0, help="processes that open files")
     args = parser.parse_args(argv)
     try:
