@@ -3,7 +3,6 @@ import argparse
 import colorsys
 import dataclasses
 import hashlib
-import io
 import itertools
 import json
 import math
@@ -733,6 +732,7 @@ LABEL_FILES = {  # dataset and label file: {value or colour: class}
     "urbansyn ids": TRAIN_IDS | {19: "-"}, "synthia ids": SYNTHIA, "mapillary ids": MAPILLARY, "camvid ids": CAMVID,
     "endovis18 colors": ENDOVIS, "potsdam-rgb colors": ISPRS, "vaihingen-irrg colors": ISPRS}
 
+
 @pytest.mark.parametrize("case", LABEL_FILES)
 def test_every_value_or_colour_of_a_label_file_is_the_documented_class_or_an_error(case, tmp_path, monkeypatch):
     monkeypatch.setattr(data, "checked", lambda label, values: label)  # which makes of 254 an error
@@ -803,6 +803,7 @@ LAYOUTS = [  # sets with what is read from them (grey level:class of each item),
     ("folder train 2:1, folder val 4:2", """images/train/a.jpg=2 masks/train/a.png=1 images/val/b.jpg=4
         masks/val/b.png=P2"""),
 ]
+
 
 @pytest.mark.parametrize("sets, files", LAYOUTS, ids=[sets for sets, _ in LAYOUTS])
 def test_each_dataset_is_read_from_its_true_layout_without_complaint(sets, files, tmp_path):
@@ -881,9 +882,9 @@ def test_an_unreadable_training_image_is_named_and_replaced_and_too_many_in_a_ro
         image, _, draw = dataset[index, 77]
         assert image[0, 0, 0] == found and draw == 77
         assert re.findall(r"(\d+).png: cannot be .*: the next image takes its place", capfd.readouterr().err) == named
-    batches = iter(data.loader(dataset, 30, workers=1))
     for i in range(11, 21):
         save_files(tmp_path, f"images/{i}.png=!")
+    batches = iter(data.loader(dataset, 30, workers=1))
     line = r"\A.*/(19|20).png: cannot be .*, like 9 before it: too many\Z"  # one line, though it crosses processes
     with pytest.raises(data.UserError, match=line):
         next(batches)
@@ -909,8 +910,10 @@ def test_the_preflight_lists_all_that_is_wrong_and_the_shares_of_the_classes_and
     assert re.findall(r"(\w+) +(\d+\.\d+)\n", text) == [("0", "25.00"), ("1", "50.00"), ("ignored", "25.00")]
     assert Image.open(tmp_path / "out.png").size == (1250, 470)  # four samples, each image above its label
     assert data.preflight("gtav+synthia", tmp_path / "nowhere") == 2
-    save_files(tmp_path, "own/images/a.png=9 own/masks/a.png=0 own/images/b.png=9 own/masks/b.png=255")
-    for classes, said in ((1, ""), (2, "50% is void (255), classes without a pixel: 1; is the numbering this")):
+    save_files(tmp_path, "own/images/a.png=9 own/masks/a.png=0 own/images/b.png=9 own/images/c.png=9")
+    for classes, value, said in ((2, 1, ""), (2, 255, "67% is void (255), classes without a pixel: 1; is the"),
+                                 (1, 255, "67% is void (255), classes without a pixel: none; is the numbering")):
+        save_files(tmp_path, f"own/masks/b.png={value} own/masks/c.png={value}")
         data.scenes("folder", tmp_path / "own", classes=classes)
         text = capsys.readouterr().out
         assert said in text and ("looked at" in text) == bool(said)
