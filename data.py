@@ -38,6 +38,7 @@ from qsd import UserError, say
 IGNORE = 255            # label of a pixel that no loss and no metric sees
 UNKNOWN = 254           # a label value that the dataset's table does not name
 FILL = (124, 116, 104)  # the mean as a pixel, for what lies outside an image
+DARK = 32               # images with no value above it are no photographs: 12 bits in 16 look so
 TRIES = 10              # as many training images in a row may be unreadable
 OBJECTS = 100           # rows of a label of boxes, as images of a batch need equally many
 SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
@@ -61,8 +62,11 @@ def read_rgb(path, upright=False):
     with Image.open(path) as image:
         if upright:
             image = ImageOps.exif_transpose(image)
-        if image.mode[0] in "IF":  # Pillow would cut them off at 255
-            raise ValueError("16 bits or real numbers: which of them is white? Save it with 8 bits")
+        if image.mode[0] in "IF":  # 16-bit grey becomes 8 bits, where Pillow would cut it off at 255
+            values = np.asarray(image)
+            if image.mode == "F" or values.min() < 0 or values.max() > 65535:
+                raise ValueError("which of its numbers is white? Save it with 8 or 16 bits")
+            image = Image.fromarray(((values.astype(np.uint32) * 255 + 32767) // 65535).astype(np.uint8))
         return np.array(image.convert("RGB"))
 
 
@@ -492,7 +496,7 @@ VOC = {"train": "VOC2007/trainval VOC2012/trainval", "val": "VOC2007/test"}
 street = partial(Dataset, classes=CITYSCAPES_CLASSES, colors=CITYSCAPES_COLORS)
 isprs = partial(Dataset, classes=ISPRS_CLASSES, colors=ISPRS_COLORS, decode=isprs_label, tile=512)
 camvid = partial(Dataset, classes=CAMVID_CLASSES, colors=CAMVID_COLORS, decode=partial(by_value, table=CAMVID_IDS))
-voc = Dataset("VOCdevkit", splits=VOC, decode=voc_boxes, boxes=True, classes=VOC_CLASSES,
+voc = Dataset("VOCdevkit", "VOC2007/JPEGImages/*", splits=VOC, decode=voc_boxes, boxes=True, classes=VOC_CLASSES,
               colors=(*CITYSCAPES_COLORS, (255, 140, 0)))
 
 
@@ -636,7 +640,7 @@ class Samples:
 
 
 def find(part, folder, patterns, text):
-    """The names of files by the first pattern that matches any, and its regular expression."""
+    """The names of files by the first pattern that matches any, and its regular expression; or UserError."""
     patterns = patterns.replace("<split>", text).split()
     for pattern in patterns:
         regex = re.escape(pattern).replace(r"\{", "(").replace(r"\}", ")").replace(",", "|")
@@ -648,7 +652,10 @@ def find(part, folder, patterns, text):
         names = [name for name in files_below(folder, top) if regex.fullmatch(name)]
         if names:
             return names, regex
-    raise UserError(f"--data {part}: {folder} holds no files like {' or '.join(patterns)} ({' '.join(SUFFIXES)})")
+    there = [*files_below(folder, top)] or [*files_below(folder, "")]
+    instead = f"; there are {there[0]} and {len(there) - 1} others" if there else ""
+    raise UserError(f"--data {part}: {folder} holds no files like {' or '.join(patterns)} "
+                    f"({' '.join(SUFFIXES)}){instead}")
 
 
 def files_below(folder, below):
@@ -799,7 +806,7 @@ class Scenes(torch.utils.data.Dataset):
 def images(name, root, transform=None, split="train"):
     """Images without labels, for distillation and for figures."""
     samples = gather(name, root, split, labelled=False)
-    return Scenes(samples, transform, labelled=False, training=split == "train")
+    return looked_at(name, Scenes(samples, transform, labelled=False, training=split == "train"))
 
 
 def scenes(name, root, split="train", transform=None, labels="1", classes=0):
@@ -811,21 +818,33 @@ def scenes(name, root, split="train", transform=None, labels="1", classes=0):
     order = torch.randperm(len(samples), generator=torch.Generator().manual_seed(0))  # the same in every run
     count = max(1, round(share * len(samples)))
     kept = [samples[i] for i in sorted(order[:count].tolist())]
-    if split == "train" and not kept[0].entry.generate:
-        doubt(name, kept)
-    return Scenes(kept, transform, labelled=True, training=split == "train")
+    return looked_at(name, Scenes(kept, transform, labelled=True, training=split == "train"))
 
 
-def doubt(name, samples):
-    """Say if a hundred labels can hardly be meant, as with 255 for 1 or another set's numbers."""
-    entry = samples[0].entry
-    looked_at = samples[::math.ceil(len(samples) / 100)]
-    counts = sum(counts_of(sample.read_label(), entry) for sample in looked_at)
+def looked_at(name, dataset):
+    """The dataset; what can hardly be meant in a hundred of its samples is said before anybody trains."""
+    entry = dataset.samples[0].entry
+    if entry.generate or not (dataset.training or entry.own):
+        return dataset
+    counts = np.zeros(256, np.int64)
+    brightest = 0
+    step = 1 if entry.tile else math.ceil(len(dataset) / 100)  # neighbouring tiles lie in one file
+    for i in range(0, len(dataset), step)[:100]:
+        if dataset.labelled:
+            counts += counts_of(dataset.samples[i].read_label(), entry)
+        if brightest < DARK:
+            brightest = max(brightest, dataset.read(i)[1].max().item())
+    if entry.own and counts[0] and counts[IGNORE] and not counts[1:IGNORE].any():
+        raise UserError(f"--data {name}: the labels hold 0 and 255 alone, and 255 is void; save what it marks as 1")
+    found = f"--data {name}: in {min(len(dataset), 100)} images looked at"
     missing = [kind for kind, count in zip(entry.classes, counts) if not count]
     void = counts[IGNORE] / max(1, counts.sum())
-    if missing or void > 0.5:
-        say(f"--data {name}: in {len(looked_at)} labels looked at {void:.0%} is void (255), "
-            f"classes without a pixel: {', '.join(missing) or 'none'}; is the numbering this set's?")
+    if dataset.labelled and (missing or void > 0.5):
+        say(f"{found} {void:.0%} is void (255), classes without a pixel: {', '.join(missing) or 'none'}; is the "
+            "numbering this set's?")
+    if brightest < DARK:
+        say(f"{found} nothing is brighter than {brightest} of 255: scale 12 bits in 16-bit files to all 16")
+    return dataset
 
 
 def counts_of(label, entry):
@@ -1175,20 +1194,29 @@ def check(sample):
     return None, counts_of(item[1], entry) if entry.classes else 0
 
 
+def splits_at_hand(part, entry, root):
+    """The splits of which there are images: one alone is often all that is wanted."""
+    if entry.generate:
+        return [*entry.splits]
+    folder = locate(root, entry)
+    found = []
+    for split, text in entry.splits.items():
+        try:
+            find(part, folder, entry.images, text)
+            found.append(split)
+        except UserError:
+            print(f"{part} {split}: not there")
+    return found
+
+
 def preflight(name, root, out=None, classes=0, workers=0):
     """Open every file and print what was found; returns the number of problems."""
     count = 0
     shown = []
     total = np.zeros(256, np.int64)
     for part, entry in entries(name, classes).items():
-        absent = 0
-        for split in entry.splits:
-            try:
-                samples, problems = listing(part, entry, root, split, bool(entry.labels))
-            except UserError as error:
-                print(f"{part} {split}: {error}")
-                absent += 1
-                continue
+        for split in splits_at_hand(part, entry, root) or [*entry.splits][:1]:  # if none, listing says what is missing
+            samples, problems = listing(part, entry, root, split, bool(entry.labels))
             findings = DataLoader(samples, batch_size=None, num_workers=workers, collate_fn=check)
             findings = [*tqdm(findings, f"{part} {split}")]
             good = [sample for sample, (problem, _) in zip(samples, findings) if not problem]
@@ -1199,7 +1227,8 @@ def preflight(name, root, out=None, classes=0, workers=0):
             print(f"{part} {split}: {len(samples)} {'pairs' if entry.classes else 'images'}, {len(problems)} problems")
             for line in problems:
                 print(f"  {line}")
-        count += absent == len(entry.splits)  # one split alone is often all that is wanted
+            if good:
+                looked_at(f"{part} {split}", Scenes(good, None, bool(entry.classes), training=True))
     if total.any():
         print(f"share of the {'objects' if entry.boxes else 'pixels'}, %")
         for number, kind in [*enumerate(entry.classes), (IGNORE, "ignored")]:

@@ -23,6 +23,7 @@ import types
 import zipfile
 import zlib
 from collections import Counter, OrderedDict, deque
+from contextlib import nullcontext
 from functools import cache, partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -848,7 +849,7 @@ BDD = "seg/images/val/a.jpg=0 seg/labels/val/a_train_id.png"
 WRONG_FILES = [  # set (with --classes) and split, the files of its folder, the one line
     ("gtav train", f"{ONE} labels/2.png=7", r"labels/2.png: its partner is missing \(one of 1 in gtav train: python"),
     ("gtav train", f"{ONE} images/1.jpg=0", "labels/1.png: its partner is images/1.jpg or images/1.png"),
-    ("gtav train", "images/1.png=0", "--data gtav: .* holds no files like labels/"),
+    ("gtav train", "images/1.png=0 labels/a/1.png=7", "holds no files like labels/.*; there are labels/a/1.png and 0"),
     ("gtav val", ONE, "--data gtav: has no val split, only train"),
     ("cityscapes train", "../gtav/images/1.png=0", "--root .*: no such folder as .*cityscapes"),
     ("gtav+camvid train", ONE, r"--data gtav\+camvid: these sets have different classes"),
@@ -898,22 +899,36 @@ def test_the_preflight_lists_all_that_is_wrong_and_the_shares_of_the_classes_and
     exif[0x112] = 6  # one's own photographs stand upright, as their labels do
     Image.new("RGB", (6, 8)).save(tmp_path / "images/a.jpg", exif=exif)
     assert data.read_image(tmp_path / "images/a.jpg").shape == (3, 8, 6)
-    Image.fromarray(np.full((6, 8), 4095, np.uint16)).save(tmp_path / "images/e.png")
+    Image.fromarray(np.full((6, 8), 257, np.uint16)).save(tmp_path / "images/c.png")     # 1 of 255
+    Image.fromarray(np.full((6, 8), 0.5, np.float32)).save(tmp_path / "images/e.tif")
+    (tmp_path / "images/e.png").unlink()
+    assert data.read_image(tmp_path / "images/c.png").unique().tolist() == [1]
     with pytest.raises(SystemExit, match="1"):
         data.main(["--data", "folder", "--root", str(tmp_path), "--classes", "2", "--out", str(tmp_path / "out.png")])
     text = capsys.readouterr().out
     for line in ("train: 7 pairs, 5 problems", "masks/i.png: its partner is missing", "images/h.png: its partner is",
-                 "e.png: cannot be read as an image (16 bits", "f.png: cannot be read as a label (values [9]",
-                 "g.png: (12, 16) pixels, its image (6, 8)", "folder val: --data folder: "):
+                 "e.tif: cannot be read as an image (which", "f.png: cannot be read as a label (values [9]",
+                 "g.png: (12, 16) pixels, its image (6, 8)", "folder val: not there",
+                 "in 4 images looked at nothing is brighter than 1 of 255"):
         assert line in text
     assert re.findall(r"(\w+) +(\d+\.\d+)\n", text) == [("0", "25.00"), ("1", "50.00"), ("ignored", "25.00")]
     assert Image.open(tmp_path / "out.png").size == (1250, 470)  # four samples, each image above its label
-    assert data.preflight("gtav+synthia", tmp_path / "nowhere") == 2
-    save_files(tmp_path, "own/images/a.png=9 own/masks/a.png=0 own/images/b.png=9 own/images/c.png=9")
-    for classes, value, said in ((2, 1, ""), (2, 255, "67% is void (255), classes without a pixel: 1; is the"),
-                                 (1, 255, "67% is void (255), classes without a pixel: none; is the numbering")):
-        save_files(tmp_path, f"own/masks/b.png={value} own/masks/c.png={value}")
-        data.scenes("folder", tmp_path / "own", classes=classes)
+    with pytest.raises(SystemExit, match="2"):
+        data.main(["--data", "gtav", "--root", str(tmp_path / "nowhere")])
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+@pytest.mark.parametrize("classes, masks, said", [
+    (2, (0, 1, 1), ""), (3, (0, 1, 1), "0% is void (255), classes without a pixel: 2; is the"),
+    (2, (1, 255, 255), "67% is void (255), classes without a pixel: 0; is the"),
+    (2, (0, 255, 255), "--data folder: the labels hold 0 and 255 alone, and 255 is void; save what it marks as 1")])
+def test_labels_that_can_hardly_be_meant_are_named_and_binary_masks_refused(
+        classes, masks, said, split, tmp_path, capsys):
+    for name, value in zip("abc", masks):
+        save_files(tmp_path, f"images/{split}/{name}.png=200 masks/{split}/{name}.png={value}")
+    refused = pytest.raises(data.UserError, match=said) if said.startswith("--data") else nullcontext()
+    with refused:
+        data.scenes("folder", tmp_path, split, classes=classes)
         text = capsys.readouterr().out
         assert said in text and ("looked at" in text) == bool(said)
 
