@@ -639,8 +639,8 @@ class Samples:
         return Sample(self.entry, *[self.folder / os.fsdecode(name) for name in self.names[i]])
 
 
-def find(part, folder, patterns, text):
-    """The names of files by the first pattern that matches any, and its regular expression; or UserError."""
+def find(folder, patterns, text, part=None):
+    """Names of files by the first pattern that finds some, and its regex; if none, UserError for a `part`."""
     patterns = patterns.replace("<split>", text).split()
     for pattern in patterns:
         regex = re.escape(pattern).replace(r"\{", "(").replace(r"\}", ")").replace(",", "|")
@@ -652,6 +652,8 @@ def find(part, folder, patterns, text):
         names = [name for name in files_below(folder, top) if regex.fullmatch(name)]
         if names:
             return names, regex
+    if not part:
+        return [], regex
     there = [*files_below(folder, top)] or [*files_below(folder, "")]
     instead = f"; there are {there[0]} and {len(there) - 1} others" if there else ""
     raise UserError(f"--data {part}: {folder} holds no files like {' or '.join(patterns)} "
@@ -685,11 +687,11 @@ def listing(part, entry, root, split, labelled):
     if entry.boxes:
         rows = voc_pairs(folder, text)
     else:
-        images, regex = find(part, folder, entry.images, text)
+        images, regex = find(folder, entry.images, text, part)
         images = [name for name in images if not LABEL_FOLDER.search(name)] or images
         rows = zip(images)
         if labelled:
-            rows, problems = paired(folder, (images, regex), find(part, folder, entry.labels, text))
+            rows, problems = paired(folder, (images, regex), find(folder, entry.labels, text, part))
     samples = Samples(entry, folder, rows)
     say(f"{part} {split}: {len(samples)} images in {folder}")
     return samples, problems
@@ -1194,28 +1196,15 @@ def check(sample):
     return None, counts_of(item[1], entry) if entry.classes else 0
 
 
-def splits_at_hand(part, entry, root):
-    """The splits of which there are images: one alone is often all that is wanted."""
-    if entry.generate:
-        return [*entry.splits]
-    folder = locate(root, entry)
-    found = []
-    for split, text in entry.splits.items():
-        try:
-            find(part, folder, entry.images, text)
-            found.append(split)
-        except UserError:
-            print(f"{part} {split}: not there")
-    return found
-
-
 def preflight(name, root, out=None, classes=0, workers=0):
     """Open every file and print what was found; returns the number of problems."""
     count = 0
     shown = []
     total = np.zeros(256, np.int64)
     for part, entry in entries(name, classes).items():
-        for split in splits_at_hand(part, entry, root) or [*entry.splits][:1]:  # if none, listing says what is missing
+        at_hand = [split for split, text in entry.splits.items()
+                   if entry.generate or find(locate(root, entry), entry.images, text)[0]]
+        for split in at_hand or [*entry.splits][:1]:  # if none is there, listing says what is missing
             samples, problems = listing(part, entry, root, split, bool(entry.labels))
             findings = DataLoader(samples, batch_size=None, num_workers=workers, collate_fn=check)
             findings = [*tqdm(findings, f"{part} {split}")]

@@ -56,7 +56,6 @@ class Config(qsd.LossConfig):
     student: str = "deit_small_distilled"  # likewise; the source stage gets the proxy stage's student.pt
     pretrained: bool = True         # no: the student starts from random weights
     student_depth: int | None = None  # only the student's first k blocks
-    keep_heads: bool = False        # start from the heads in the student's checkpoint; official: fresh in each stage
     out: str = "runs/distill"       # log.jsonl, last.pt, student.pt
     # images
     size: int = 512                 # side of the square crop, pixels (proxy 224)
@@ -70,7 +69,7 @@ class Config(qsd.LossConfig):
     batch: int = 128                # global, whatever the number of processes (proxy 512)
     micro: int = 64                 # most images of one forward pass; the rest is gradient accumulation
     budget: str = "300ep"           # 600 (steps), 300ep, 2h, 3e18flop; the schedule follows the fraction spent
-    lr: float = 5e-4                # peak, at the batch that lr_rule says
+    lr: float = 5e-4                # peak, before lr_rule
     lr_rule: Literal["batch/512", "constant"] = "batch/512"  # official: lr x batch / 512; the paper's text: constant
     lr_min: float = 1e-5            # the cosine's end
     warmup: float = 0.0             # fraction of the budget; official 0, Proteus 5 of 100 epochs
@@ -104,17 +103,14 @@ def preset(given):
 
 
 class Learner(nn.Module):
-    """Student and objective as one module, so that one DDP wrapper sees every trained parameter.
-
-    objective.plain: it reads a pass of the student over whole images; a pass over masked ones it makes itself.
-    """
+    """Student and objective as one module, so that one DDP wrapper sees every trained parameter."""
     def __init__(self, student, objective):
         super().__init__()
         self.student = student
         self.objective = objective
 
     def forward(self, x, t, noise):
-        s = self.student.tokens(x, layers=self.objective.layers_s) if self.objective.plain else None
+        s = self.student.tokens(x, layers=self.objective.layers_s) if self.objective.reads_s else None
         return self.objective(self.student, x, s, t, noise)
 
 
@@ -138,7 +134,7 @@ def learning_rate(cfg, fraction):
 def main(argv=None):
     cfg = configure(Config, preset, argv)
     only_timed = cfg.bench != "no"
-    if only_timed:                                                  # no weights, images or folders are read or written
+    if only_timed:                                                  # no files are read or written; --bench is a name
         cfg = replace(cfg, pretrained=False, out="--bench")
     run = Run(cfg, "student.pt")                                    # joins the processes, looks at --out
     if run.finished:
@@ -153,9 +149,7 @@ def main(argv=None):
     teacher.eval().requires_grad_(False)
     student = load_vit(cfg.student, depth=cfg.student_depth, pretrained=cfg.pretrained).to(run.device)
     objective = qsd.build_objective(student, teacher, cfg).to(run.device)
-    ancestors, heads = qsd.ledger_and_heads(cfg.student)
-    if cfg.keep_heads:
-        qsd.load_heads(objective, heads, cfg.student)
+    ancestors = qsd.ledger_of(cfg.student)
     learner = Learner(student, objective)
     N = (cfg.size // cfg.patch) ** 2
 
@@ -174,7 +168,7 @@ def main(argv=None):
                 t = qsd.normalize_targets(t, cfg.target_norm)       # cls (B, C_t), patches (B, N, C_t), outs
             return model(x, t, noise)
 
-    # two black images through one step: its cost per image, and which parameters this objective does not train
+    # two black images through one step: its cost per image; parameters that get no gradient are frozen
     flops = dry_run(learner, partial(losses_of, learner, *two_images(cfg.size)))
     if cfg.compile == "yes" or (cfg.compile == "auto" and run.device.type == "cuda"):
         if "CC" not in os.environ and not any(map(shutil.which, ("cc", "gcc", "clang"))):
@@ -272,9 +266,7 @@ class Run:
             header = dict(config=dataclasses.asdict(self.cfg), command=" ".join(sys.argv), torch=torch.__version__,
                           torchvision=torchvision.__version__, python=sys.version.split()[0],
                           device=device_name(self.device), world=world_size(), gflop_per_image=flops / 1e9)
-            write(self.log, json.dumps(header) + "\n")
-
-    # -- while it runs --
+            save(self.log, json.dumps(header) + "\n")
 
     def __enter__(self):
         """Catch the signals that ask a process to end, start the bar and the loading processes."""
@@ -283,7 +275,7 @@ class Run:
         if threading.current_thread() is threading.main_thread():   # no other thread may have handlers
             for number in (signal.SIGTERM, signal.SIGINT):
                 self.handlers[number] = signal.signal(number, lambda received, frame: self.caught.append(received))
-        self.saved = time.monotonic()
+        self.saved_at = time.monotonic()
         self.bar = tqdm(initial=self.ledger["steps"], desc=str(self.out), disable=rank() > 0, unit="step",
                         dynamic_ncols=True)
         self.batches = iter(self.loader)
@@ -322,7 +314,7 @@ class Run:
             self.losses[name] = self.losses.get(name, 0) + value.detach() / self.passes
 
     def finite(self):
-        """Whether the step's gradients are finite; UserError after too many steps in a row whose were not."""
+        """Unscales the gradients; whether all are finite. UserError after too many steps in a row whose were not."""
         self.scaler.unscale_(self.optimizer)
         gradients = [p.grad for p in self.learner.parameters() if p.grad is not None]
         finite = torch.nn.utils.get_total_norm(gradients).isfinite().item()
@@ -343,10 +335,10 @@ class Run:
         self.bar.update()
         if self.ledger["steps"] % self.cfg.log_every == 0 or self.fraction >= 1:
             self.report()
-        if stop or time.monotonic() - self.saved > 60 * self.cfg.save_minutes:
+        if stop or time.monotonic() - self.saved_at > 60 * self.cfg.save_minutes:
             self.save()
         if stop:
-            largest(0)                      # together: torchrun would kill a process that still saves
+            largest(0)                      # all wait here: torchrun would kill one that still saves
             if rank() == 0:
                 told = f"stopped by signal {stop:.0f} after step {self.ledger['steps']}"
                 self.bar.write(f"{told}; the same command goes on", file=sys.stderr)
@@ -372,12 +364,10 @@ class Run:
             with open(self.log, "a") as file:
                 file.write(json.dumps(record) + "\n")
 
-    # -- what it writes --
-
     def save(self):
         """Write last.pt, from which the same command goes on."""
         self.check_weights()
-        self.saved = time.monotonic()
+        self.saved_at = time.monotonic()
         if rank() == 0:
             states = {name: part.state_dict() for name, part in self.parts.items()}
             save(self.last, states | dict(ledger=self.ledger, log_bytes=self.log.stat().st_size))
@@ -403,10 +393,7 @@ class Run:
 
 
 def check_folder(cfg):
-    """UserError if --out holds something else than a run, or a run with other constants; those in FREE may differ.
-
-    A constant that the run did not know yet had what is its default today.
-    """
+    """UserError if --out holds no run, or one with other constants than FREE ones; unknown ones had today's default."""
     out = Path(cfg.out)
     log = out / "log.jsonl"
     if not log.exists():
@@ -427,29 +414,21 @@ def changes_of(cfg, before):
     return {name: f"{name} {before[name]} -> {value}" for name, value in vars(cfg).items() if value != before[name]}
 
 
-def save(path, checkpoint):
-    """Write a checkpoint beside its place, then rename it: no kill leaves half of it under its name."""
+def save(path, content):
+    """Write a checkpoint, or text, beside its place, then rename it: no kill leaves half of it under its name."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"part.{path.name}")
-    torch.save(checkpoint, part)
-    os.replace(part, path)
-
-
-def write(path, text):
-    """Write a text file likewise."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"part.{path.name}")
-    part.write_text(text)
+    if isinstance(content, str):
+        part.write_text(content)
+    else:
+        torch.save(content, part)
     os.replace(part, path)
 
 
 # --- Flags: every field of a Config is one --------------------------------------------------------------------------
 
-def configure(Config, preset=None, argv=None):
-    """A Config from its defaults, then what preset(flags that were given) says, then the command line.
-
-    A field's type says what its flag takes, its comment is the flag's help. Numbers are finite and not negative.
-    """
+def configure(Config, preset, argv=None):
+    """A Config from its defaults, then preset(flags that were given), then the flags; comments are their help."""
     comments = comments_of(Config)
     parser = Parser(allow_abbrev=False, argument_default=argparse.SUPPRESS)
     for field in dataclasses.fields(Config):
@@ -458,17 +437,16 @@ def configure(Config, preset=None, argv=None):
         if typing.get_origin(field.type) is Literal:
             takes = dict(choices=parts)
         elif field.type is bool:
-            takes = dict(type=yes_or_no, nargs="?", const=True, metavar="yes|no")   # --demo alone means yes
+            takes = dict(type=yes_or_no, nargs="?", const=True, metavar="yes|no")   # a flag alone means yes
         elif field.type is not str:
             takes = dict(type=partial(number, kind=parts[0] if parts else field.type))
         text = f"{comments.get(field.name, '')} (default {field.default})".replace("%", "%%")
         parser.add_argument(f"--{field.name}", help=text, **takes)
     given = vars(parser.parse_args(argv))
-    values = preset(given) if preset else {}
-    return Config(**(values | given))
+    return Config(**(preset(given) | given))
 
 
-@cache  # a table looks at hundreds of commands
+@cache  # eval.py's tables configure hundreds of runs
 def comments_of(Config):
     """{field: the comment beside it} of a Config and what it inherits from."""
     source = "".join(inspect.getsource(cls) for cls in reversed(Config.__mro__[:-1]))
@@ -516,7 +494,7 @@ def launch():
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
-        torch.set_float32_matmul_precision("high")      # TF32, whose 10 bits QSD's logits bear: in bf16 they have 7
+        torch.set_float32_matmul_precision("high")      # fp32 products are TF32, precise enough for QSD's logits
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
         patience = datetime.timedelta(hours=1)                      # with one that downloads, or lists a slow disk
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=patience)
@@ -541,7 +519,7 @@ def summed(tensor):
 def largest(*values):
     """The largest of each value over all processes, as floats, so that all of them take the same decision."""
     if not dist.is_initialized():
-        return [float(value) for value in values]                   # on CUDA a tensor would be waited for
+        return [float(value) for value in values]                   # without making a GPU wait
     device = "cuda" if torch.cuda.is_available() else "cpu"
     values = torch.tensor(values, dtype=torch.float64, device=device)
     dist.all_reduce(values, dist.ReduceOp.MAX)
@@ -607,10 +585,7 @@ def parse_budget(text, steps_per_epoch):
 
 
 def passes_of(batch, micro, world, pairs=True):
-    """Forward passes that a step takes on each process: none holds more than `micro` images, and all make up the batch.
-
-    pairs: none holds an odd number of images.
-    """
+    """Micro-batches of a step on each process, of at most `micro` images; pairs: of an even number, 2 at least."""
     least = 2 if pairs else 1
     if batch < 1 or batch % (least * world):
         raise UserError(f"--batch {batch} does not divide into {'pairs of ' if pairs else ''}images over {world} "
@@ -624,10 +599,7 @@ def passes_of(batch, micro, world, pairs=True):
 # --- How fast a step is: python distill.py --bench ------------------------------------------------------------------
 
 class OfficialLearner(Learner):
-    """The authors' step: the same losses, with their second pass of unmasked images, 16-bit logits and four waits.
-
-    Left out are their moving average of all weights and the search for unused parameters, which make it slower still.
-    """
+    """The authors' step, but for their moving average of all weights and search for unused parameters."""
     def forward(self, x, t, noise):
         v_t_cls, v_t, _ = t
         which = qsd.masked_images(self.objective.config)

@@ -664,7 +664,7 @@ def measured(run, block, cfg, device):
         model, saved = segment.load_segmenter(path, device)
         for name, values in measure(path, model, saved, replace(cfg, data=missing), device).items():
             mious[name] = values.nanmean().item()
-        distill.write(kept, json.dumps(book))
+        distill.save(kept, json.dumps(book))
     result = {name: mious[name] for name in block.source + block.unseen}
     result["unseen mean"] = sum(mious[name] for name in block.unseen) / len(block.unseen)
     ledger = qsd.open_checkpoint(path)["ledger"]

@@ -49,7 +49,7 @@ class LossConfig:
     scale: Literal["one", "sqrt"] = "one"  # the attention's logits times 1 (paper) or times C_t^-1/2
     layers: Literal["last", "four"] = "last"  # paper: the last; four: also the others that a decoder reads
     # every objective
-    target_norm: Literal["none", "layernorm"] = "none"  # of the teacher's tokens; paper, official: none
+    target_norm: Literal["none", "layernorm"] = "none"  # of the teacher's final tokens; ViTKD reads others
     dcd_pool: int = 4           # Af-DCD pools both maps by this first (4 wants 16x16 patches or more)
 
 
@@ -63,7 +63,7 @@ class Objective(nn.Module):
     student's. noise (B, N), uniform in 0..1, is the only source of randomness.
     """
     weight = 1.0  # the published weight beside a task loss, for the mean reductions here
-    plain = True  # no: it reads no pass over whole images, s is None
+    reads_s = True  # False: it makes its own pass, s is None
     layers_s = layers_t = ()  # blocks whose raw outputs it reads
 
 
@@ -73,7 +73,7 @@ def projection(dim_s, dim_t):
 
 
 def matmul_fp32(a, b):
-    """a @ b in fp32, under autocast, too: a softmax of large, unscaled logits does not bear bf16's rounding."""
+    """a @ b in fp32 (on CUDA TF32) under autocast, too: softmax of large, unscaled logits does not bear bf16."""
     dtype = torch.promote_types(b.dtype, torch.float32)
     with torch.autocast(a.device.type, enabled=False):
         return a.to(dtype) @ b.to(dtype)
@@ -139,33 +139,33 @@ class GKD(Objective):
 
     def forward(self, student, x, s, t, noise):
         c = self.config
-        distance = DISTANCES[c.distance]        # paper: the squared error
-        v_s_cls, v_s, _ = s                     # (B, C_s), (B, N, C_s)
-        v_t_cls, v_t, _ = t                     # (B, C_t), (B, N, C_t)
+        distance = DISTANCES[c.distance]                        # paper: the squared error
+        v_s_cls, v_s, outs_s = s                                # (B, C_s), (B, N, C_s)
+        v_t_cls, v_t, outs_t = t                                # (B, C_t), (B, N, C_t)
         N = v_t.shape[1]
         L_feat = L_mask = L_cls = diagonal = 0.0
 
         if c.alpha:
-            v_s_prime, W = self.feat(v_s, v_t)  # (B, N, C_t), (B, N, N)
-            L_feat = distance(v_s_prime, v_t)   # Eq. 9
+            v_s_prime, W = self.feat(v_s, v_t)                  # (B, N, C_t), (B, N, N)
+            L_feat = distance(v_s_prime, v_t)                   # Eq. 9
             diagonal = W.detach().diagonal(dim1=1, dim2=2).mean()
         if c.beta:
-            v_s_mask = self.masked_pass(student, x, v_s, noise)  # (B, N, C_s), every second image without a mask
-            v_s_mask_prime, _ = self.mask(v_s_mask, v_t)  # (B, N, C_t)
-            L_mask = distance(v_s_mask_prime, v_t)  # Eq. 10
-        if c.gamma:                             # one key: the softmax is 1, only phi learns
-            v_s_cls_prime, _ = self.cls(v_s_cls[:, None], v_t_cls[:, None])  # (B, 1, C_t)
-            L_cls = distance(v_s_cls_prime[:, 0], v_t_cls)  # Eq. 11
+            v_s_mask = self.masked_pass(student, x, v_s, noise)     # (B, N, C_s)
+            v_s_mask_prime, _ = self.mask(v_s_mask, v_t)        # (B, N, C_t)
+            L_mask = distance(v_s_mask_prime, v_t)              # Eq. 10
+        if c.gamma:                                             # one key: the softmax is 1, only phi learns
+            v_s_cls_prime, _ = self.cls(v_s_cls[:, None], v_t_cls[:, None])     # (B, 1, C_t)
+            L_cls = distance(v_s_cls_prime[:, 0], v_t_cls)      # Eq. 11
         if c.alpha and c.gamma and c.feat_with_cls:
-            L_feat = (N * L_feat + L_cls) / (N + 1)  # official: [CLS; patches], so CLS counts twice
-        loss = c.alpha * L_feat + c.beta * L_mask + c.gamma * L_cls  # Eq. 12
+            L_feat = (N * L_feat + L_cls) / (N + 1)             # official: the mean over [CLS; patches]
+        loss = c.alpha * L_feat + c.beta * L_mask + c.gamma * L_cls     # Eq. 12
 
         losses = {"L_feat": L_feat, "L_mask": L_mask, "L_cls": L_cls, "diagonal": diagonal}
         if c.layers == "four":
-            L_inner = losses["L_inner"] = self.inner_loss(s[2], t[2])
+            L_inner = losses["L_inner"] = self.inner_loss(outs_s, outs_t)
             loss = loss + c.alpha * L_inner
         losses["loss"] = loss
-        return {name: value for name, value in losses.items() if torch.is_tensor(value)}  # no term of weight 0
+        return {name: value for name, value in losses.items() if torch.is_tensor(value)}    # no term of weight 0
 
     def inner_loss(self, outs_s, outs_t):
         """L_feat, without CLS, of the three earlier blocks that a decoder reads."""
@@ -185,7 +185,7 @@ class GKD(Objective):
 
 
 def masked_images(config):
-    """Which images are masked: every second one of each micro-batch, all of which are even."""
+    """Which images of a micro-batch are masked: every second one, so of the batch, too, as it holds whole pairs."""
     return slice(0, None, 1 if config.mask_all else 2)
 
 
@@ -285,7 +285,7 @@ class AfDCD(Objective):
 
 class G2SD(Objective):
     """Generic-to-specific distillation, generic stage (Huang et al. 2023): a quarter of the patches predicts all."""
-    plain = False  # the student sees the kept patches only
+    reads_s = False  # the student sees the kept patches only
     keep = 0.25    # share of the patches that the student sees
     width = 256    # of the decoder
     depth = 4      # its blocks
@@ -297,8 +297,8 @@ class G2SD(Objective):
         self.embed = nn.Linear(student.embed_dim, self.width)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, self.width))
         self.pos_embed = nn.Parameter(0.02 * torch.randn(1, N, self.width))
-        block = Encoder(embed_dim=self.width, depth=self.depth, num_heads=8, patch_size=1, img_size=1)
-        blocks = [Block(block) for _ in range(self.depth)]
+        row = Encoder(embed_dim=self.width, depth=self.depth, num_heads=8, patch_size=1, img_size=1)
+        blocks = [Block(row) for _ in range(self.depth)]
         self.decoder = nn.Sequential(*blocks, nn.LayerNorm(self.width), nn.Linear(self.width, teacher.embed_dim))
 
     def forward(self, student, x, s, t, noise):
@@ -384,11 +384,6 @@ def build_objective(student, teacher, config):
         if getattr(config, name) != getattr(LossConfig, name):
             raise UserError(f"--{name} {getattr(config, name)} changes nothing: --loss {config.loss} does not read it")
     return LOSSES[config.loss](student, teacher, config)
-
-
-def load_heads(objective, heads, path):
-    """Continue with the heads of a student's checkpoint instead of fresh ones (--keep_heads)."""
-    load_strictly(objective, heads or {}, f"--keep_heads: {path} holds no heads of this --loss, teacher and student")
 
 
 # --- Encoders: the table --------------------------------------------------------------------------------------------
@@ -792,13 +787,10 @@ def student_checkpoint(vit):
     return dict(encoder=vit.config, mask_token=mask_token, model=model)
 
 
-def ledger_and_heads(name_or_path):
-    """What a checkpoint of this project brings along: its stages' ledgers, and its heads (or None)."""
+def ledger_of(name_or_path):
+    """What the stages behind a checkpoint of this project have cost, a dict each."""
     name, _ = split_options(name_or_path)
-    if name in ENCODERS:
-        return [], None
-    saved = open_checkpoint(name)
-    return saved.get("ledger", []), saved.get("objective")
+    return [] if name in ENCODERS else open_checkpoint(name).get("ledger", [])
 
 
 def load_strictly(module, state, what, assign=False):

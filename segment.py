@@ -790,7 +790,7 @@ def main(argv=None):
     encoder = qsd.load_vit(cfg.encoder, cfg.size, cfg.patch, cfg.depth)
     decoder = build_decoder(encoder.embed_dim, dataset.num_classes, cfg)
     segmenter = Segmenter(encoder, decoder, cfg.freeze, cfg.blocks).to(run.device)
-    ancestors, _ = qsd.ledger_and_heads(cfg.encoder)
+    ancestors = qsd.ledger_of(cfg.encoder)
     N = (cfg.size // cfg.patch) ** 2
 
     # what a one-stage baseline imitates: the tokens of an encoder, the class scores of a segmenter

@@ -77,7 +77,7 @@ def setting(loss="qsd", grid=(3, 5), **constants):
     noise = torch.rand(4, grid[0] * grid[1])
     with torch.no_grad():
         t = teacher.tokens(x, layers=objective.layers_t)
-    s = student.tokens(x, layers=objective.layers_s) if objective.plain else None
+    s = student.tokens(x, layers=objective.layers_s) if objective.reads_s else None
     return student, objective, x, s, t, noise
 
 
@@ -229,7 +229,7 @@ def test_an_objective_equals_its_slow_form_in_value_and_gradient_and_stays_fp32_
     assert all(p.grad is not None for p in objective.parameters())  # no head is idle
     assert objective.weight == (50 if loss == "cwd" else 1)  # the published one, beside a task loss
     with torch.autocast("cpu", torch.bfloat16):
-        s = student.tokens(x, layers=objective.layers_s) if objective.plain else None
+        s = student.tokens(x, layers=objective.layers_s) if objective.reads_s else None
         low = objective(student, x, s, t, noise)
     for name, value in losses.items():
         assert low[name].dtype == torch.float32 and low[name].item() == pytest.approx(value.item(), rel=0.05)
@@ -274,16 +274,6 @@ def test_constants_that_change_nothing_or_leave_nothing_to_learn_from_are_refuse
     with pytest.raises(qsd.UserError, match=text):
         student, objective, *given = setting(**constants)
         objective(student, *given)
-
-
-def test_heads_of_a_checkpoint_are_taken_only_if_they_are_those_of_the_objective():
-    objective = setting()[1]
-    heads = {key: p + 1 for key, p in objective.state_dict().items()}
-    qsd.load_heads(objective, heads, "student.pt")
-    assert all(torch.equal(p, heads[key]) for key, p in objective.state_dict().items())
-    for wrong in [setting(beta=0)[1].state_dict(), heads | {"feat.phi.1.bias": heads["feat.phi.1.bias"].int()}]:
-        with pytest.raises(qsd.UserError, match=r"\A--keep_heads: student.pt holds no heads of this --loss.*\Z"):
-            qsd.load_heads(objective, wrong, "student.pt")
 
 
 def test_each_equation_is_computed_in_exactly_one_line_and_named_nowhere_else():
@@ -573,7 +563,7 @@ def test_heads_and_normalisation_are_named_where_guessed_and_can_be_said_behind_
     torch.save(qsd.ViT(**small.config).state_dict() | {"ledger": [1]}, "lr=1,seed=2.pth")
     vit = qsd.load_vit("lr=1,seed=2.pth:heads=4,mean=half")
     assert vit.num_heads == 4 and vit.mean == (0.5, 0.5, 0.5)
-    assert qsd.ledger_and_heads("lr=1,seed=2.pth:heads=4") == ([1], None)
+    assert qsd.ledger_of("lr=1,seed=2.pth:heads=4") == [1]
     for wrong, text in [("heads=5", "small.pth: 64 channels do not make 5 heads: add small.pth:heads=NUMBER"),
                         ("mean=grey", "mean=grey is none of heads=NUMBER, mean=imagenet|half|clip|satellite"),
                         ("head=3", "small.pth:head=3: head=3 is none of heads=NUMBER")]:
@@ -908,7 +898,7 @@ def test_the_preflight_lists_all_that_is_wrong_and_the_shares_of_the_classes_and
     text = capsys.readouterr().out
     for line in ("train: 7 pairs, 5 problems", "masks/i.png: its partner is missing", "images/h.png: its partner is",
                  "e.tif: cannot be read as an image (which", "f.png: cannot be read as a label (values [9]",
-                 "g.png: (12, 16) pixels, its image (6, 8)", "folder val: not there",
+                 "g.png: (12, 16) pixels, its image (6, 8)",
                  "in 4 images looked at nothing is brighter than 1 of 255"):
         assert line in text
     assert re.findall(r"(\w+) +(\d+\.\d+)\n", text) == [("0", "25.00"), ("1", "50.00"), ("ignored", "25.00")]
@@ -1524,7 +1514,7 @@ LOSS = {"loss": "cwd", "alpha": "0.5", "beta": "0.5", "gamma": "0.5", "distance"
         "mask_ratio": "0.25", "mask_all": "yes", "attention": "identity", "scale": "sqrt", "layers": "four",
         "target_norm": "layernorm", "dcd_pool": "2"}
 STAGE_1 = LOSS | {
-    "data": "toy-arcade", "teacher": "toy_base", "student": "{student}", "student_depth": "2", "keep_heads": "yes",
+    "data": "toy-arcade", "teacher": "toy_base", "student": "{student}", "student_depth": "2",
     "size": "32", "patch": "16", "hub_offset": "0.1", "randaugment": "no", "erase": "1", "repeats": "2", "batch": "8",
     "budget": "3", "lr": "0.01", "lr_rule": "batch/512", "lr_min": "0.0005", "warmup": "0.5", "weight_decay": "0.1",
     "seed": "1", "precision": "fp16"}
@@ -1534,8 +1524,7 @@ STAGE_2 = LOSS | {
     "decoder_layers": "2", "ffn": "128", "pixel": "deform", "heads": "2", "points": "50", "kd": "1", "kd_logits": "1",
     "teacher": "toy_base", "size": "32", "patch": "16", "cat_max_ratio": "0.3", "batch": "8", "budget": "3",
     "lr": "0.01", "lr_backbone": "0.01", "power": "2", "weight_decay": "0.1", "seed": "1", "precision": "bf16"}
-NEEDS = {"dcd_pool": "--loss afdcd", "keep_heads": "--student {student}",
-         "hub_offset": "--size 48 --teacher {teacher.parent.parent}/dinov2.pt"}
+NEEDS = {"dcd_pool": "--loss afdcd", "hub_offset": "--size 48 --teacher {teacher.parent.parent}/dinov2.pt"}
 ONE_STAGE = "--freeze no --teacher {teacher}"
 OF_MASKS = ("width", "queries", "decoder_layers", "ffn", "pixel", "heads", "points")
 NEEDS_IN_STAGE_2 = dict.fromkeys(OF_MASKS, "--decoder mask") | dict.fromkeys((*LOSS, "teacher"), f"{ONE_STAGE} --kd 1")
@@ -1811,7 +1800,6 @@ MISTAKES = {    # a command as typed, and what its one line says
     f"{D} --teacher dinov2_vitb15": "dinov2_vitb15: neither a file nor a known encoder",
     f"{D} --teacher dinov3_vitb16": "its weights are given on request only: ask at https://",
     f"{D} --student {{student}} --pretrained no": "only a named encoder can start at random",
-    f"{D} --keep_heads": "--keep_heads: toy_student holds no heads",
     f"{D} --student {{tmp}}/web.pth": "web.pth is a web page: what the address gave is no file of weights",
     f"{D} --student {{tmp}}/short.pt": "short.pt is truncated, damaged or no checkpoint",
     f"{D} --student {{tmp}}/nan.pt": "blocks.0.norm1.weight holds NaN or infinite numbers",
@@ -2351,7 +2339,7 @@ def test_a_measurement_is_kept_by_protocol_and_domain_until_its_segmenter_is_tra
     save_segmenter(run.result, only=0)
     later = (tmp_path / "a/eval.json").stat().st_mtime_ns + 1
     os.utime(run.result, ns=(later, later))
-    distill.write(tmp_path / "source/log.jsonl", '{"step": 20, "diagonal": 0.5}\n{"step": 40, "diagonal": 0.25}\n')
+    distill.save(tmp_path / "source/log.jsonl", '{"step": 20, "diagonal": 0.5}\n{"step": 40, "diagonal": 0.25}\n')
     assert measured()["toy"] != first["toy"] and measured()["diagonal"] == 0.25  # when its stage has ended
 
 
@@ -2421,7 +2409,7 @@ def test_figure_3b_draws_each_runs_loss_under_its_name_of_one_stage_the_distilla
     logs = {"a": [dict(step=5, L_feat=1, loss=3), dict(step=7, loss=None), dict(step=9, loss=9)],  # None: it was NaN
             "b": [dict(step=7, loss=8, ce=1, kd=6, lr=1)]}
     for name, lines in logs.items():
-        distill.write(tmp_path / name / "log.jsonl", "\n".join(map(json.dumps, [{"config": {}}, *lines])))
+        distill.save(tmp_path / name / "log.jsonl", "\n".join(map(json.dumps, [{"config": {}}, *lines])))
     evaluation.main(f"--figure 3b --models x={tmp_path}/a,y={tmp_path}/b".split())
     assert drawn == {"x": [(5, 3, 0), (9, 9, 0)], "y": [(7, 6, 0)]}
 
@@ -2736,8 +2724,8 @@ BAD_EVALUATIONS = {
 @pytest.mark.parametrize("command", BAD_EVALUATIONS)
 def test_a_mistake_with_models_images_or_boxes_is_told_in_one_line(command, teacher, student, detector, tmp_path):
     for name in ("twice/a.png", "twice/a.jpg", "cut.png", "toy/0/no-kd/segmenter.pt"):
-        distill.write(tmp_path / name, "no image")
-    distill.write(tmp_path / "toy/0/no-kd/log.jsonl", '{"config": {"budget": "7"}}')
+        distill.save(tmp_path / name, "no image")
+    distill.save(tmp_path / "toy/0/no-kd/log.jsonl", '{"config": {"budget": "7"}}')
     torch.save(qsd.student_checkpoint(qsd.load_vit("toy_small", patch_size=16)), tmp_path / "large.pt")
     script, *argv = command.format(tmp=tmp_path, teacher=teacher, student=student, detector=detector).split()
     with pytest.raises(qsd.UserError) as error:
