@@ -2313,7 +2313,7 @@ def drawn(monkeypatch):
 def test_figure_3b_draws_each_runs_loss_of_one_stage_the_distillation_alone(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     logs = {"a": [dict(step=5, loss=1), dict(step=7, loss=None), dict(step=9, loss=1)],  # None: it was NaN
-            "b": [dict(step=5, loss=11, ce=1, kd=10), dict(step=9, loss=12, ce=2, kd=10)],
+            "b": [dict(step=5, loss=60, ce=50, kd=10), dict(step=9, loss=70, ce=60, kd=10)],
             "c": [dict(step=5, loss=100), dict(step=9, loss=100)]}
     for name, lines in logs.items():
         distill.write(Path(name, "log.jsonl"), "\n".join(map(json.dumps, [{"config": {}}, *lines])))
