@@ -13,7 +13,6 @@ import re
 import runpy
 import shutil
 import signal
-import socket
 import struct
 import subprocess
 import sys
@@ -1335,98 +1334,6 @@ def test_the_one_stage_loss_is_the_task_loss_plus_the_weighted_objectives():
         torch.testing.assert_close(segment.Learner(segmenter, used, cfg)(*given, *extra)["loss"], want)
 
 
-HERE = Path(__file__).parent
-SCRIPTS = {"distill": distill, "segment": segment}
-RESULT = {"distill": "student.pt", "segment": "segmenter.pt"}
-QUICK = "--batch 4 --budget 2 --workers 0 --log_every 1"
-
-
-@pytest.fixture(autouse=True)
-def undisturbed(monkeypatch):
-    """No bars, and no process group, which a lone process does not need."""
-    monkeypatch.setattr(dist, "init_process_group", None)
-    monkeypatch.setattr(distill, "tqdm", lambda *args, **more: tqdm(*args, **more | dict(disable=True)))
-
-
-@pytest.fixture(scope="session")
-def teacher(tmp_path_factory):
-    """A segmenter.pt of two training steps: its encoder is the teacher of all runs below."""
-    out = tmp_path_factory.mktemp("runs") / "teacher"
-    segment.main(f"--data toy-wide --encoder toy_base --freeze no --decoder linear {QUICK} --out {out}".split())
-    return out / "segmenter.pt"
-
-
-@pytest.fixture(scope="session")
-def student(teacher):
-    out = teacher.parent.parent / "student"
-    distill.main(f"--data toy-proxy --teacher {teacher} {QUICK} --budget 3 --out {out}".split())
-    return out / "student.pt"
-
-
-def flags_of(teacher, student, script, out, more=""):
-    own = {"distill": "--teacher {teacher}", "segment": "--encoder {student} --decoder linear"}[script]
-    return f"--data toy {own} {QUICK} --out {out} {more}".format(teacher=teacher, student=student).split()
-
-
-@pytest.fixture(scope="session")
-def flags(teacher, student):
-    return partial(flags_of, teacher, student)
-
-
-def train(script, argv, before_step=lambda run: None):
-    """A script's main, without the count of operations, half of the time. Returns how many optimiser steps it took."""
-    finite = distill.Run.finite
-    taken = []
-    def counted(run):
-        before_step(run)
-        taken.append(run)
-        return finite(run)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(distill.Run, "finite", counted)
-        patch.setattr(distill, "count_flops", lambda work: (work(), 1)[1])
-        SCRIPTS[script].main(argv)
-    return len(taken)
-
-
-def interrupt(script, argv):
-    with pytest.raises(SystemExit, match=str(128 + signal.SIGTERM)):
-        train(script, argv, lambda run: signal.raise_signal(signal.SIGTERM))
-
-
-def weights(path):
-    """All that a checkpoint's run has trained, bit for bit."""
-    saved = torch.load(path, weights_only=True)
-    tensors = saved["model"] | {"mask_token": saved.get("mask_token", torch.zeros(1))} | saved.get("objective", {})
-    return {name: tensor.numpy().tobytes() for name, tensor in tensors.items()}
-
-
-def records(out):
-    """The lines of a run's log after its header, without what is measured in seconds and GB."""
-    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()[1:]]
-    for line in lines:
-        for measured in ("seconds", "images_per_s", "data_wait", "peak_gb"):
-            line.pop(measured, None)
-    return lines
-
-
-def contents(folder):
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
-def restore(folder, files):
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir()
-    for name, content in files.items():
-        (folder / name).write_bytes(content)
-
-
-def same_runs(a, b):
-    """Whether two folders hold a log and a result alone, in both the same losses and weights, bit for bit."""
-    result, = [path.name for path in a.glob("*.pt")]
-    only = contents(a).keys() == contents(b).keys() == {"log.jsonl", result}
-    return only and records(a) == records(b) and weights(a / result) == weights(b / result)
-
-
 # --- Released segmenters: equal to the authors' code ------------------------------------------------------------------
 # The numbers were recorded from mmsegmentation 1.2.2, mmdet 3.3.0 and mmcv 2.1.0 in float64 with the authors'
 # configuration, but a backbone of width 64, one head, 12 blocks, and 5 classes. Weights follow from the names there.
@@ -1507,86 +1414,153 @@ def test_a_released_state_dict_that_does_not_fit_is_one_line_and_one_that_does_b
     segment.load_segmenter(path)  # its run knew other constants
 
 
-# --- Runs: every setting reaches the weights --------------------------------------------------------------------------
+# --- Runs: helpers ----------------------------------------------------------------------------------------------------
 
-# another value of each constant, which a new one needs, too, and the flags without which it would not matter
-LOSS = {"loss": "cwd", "alpha": "0.5", "beta": "0.5", "gamma": "0.5", "distance": "l1", "feat_with_cls": "no",
-        "mask_ratio": "0.25", "mask_all": "yes", "attention": "identity", "scale": "sqrt", "layers": "four",
-        "target_norm": "layernorm", "dcd_pool": "2"}
-STAGE_1 = LOSS | {
-    "data": "toy-arcade", "teacher": "toy_base", "student": "{student}", "student_depth": "2",
-    "size": "32", "patch": "16", "hub_offset": "0.1", "randaugment": "no", "erase": "1", "repeats": "2", "batch": "8",
-    "budget": "3", "lr": "0.01", "lr_rule": "batch/512", "lr_min": "0.0005", "warmup": "0.5", "weight_decay": "0.1",
-    "seed": "1", "precision": "fp16"}
-STAGE_2 = LOSS | {
-    "data": "toy-arcade", "labels": "1/16", "encoder": "toy_small", "depth": "2", "freeze": "no",
-    "decoder": "mask", "rois": "4", "proposals": "10", "blocks": "four", "width": "32", "queries": "16",
-    "decoder_layers": "2", "ffn": "128", "pixel": "deform", "heads": "2", "points": "50", "kd": "1", "kd_logits": "1",
-    "teacher": "toy_base", "size": "32", "patch": "16", "cat_max_ratio": "0.3", "batch": "8", "budget": "3",
-    "lr": "0.01", "lr_backbone": "0.01", "power": "2", "weight_decay": "0.1", "seed": "1", "precision": "bf16"}
-NEEDS = {"dcd_pool": "--loss afdcd", "hub_offset": "--size 48 --teacher {teacher.parent.parent}/dinov2.pt"}
+HERE = Path(__file__).parent
+CPU = torch.device("cpu")
+LOOK = {"toy": "game", "toy-night": "night", "toy-fog": "fog", "toy-snow": "snow", "toy-rain": "rain"}
+SCRIPTS = {"distill": distill, "segment": segment}
+QUICK = "--batch 4 --budget 2 --workers 0 --log_every 1"
 ONE_STAGE = "--freeze no --teacher {teacher}"
-OF_MASKS = ("width", "queries", "decoder_layers", "ffn", "pixel", "heads", "points")
-NEEDS_IN_STAGE_2 = dict.fromkeys(OF_MASKS, "--decoder mask") | dict.fromkeys((*LOSS, "teacher"), f"{ONE_STAGE} --kd 1")
-NEEDS_IN_STAGE_2 |= {"kd": f"{ONE_STAGE} --kd_logits 1", "kd_logits": f"{ONE_STAGE} --kd 1"}
-NEEDS_IN_STAGE_2 |= dict.fromkeys(("rois", "proposals"), "--data toy-boxes --decoder boxes --ffn 16")
-NEEDS_IN_STAGE_2 |= {"lr_backbone": "--freeze no"}
-OTHERS = distill.FREE | {"compile", "stage", "pretrained", "classes", "bench"}     # do not change what is learned here
-CONSTANTS = [(script, field.name) for script in SCRIPTS for field in dataclasses.fields(SCRIPTS[script].Config)
-             if field.name not in OTHERS]
+
+
+@pytest.fixture(autouse=True)
+def undisturbed(monkeypatch):
+    """No bars, and no process group, which a lone process does not need."""
+    monkeypatch.setattr(dist, "init_process_group", None)
+    monkeypatch.setattr(distill, "tqdm", lambda *args, **more: tqdm(*args, **more | dict(disable=True)))
 
 
 @pytest.fixture(scope="session")
-def after_two_steps(flags, teacher, tmp_path_factory):
+def teacher(tmp_path_factory):
+    """A segmenter.pt of two training steps: its encoder is the teacher of all runs below."""
+    out = tmp_path_factory.mktemp("runs") / "teacher"
+    segment.main(f"--data toy-wide --encoder toy_base --freeze no --decoder linear {QUICK} --out {out}".split())
     dinov2 = qsd.ViT(**qsd.load_vit("toy_base").config | dict(layerscale=True))
-    torch.save(qsd.student_checkpoint(dinov2), teacher.parent.parent / "dinov2.pt")
-
-    @cache
-    def trained(script, more):
-        out = tmp_path_factory.mktemp("settings") / "a"
-        train(script, flags(script, out, more))
-        return weights(out / RESULT[script])
-    return trained
+    torch.save(qsd.student_checkpoint(dinov2), out / "dinov2.pt")
+    return out / "segmenter.pt"
 
 
-@pytest.mark.parametrize("script, name", CONSTANTS)
-def test_another_value_of_each_constant_gives_other_weights(script, name, after_two_steps):
-    needs = NEEDS.get(name, "")
-    if script == "segment":
-        needs = f"{NEEDS_IN_STAGE_2.get(name, '')} {needs}"
-    value = {"distill": STAGE_1, "segment": STAGE_2}[script][name]
-    assert after_two_steps(script, needs) != after_two_steps(script, f"{needs} --{name} {value}")
+@pytest.fixture(scope="session")
+def student(teacher):
+    out = teacher.parent.parent / "student"
+    distill.main(f"--data toy-proxy --teacher {teacher} {QUICK} --budget 3 --out {out}".split())
+    return out / "student.pt"
 
 
-STATISTICS = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]]).view(2, 3, 1, 1)     # the student's
-OTHER = dict(mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.1))
+def flags_of(teacher, student, script, out, more=""):
+    own = {"distill": "--teacher {teacher}", "segment": "--encoder {student} --decoder linear"}[script]
+    return f"--data toy {own} {QUICK} --out {out} {more}".format(teacher=teacher, student=student).split()
 
 
-@pytest.mark.parametrize("script, more", [("distill", "--erase 0"), ("segment", "--freeze no --kd 1 --kd_logits 1")])
+@pytest.fixture(scope="session")
+def flags(teacher, student):
+    return partial(flags_of, teacher, student)
+
+
+def train(script, argv, before_step=lambda run: None):
+    """A script's main, without the count of operations, half of the time. Returns how many optimiser steps it took."""
+    finite = distill.Run.finite
+    taken = []
+    def counted(run):
+        before_step(run)
+        taken.append(run)
+        return finite(run)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(distill.Run, "finite", counted)
+        patch.setattr(distill, "count_flops", lambda work: (work(), 1)[1])
+        SCRIPTS[script].main(argv)
+    return len(taken)
+
+
+def interrupt(script, argv):
+    with pytest.raises(SystemExit, match=str(128 + signal.SIGTERM)):
+        train(script, argv, lambda run: signal.raise_signal(signal.SIGTERM))
+
+
+def weights(out):
+    """All that a run has trained, bit for bit, from the one checkpoint in its folder."""
+    path, = out.glob("*.pt")
+    saved = torch.load(path, weights_only=True)
+    tensors = saved["model"] | {"mask_token": saved.get("mask_token", torch.zeros(1))} | saved.get("objective", {})
+    return {name: tensor.numpy().tobytes() for name, tensor in tensors.items()}
+
+
+def records(out):
+    """The lines of a run's log after its header, without what is measured in seconds and GB."""
+    measured = r', "(seconds|images_per_s|data_wait|peak_gb)": [^,}]+'
+    lines = (out / "log.jsonl").read_text().splitlines()[1:]
+    return [json.loads(re.sub(measured, "", line)) for line in lines]
+
+
+def contents(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def same_runs(a, b):
+    """Whether two folders hold the same files and losses and, bit for bit, the same weights."""
+    return contents(a).keys() == contents(b).keys() and records(a) == records(b) and weights(a) == weights(b)
+
+
+# --- Runs: every setting reaches the weights --------------------------------------------------------------------------
+
+LOSS = ("--loss cwd --alpha 0.5 --beta 0.5 --gamma 0.5 --distance l1 --feat_with_cls no --mask_ratio 0.25 "
+        "--mask_all yes --attention identity --scale sqrt --layers four --target_norm layernorm --teacher toy_base")
+OTHER_VALUES = [    # script, what it takes for the constants behind it to matter, another value of each
+    ("distill", "", f"{LOSS} --data toy-arcade --student {{student}} --student_depth 2 --size 32 --patch 16 --erase 1 "
+     "--randaugment no --repeats 2 --batch 8 --budget 3 --lr 0.01 --lr_rule batch/512 --lr_min 0.0005 --warmup 0.5 "
+     "--weight_decay 0.1 --seed 1 --precision fp16"),
+    ("distill", "--loss afdcd", "--dcd_pool 2"),
+    ("distill", "--student {student}", "--keep_heads yes"),
+    ("distill", "--size 48 --teacher {teacher.parent}/dinov2.pt", "--hub_offset 0.1"),
+    ("segment", "", "--data toy-arcade --labels 1/16 --encoder toy_small --depth 2 --freeze no --decoder mask --seed 1 "
+     "--blocks four --size 32 --patch 16 --cat_max_ratio 0.3 --batch 8 --budget 3 --lr 0.01 --power 2 "
+     "--weight_decay 0.1 --precision bf16"),
+    ("segment", "--freeze no", "--lr_backbone 0.01"),
+    ("segment", "--decoder mask", "--width 32 --queries 16 --decoder_layers 2 --ffn 128 --pixel deform --heads 2 "
+     "--points 50"),
+    ("segment", "--data toy-boxes --decoder boxes --ffn 16", "--rois 4 --proposals 10"),
+    ("segment", f"{ONE_STAGE} --kd 1", f"{LOSS} --kd_logits 1"),
+    ("segment", f"{ONE_STAGE} --kd 1 --loss afdcd", "--dcd_pool 2"),
+    ("segment", f"{ONE_STAGE} --kd_logits 1", "--kd 1")]
+NOT_LEARNED = distill.FREE | {"compile", "stage", "pretrained", "classes", "bench"}     # they have tests of their own
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_each_constant_has_another_value_above(script):
+    text = " ".join(values for of, _, values in OTHER_VALUES if of == script)
+    constants = {field.name for field in dataclasses.fields(SCRIPTS[script].Config)}
+    assert set(re.findall(r"--(\w+)", text)) == constants - NOT_LEARNED
+
+
+@pytest.mark.parametrize("script, needs, values", OTHER_VALUES)
+def test_another_value_of_each_constant_gives_other_weights(script, needs, values, flags, tmp_path):
+    found = {}
+    for change in ["", *re.findall(r"--\w+ \S+", values)]:
+        out = tmp_path / str(len(found))
+        train(script, flags(script, out, f"{needs} {change}"))
+        found[change] = weights(out)
+        assert change == "" or found[change] != found[""], change
+
+
+@pytest.mark.parametrize("script, more, encoders", [
+    ("distill", "--erase 0", 2), ("segment", "--freeze no --kd 1 --kd_logits 1", 3)])
 def test_student_and_teachers_see_the_same_pixels_each_normalised_as_it_was_trained(
-        script, more, teacher, flags, tmp_path):
+        script, more, encoders, teacher, flags, tmp_path, monkeypatch):
     saved = torch.load(teacher, weights_only=True)
-    saved["encoder"] |= OTHER
+    saved["encoder"] |= dict(mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.1))
     torch.save(saved, tmp_path / "other.pt")
-    calls = []
-    def record(run):
-        run.learner.register_forward_pre_hook(lambda learner, inputs: calls.append(inputs))
-    more += f" --teacher {tmp_path}/other.pt --target_norm layernorm"
-    train(script, flags(script, tmp_path / "a", more), record)
-    x, *inputs = calls[0]
-    t, noise = inputs[:2] if script == "distill" else inputs[3:5]
-    pixels = 255 * (x * STATISTICS[1] + STATISTICS[0])
-    x_t = (pixels / 255 - torch.tensor(OTHER["mean"]).view(3, 1, 1)) / torch.tensor(OTHER["std"]).view(3, 1, 1)
-    judge, _ = segment.load_segmenter(tmp_path / "other.pt")
-    cls, patches, _ = judge.encoder.tokens(x_t)
-    close = partial(torch.testing.assert_close, rtol=1e-3, atol=1e-3)
-    close(pixels, pixels.round())
-    close(t[0], F.layer_norm(cls, (128,)))
-    close(t[1], F.layer_norm(patches, (128,)))
-    assert torch.equal(noise, data.uniform_noise(torch.arange(4, 8), 64, 0))    # the second batch's draws
-    if script == "segment":
-        close(inputs[-1], judge.decoder.scores(judge(x_t), (64, 64)))
-        assert inputs[1].initial_seed() == data.mix(0, 5, 4)        # of the points of the batch that begins with draw 4
+    run = qsd.ViT.run
+    seen = []
+    def record(vit, x, *args, **options):
+        seen.append((vit.mean, data.renormalize(x, vit, SimpleNamespace(mean=(0, 0, 0), std=[1 / 255] * 3))))
+        return run(vit, x, *args, **options)
+    monkeypatch.setattr(qsd.ViT, "run", record)
+    train(script, flags(script, tmp_path / "a", f"{more} --loss mse --teacher {tmp_path}/other.pt"))
+    means, pixels = zip(*seen[-encoders:])
+    assert sorted(means) == [(0.485, 0.456, 0.406)] + [(0.5, 0.4, 0.3)] * (encoders - 1)
+    for x in pixels:
+        torch.testing.assert_close(x, pixels[0].round(), rtol=1e-3, atol=1e-3)
 
 
 STILL = {"distill": r"bias$|norm|^objective\.\w+\.\w+\.0\.",        # the parameters that do not decay, officially
@@ -1617,7 +1591,7 @@ def test_adamw_has_the_published_betas_decays_and_rates_over_the_budget(script, 
     assert [line["step"] for line in records(tmp_path / "a")] == [3, 4]
 
 
-def test_a_flag_beats_the_preset_of_data_and_stage_which_beats_the_default(flags, tmp_path, capsys):
+def test_a_flag_beats_the_preset_of_data_and_stage_which_beats_the_default():
     def found(script, text=""):
         cfg = distill.configure(script.Config, script.preset, text.split())
         return cfg.size, cfg.batch, cfg.lr, cfg.budget
@@ -1625,12 +1599,8 @@ def test_a_flag_beats_the_preset_of_data_and_stage_which_beats_the_default(flags
     assert found(distill, "--data gtav") == found(distill, "--data imagenet --stage source")
     assert found(distill, "--data gtav") == (512, 128, 5e-4, "300ep")
     assert found(distill, "--data toy-proxy") == found(distill, "--stage proxy") == (64, 16, 2e-3, "1000")
-    assert found(distill, "--data toy+toy-arcade") == found(distill) == (64, 16, 1e-3, "1000")
-    assert found(distill, "--data imagenet --size 96 --lr 7") == (96, 512, 7, "100ep")
+    assert found(distill, "--data toy+toy-arcade --size 96 --lr 7") == (96, 16, 7, "1000")
     assert found(segment) == (512, 4, 1e-4, "40000") and found(segment, "--data camvid") == (224, 8, 1e-3, "250")
-    train("distill", flags("distill", tmp_path / "a", "--lr 0.25 --erase 0.25"))
-    first = capsys.readouterr().out.splitlines()[0]                 # names what preset and flags set
-    assert "lr 0.0005 -> 0.25," in first and "size 512 -> 64," in first and "erase" not in first
 
 
 # --- Runs: resumed ----------------------------------------------------------------------------------------------------
@@ -1649,56 +1619,36 @@ def test_every_objective_and_stage_resumes_to_the_bits_of_an_uninterrupted_run(s
     assert train(script, [*parts, "--micro", "2", "--root", "elsewhere"]) == 0      # it is finished
 
 
-WATCHED = []    # while a test waits for changes: a folder, and what to call just before each change of it
-
-
-def watch(event, args):
-    """Python tells of all that it opens, renames or removes, just before it does so."""
-    if WATCHED and event in ("open", "os.mkdir", "os.rename", "os.remove") and str(args[0]).startswith(WATCHED[0]):
-        mode = str(args[1]) if event == "open" else ""
-        if not mode.startswith("r"):
-            WATCHED[1](Path(args[0]).name, mode)
-
-
-sys.addaudithook(watch)
-
-
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_a_run_killed_before_any_change_of_its_folder_is_completed_by_the_same_command(script, flags, tmp_path):
+def test_a_run_killed_at_any_change_of_its_folder_is_completed_by_the_same_command(flags, tmp_path):
     out = tmp_path / "parts"
-    small = {"distill": "--size 32 --loss mse", "segment": "--size 32"}[script]
-    argv = flags(script, out, f"{small} --save_minutes 0")
-    train(script, flags(script, tmp_path / "whole", small))
-    interrupt(script, argv)
-    left = []                                                       # what kill -9 would leave on the disk
+    argv = flags("distill", out, "--size 32 --loss mse --save_minutes 0")
+    left = []                                               # what kill -9 would leave at each line of distill.py
 
-    def note(name, mode):
-        before = contents(out)
-        for files in (before, before | {name: b""} if mode.startswith("w") else before):    # and just after this change
-            if files not in left:
-                left.append(files)
-    for begun in ({}, contents(out)):                               # a new run, and one that resumes after a step
-        restore(out, begun)
-        WATCHED[:] = [str(out), note]
-        train(script, argv)
-        WATCHED.clear()
+    def look(frame, event, arg):
+        if contents(out) not in left:
+            left.append(contents(out))
+        return look
+    sys.settrace(lambda frame, *rest: look if frame.f_code.co_filename == distill.__file__ else None)
+    interrupt("distill", argv)
+    train("distill", argv)
+    sys.settrace(None)
+    os.rename(out, tmp_path / "whole")
+    assert len(left) >= 12
     for files in left:
-        restore(out, files)
-        train(script, argv)
-        assert same_runs(tmp_path / "whole", out) and len(left) > 8
+        shutil.rmtree(out, ignore_errors=True)
+        for name, content in files.items():
+            out.mkdir(exist_ok=True)
+            (out / name).write_bytes(content)
+        train("distill", argv)
+        assert same_runs(tmp_path / "whole", out), files.keys()
 
 
-def test_a_checkpoint_that_cannot_be_written_to_its_end_leaves_the_one_before(tmp_path, monkeypatch):
-    distill.save(tmp_path / "last.pt", dict(step=1))
-    before = (tmp_path / "last.pt").read_bytes()
-
-    def disk_full(checkpoint, path):
-        Path(path).write_bytes(b"half")
-        raise OSError(28, "No space left on device")
-    monkeypatch.setattr(torch, "save", disk_full)
-    with pytest.raises(OSError):
-        distill.save(tmp_path / "last.pt", dict(step=2))
-    assert (tmp_path / "last.pt").read_bytes() == before
+def test_a_checkpoint_that_cannot_be_written_to_its_end_leaves_the_one_before(tmp_path):
+    path = tmp_path / "last.pt"
+    distill.save(path, dict(step=1))
+    with pytest.raises((AttributeError, pickle.PicklingError)):
+        distill.save(path, dict(step=lambda: 2))
+    assert torch.load(path) == dict(step=1)
 
 
 def test_signals_to_all_processes_of_a_typed_command_leave_time_to_finish_and_save_the_step(flags, tmp_path):
@@ -1733,18 +1683,17 @@ def test_however_a_run_ends_signals_and_loading_processes_are_as_before_and_a_th
 def test_steps_that_are_not_finite_are_skipped_and_counted_and_too_many_in_a_row_end_the_run(
         script, more, scale, flags, tmp_path, monkeypatch):
     argv = flags(script, tmp_path / "a", f"--budget 10 --save_minutes 0 {more}")
-    calls = itertools.count()
-    bad = {2, 4, 5, 7, 8, 9}        # steps with NaN pixels, counted from 1; 0 counts the operations
+    factors = iter([1, 1, math.nan, 1, math.nan, math.nan, 1, math.nan, math.nan, math.nan])    # 0 is the dry run
     normalize = data.normalize
     monkeypatch.setattr(distill, "MAX_SKIPS", 3)
     with monkeypatch.context() as patch, pytest.raises(qsd.UserError, match=r"a: 3 steps in a row had gradients that"):
-        patch.setattr(data, "normalize", lambda *args: normalize(*args) * (math.nan if next(calls) in bad else 1))
+        patch.setattr(data, "normalize", lambda *args: normalize(*args) * next(factors))
         train(script, argv)
     assert [line["skipped"] for line in records(tmp_path / "a")] == [0, 1, 1, 2, 3, 3, 4, 5]
     scales = []
     assert train(script, argv, lambda run: scales.append(run.scaler.get_scale())) == 2
     assert scales == [scale * 2 ** (scale > 1)] * 2                 # of fp16 losses: each bad step before has halved it
-    ledger = torch.load(tmp_path / "a" / RESULT[script], weights_only=True)["ledger"]
+    ledger = torch.load(next(tmp_path.glob("a/*.pt")), weights_only=True)["ledger"]
     spent = [(stage["script"], stage["steps"], stage["images"], stage["tokens"], stage["skipped"]) for stage in ledger]
     assert spent == [("distill", 3, 12, 768, 0), (script, 10, 40, 2560, 5)]
 
@@ -1758,23 +1707,20 @@ def test_weights_that_a_step_has_ruined_are_neither_saved_nor_a_result(budget, f
         next(run.learner.parameters()).data.fill_(math.nan)
     with pytest.raises(qsd.UserError, match="a: step 2 left weights that are not finite, which are not saved"):
         train("distill", argv, ruin)
-    assert contents(tmp_path / "a")["last.pt"] == good and not (tmp_path / "a/student.pt").exists()
-    assert json.loads((tmp_path / "a/log.jsonl").read_text().splitlines()[-1])["step"] == 2
+    files = contents(tmp_path / "a")
+    assert files.keys() == {"log.jsonl", "last.pt"} and files["last.pt"] == good
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_a_new_constant_orphans_no_run_and_another_value_is_never_mixed_in(script, flags, tmp_path, monkeypatch):
+def test_a_new_constant_orphans_no_run_and_another_value_is_never_mixed_in(flags, tmp_path, monkeypatch):
     @dataclasses.dataclass
-    class Newer(SCRIPTS[script].Config):
+    class Newer(distill.Config):
         smoothing: float = 0.5  # a constant of tomorrow
-    argv = flags(script, tmp_path / "a")
-    interrupt(script, argv)
-    begun = contents(tmp_path / "a")
-    monkeypatch.setattr(SCRIPTS[script], "Config", Newer)
+    argv = flags("distill", tmp_path / "a")
+    interrupt("distill", argv)
+    monkeypatch.setattr(distill, "Config", Newer)
     with pytest.raises(qsd.UserError, match=r"with other constants \(seed 0 -> 1, smoothing 0.5 -> 0.7\); choose"):
-        train(script, [*argv, "--seed", "1", "--smoothing", "0.7"])
-    assert contents(tmp_path / "a") == begun
-    assert train(script, [*argv, "--save_minutes", "3", "--workers", "1"]) == 1
+        train("distill", [*argv, "--seed", "1", "--smoothing", "0.7"])
+    assert train("distill", [*argv, "--save_minutes", "3", "--workers", "1"]) == 1
 
 
 # --- Runs: the mistakes that people make ------------------------------------------------------------------------------
@@ -1782,229 +1728,163 @@ def test_a_new_constant_orphans_no_run_and_another_value_is_never_mixed_in(scrip
 D = f"distill.py --data toy --teacher {{teacher}} {QUICK}"
 S = f"segment.py --data toy --encoder {{student}} --decoder linear {QUICK}"
 MISTAKES = {    # a command as typed, and what its one line says
-    f"{D} --lr_rate 1": "unrecognized arguments: --lr_rate 1",
+    f"{D} --lr_rat constant": "unrecognized arguments: --lr_rat constant",
     f"{D} --loss kd": "argument --loss: invalid choice: 'kd'",
     f"{S} --freeze maybe": "argument --freeze: yes or no was expected, not maybe",
     f"{D} --seed -1": "argument --seed: a number (int) of 0 or more was expected, not -1",
-    f"{D} --lr nan": "argument --lr: a number (float) of 0 or more was expected, not nan",
-    f"{D} --warmup inf": "argument --warmup: a number",
-    f"{D} --data toyy": "--data toyy: not one of",
-    f"{D} --data gtav --root {{tmp}}/nowhere": "nowhere: no such folder",
-    f"{S} --data gtav --root {{tmp}}/a": "holds no files like images/*",
+    f"{D} --budget 300epochs": "--budget 300epochs is not one of",
+    f"{D} --batch 3": "--batch 3 does not divide into pairs of images over 1 processes",
+    "data.py --data gtva": "--data gtva: not one of",
+    f"{D} --data gtav --root {{teacher}}/nowhere": "nowhere: no such folder",
     f"{S} --classes 3": "--classes 3: is for --data folder",
     f"{S} --labels 2": "--labels 2: a fraction like 1/16 was expected",
-    f"{D} --budget 1.2.3": "--budget 1.2.3 is not one of",
-    f"{D} --budget 1e999": "--budget 1e999 is not one of",
-    f"{D} --batch 3": "--batch 3 does not divide into pairs of images over 1 processes",
-    f"{D} --size 60": "60x60 pixels does not divide into patches of 8",
-    f"{D} --teacher dinov2_vitb15": "dinov2_vitb15: neither a file nor a known encoder",
-    f"{D} --teacher dinov3_vitb16": "its weights are given on request only: ask at https://",
+    f"{D} --student {{student.parent}}/log.jsonl": "log.jsonl is JSON text: give the file of weights",
     f"{D} --student {{student}} --pretrained no": "only a named encoder can start at random",
-    f"{D} --student {{tmp}}/web.pth": "web.pth is a web page: what the address gave is no file of weights",
-    f"{D} --student {{tmp}}/short.pt": "short.pt is truncated, damaged or no checkpoint",
-    f"{D} --student {{tmp}}/nan.pt": "blocks.0.norm1.weight holds NaN or infinite numbers",
-    f"{D} --student {{tmp}}/int.pt": "torch.int8 numbers",
-    f"{D} --student {{tmp}}/less.pt": "blocks.0.norm1.weight",
     f"{D} --loss mse --layers four": "--layers four changes nothing: --loss mse does not read it",
-    f"{D} --alpha 0 --beta 0 --gamma 0": "--alpha, --beta and --gamma are all 0",
+    f"{D} --compile yes": "--compile needs a C compiler: install gcc, or say --compile no",
     "distill.py --data toy --bench official --loss mse": "--bench official is about the paper's objective",
-    f"{D} --out {{tmp}}": "holds something else than a run; choose another --out",
-    f"{S} --out {{tmp}}/a": "a holds a run with other constants (",
-    f"{S} --out {{tmp}}/web.pth": "web.pth holds something else than a run",
+    f"{D} --out {{teacher.parent.parent}}": "holds something else than a run; choose another --out",
+    f"{S} --out {{student.parent}}": "student holds a run with other constants (",
     f"{S} --encoder toy_small --kd 1": "add --freeze no and --teacher",
     f"{S} --encoder toy_small --freeze no --teacher toy_base": "--teacher toy_base teaches nothing: add --kd 1",
     f"{S} --encoder toy_small --freeze no --loss cwd": "--loss cwd distils nothing: add --kd 1",
     f"{S} --encoder toy_small --freeze no --kd_logits 1 --teacher {{student}}": "student.pt is no segmenter.pt, nor",
-    f"{S} --decoder boxes": "--data toy has other labels than --decoder boxes",
-    "eval.py --checkpoint {tmp}/short.pt --data toy": "short.pt is truncated, damaged or no checkpoint",
     "eval.py --checkpoint {teacher} --data cityscapes": "--data cityscapes has the 19 classes",
-    "data.py --data gtva": "--data gtva: not one of",
 }
-
-
-@pytest.fixture(scope="session")
-def wrong_files(student, tmp_path_factory):
-    """A folder with checkpoints that are none, or damaged, and a finished run in a/."""
-    folder = tmp_path_factory.mktemp("wrong")
-    shutil.copytree(student.parent, folder / "a")
-    (folder / "web.pth").write_text("<!DOCTYPE html><title>404</title>")
-    (folder / "short.pt").write_bytes(student.read_bytes()[:5000])
-    key = "blocks.0.norm1.weight"
-    for name, change in (("nan", lambda x: x * math.nan), ("int", lambda x: x.to(torch.int8)), ("less", None)):
-        saved = torch.load(student, weights_only=True)
-        weight = saved["model"].pop(key)
-        if change:
-            saved["model"][key] = change(weight)
-        torch.save(saved, folder / f"{name}.pt")
-    return folder
 
 
 @pytest.mark.parametrize("command", MISTAKES)
 def test_a_mistake_is_one_line_and_exit_status_2_and_nothing_is_begun(
-        command, teacher, student, wrong_files, tmp_path, monkeypatch, capfd):
-    before = contents(wrong_files)
+        command, teacher, student, tmp_path, monkeypatch, capfd):
+    before = contents(teacher.parent.parent)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(distill.Run, "steps", None)
-    script, *argv = command.format(tmp=wrong_files, teacher=teacher, student=student).split()
+    monkeypatch.setenv("PATH", "")      # a machine without a compiler
+    monkeypatch.delenv("CC", raising=False)
+    script, *argv = command.format(teacher=teacher, student=student).split()
     monkeypatch.setattr(sys, "argv", [script, *argv])
     with pytest.raises(SystemExit, match="2"):
         runpy.run_path(str(HERE / script), run_name="__main__")
     error = capfd.readouterr().err
     assert error.startswith(f"{script}: ") and MISTAKES[command] in error and error.count("\n") == 1
-    assert contents(wrong_files) == before and not contents(tmp_path)
+    assert contents(teacher.parent.parent) == before and not contents(tmp_path)
 
 
 @pytest.mark.parametrize("module", [distill, segment, evaluation], ids=lambda module: module.__name__)
 def test_help_shows_every_constant_with_its_comment(module, capsys):
     with pytest.raises(SystemExit, match="0"):
         distill.configure(module.Config, module.preset, ["--help"])
-    shown = capsys.readouterr().out
+    shown = " ".join(capsys.readouterr().out.split())
     for field in dataclasses.fields(module.Config):
-        assert f"--{field.name} " in shown and f"(default {field.default})" in " ".join(shown.split()), field.name
+        assert f"--{field.name} " in shown and f"(default {field.default})" in shown, field.name
 
 
 # --- Runs: several processes ------------------------------------------------------------------------------------------
 
-TOGETHER = ("qsd", "cwd", "joined", "masks", "one-stage")     # of RUNS
-
-
-def alike(teacher, student, out):
-    """What one process and several must do alike, in folders below out: one in a pass a step, several in two each."""
-    norms = {}
-    last = distill.rank() == distill.world_size() - 1
-    micro = 8 if distill.world_size() == 1 else 2
-    def note(run):
-        gradients = [p.grad for p in run.learner.parameters() if p.grad is not None]
-        norms.setdefault(run.out.name, []).append(torch.nn.utils.get_total_norm(gradients).item())
-        assert run.passes == distill.world_size()
-        if run.out.name == "resumed" and last:                      # a signal reaches one process, and all must end
-            signal.raise_signal(signal.SIGTERM)
-    for name in TOGETHER:
+def train_together(teacher, student, out):
+    """Runs that are stopped after a step and resumed: one process takes a pass a step, two take two passes each."""
+    curves = {}
+    world = distill.world_size()
+    last = distill.rank() == world - 1
+    for name in ("qsd", "cwd", "joined", "masks", "one-stage"):
         script, more = RUNS[name]
-        train(script, flags_of(teacher, student, script, out / name, f"--batch 8 --micro {micro} {more}"), note)
-    argv = flags_of(teacher, student, "distill", out / "resumed", f"--batch 8 --micro {micro}")
-    with pytest.raises(SystemExit):
-        train("distill", argv, note)
-    if last and distill.world_size() > 1:                           # a machine without the shared disk has no last.pt
-        argv = [*argv, "--out", f"{out}/elsewhere"]
-    assert train("distill", argv) == 1
-    distill.largest(0)                                              # waits until the first has written the result
-    curves = {name: norms[name] + [line["loss"] for line in records(out / name)] for name in TOGETHER}
-    (out / f"curves-{distill.rank()}.json").write_text(json.dumps(curves))
-    assert same_runs(out / "qsd", out / "resumed")
+        argv = flags_of(teacher, student, script, out / name, f"--batch 8 --micro {8 if world == 1 else 2} {more}")
+        norms = []
+        def note(run):
+            gradients = [p.grad for p in run.learner.parameters() if p.grad is not None]
+            norms.append(torch.nn.utils.get_total_norm(gradients).item())
+            assert run.passes == world
+            if last and len(norms) == 1:        # a signal reaches one process, and all must end
+                signal.raise_signal(signal.SIGTERM)
+        with pytest.raises(SystemExit):
+            train(script, argv, note)
+        if last and world > 1:                  # a machine without the shared disk has no last.pt
+            argv += ["--out", f"{out}/elsewhere/{name}"]
+        assert train(script, argv, note) == 1
+        distill.largest(0)                      # waits until the first has written its log
+        curves[name] = norms + [line["loss"] for line in records(out / name)]
+    (out / f"{distill.rank()}.json").write_text(json.dumps(curves))
 
 
-@pytest.fixture(scope="session")
-def curves(teacher, student, tmp_path_factory):
-    """{run: gradients and losses} of this process, and of two that torchrun starts with the last lines of this file."""
-    one, two = [tmp_path_factory.mktemp("world") for _ in range(2)]
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        try:
-            socket.create_connection(server.getsockname()).close()
-        except OSError:
-            pytest.skip("this machine has not even a network of its own, which several processes need")
-    alike(teacher, student, one)
+def test_two_processes_in_two_passes_each_have_the_losses_and_gradients_of_one_with_the_whole_batch(
+        teacher, student, tmp_path):
+    train_together(teacher, student, tmp_path / "one")
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    subprocess.run([*torchrun, __file__, teacher, student, two], check=True, cwd=HERE, timeout=300)
-    return [json.loads(path.read_text()) for path in [*one.glob("curves-*"), *two.glob("curves-*")]]
-
-
-@pytest.mark.parametrize("name", TOGETHER)
-def test_two_processes_in_two_passes_each_have_the_losses_and_gradients_of_one_with_the_whole_batch(name, curves):
-    one, *two = [world[name] for world in curves]
-    assert len(one) == 4 and all(other == pytest.approx(one, rel=1e-4) for other in two)
-
-
-CPU = torch.device("cpu")
-LOOK = {"toy": "game", "toy-night": "night", "toy-fog": "fog", "toy-snow": "snow", "toy-rain": "rain"}
+    subprocess.run([*torchrun, __file__, teacher, student, tmp_path / "two"], check=True, cwd=HERE, timeout=300)
+    one, *two = [json.loads((tmp_path / name).read_text()) for name in ("one/0.json", "two/0.json", "two/1.json")]
+    for name, curve in one.items():
+        assert len(curve) == 4 and all(curves[name] == pytest.approx(curve, rel=1e-4) for curves in two), name
 
 
 # --- Runs: on CUDA, as far as a CPU can tell --------------------------------------------------------------------------
 # Fake tensors have a device, a shape and a dtype, but no values. An operation of them on two devices fails as
 # it does on CUDA, and so does any whose result the CPU must read before it can go on.
 
-def moved(module, device):
-    """module.to(device), which does not take fake tensors."""
-    for part in module.modules():
-        for name, tensor in [*part.named_parameters(recurse=False)]:
-            part._parameters[name] = torch.nn.Parameter(tensor.detach().to(device), tensor.requires_grad)
-        for name, tensor in [*part.named_buffers(recurse=False)]:
-            part._buffers[name] = tensor.to(device)
-    return module
-
-
 @pytest.fixture
 def fake_cuda(monkeypatch):
     """A machine with a GPU on which all tensors are fake; whatever needs the values of one is replaced."""
-    images, scenes = data.images("toy", "data"), data.scenes("toy", "data")
-    monkeypatch.setattr(data, "images", lambda *rest, **more: images)
+    cuda = torch.device("cuda", 0)
+    def move(module, device):
+        for tensor in [*module.parameters(), *module.buffers()]:
+            tensor.fake_device = cuda
+        return module
+    scenes = data.scenes("toy", "data")
+    monkeypatch.setattr(data, "images", lambda *rest, **more: scenes)
     monkeypatch.setattr(data, "scenes", lambda *rest, **more: scenes)
-    monkeypatch.setattr(distill, "launch", lambda: torch.device("cuda"))
+    monkeypatch.setattr(distill, "launch", lambda: cuda)
     monkeypatch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
     monkeypatch.setattr(torch.nn.init, "trunc_normal_", lambda tensor, std: tensor)
-    monkeypatch.setattr(torch.nn.Module, "to", moved)
+    monkeypatch.setattr(torch.nn.Module, "to", move)
     for name, row in qsd.ENCODERS.items():
         monkeypatch.setitem(qsd.ENCODERS, name, row._replace(url=None, depth=2))    # all start at random
-    two = lambda size: (torch.zeros(2, 3, size, size, dtype=torch.uint8), [Mock()])
-    monkeypatch.setattr(distill, "two_images", two)
+    monkeypatch.setattr(distill, "two_images", lambda size: (torch.zeros(2, 3, size, size).byte(), [Mock()]))
     monkeypatch.setattr(data, "erase", lambda x, *rest: x)
     monkeypatch.setattr(data, "mix", lambda *numbers: 0)
     monkeypatch.setattr(data, "uniform_noise", lambda draws, N, seed: torch.rand(2, N))
     monkeypatch.setattr(torch, "Generator", lambda device: Mock(manual_seed=lambda seed: None))
     with FakeTensorMode():
-        yield torch.device("cuda", 0)
+        yield cuda
 
 
-def light_segmenter():
-    cfg = segment.Config(**segment.LIGHT | dict(decoder_layers=1))
-    decoder = segment.build_decoder(64, data.scenes("toy").num_classes, cfg)
-    return segment.Segmenter(qsd.load_vit("toy_small"), decoder).to("cuda")
-
-
-@pytest.mark.parametrize("precision, more", [
-    *(("bf16", f"--loss {loss}") for loss in qsd.LOSSES),
-    ("fp32", "--mask_all yes --scale sqrt --layers four --teacher dinov3_vits16plus --student eva02_base"),
-    ("bf16", "--decoder fpn"), ("bf16", "--decoder linear"),
-    ("fp16", "--decoder mask --decoder_layers 1 --pixel deform --points 16 --freeze no --kd 1 --kd_logits 1 "
-             "--teacher dinov2_vits14_reg")])
+@pytest.mark.parametrize("dtype, more", [
+    *((torch.bfloat16, f"--precision bf16 --loss {loss}") for loss in qsd.LOSSES),
+    (torch.float32, "--mask_all yes --scale sqrt --layers four --teacher dinov3_vits16plus --student eva02_base"),
+    (torch.float32, "--decoder fpn"), (torch.float32, "--decoder linear"),
+    (torch.float16, "--precision fp16 --decoder mask --decoder_layers 1 --pixel deform --points 16 --freeze no --kd 1 "
+     "--teacher dinov2_vits14_reg")])
 def test_on_cuda_no_tensor_is_left_behind_no_loss_waits_and_products_have_the_precision(
-        precision, more, fake_cuda, tmp_path, monkeypatch):
-    losses = {}
-    def stop_after(learner, losses_of_two_images):
-        losses.update(losses_of_two_images())
-        sys.exit()
-    monkeypatch.setattr(distill, "dry_run", stop_after)
+        dtype, more, fake_cuda, tmp_path, monkeypatch):
     script = segment if "--decoder" in more else distill
     if script is segment:       # the CPU reads how many pixels and which classes there are, and what a match costs
         monkeypatch.setattr(FakeTensor, "__int__", lambda tensor: 2, raising=False)
         monkeypatch.setattr(FakeTensor, "tolist", lambda tensor: [2] * len(tensor))
         monkeypatch.setattr(FakeTensor, "numpy", lambda tensor: np.zeros(tensor.shape, dtype=int), raising=False)
-        classes = dict(classes=list(data.scenes("toy").classes))
-        monkeypatch.setattr(segment, "load_segmenter", lambda path, device: (light_segmenter(), classes))
+    losses = {}
     products = set()
+    def stop_after(learner, losses_of_two_images):
+        losses.update(losses_of_two_images())
+        sys.exit()
     def watch(module, inputs, output):
         if isinstance(module, (torch.nn.Linear, torch.nn.Conv2d)):
             products.add((output.device, output.dtype))
-    hook = torch.nn.modules.module.register_module_forward_hook(watch)
-    with pytest.raises(SystemExit):
-        script.main(f"--data toy {more} --precision {precision} --workers 0 --out {tmp_path / 'a'}".split())
-    hook.remove()
+    monkeypatch.setattr(distill, "dry_run", stop_after)
+    with torch.nn.modules.module.register_module_forward_hook(watch), pytest.raises(SystemExit):
+        script.main(f"--data toy --precision fp32 {more} --workers 0 --out {tmp_path / 'a'}".split())
     assert {(loss.device, loss.dtype) for loss in losses.values()} == {(fake_cuda, torch.float32)}
-    assert products == {(fake_cuda, {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[precision])}
+    assert products == {(fake_cuda, dtype)}
 
 
 def test_on_cuda_evaluation_leaves_no_tensor_behind(fake_cuda, monkeypatch):
     batch = torch.zeros(2, 3, 64, 70, dtype=torch.uint8), torch.zeros(2, 128, 140, dtype=torch.int64), None
+    decoder = segment.build_decoder(64, 8, segment.Config(**segment.LIGHT | dict(decoder_layers=1)))
+    model = segment.Segmenter(qsd.load_vit("toy_small"), decoder).to(fake_cuda)
     monkeypatch.setattr(evaluation, "DataLoader", lambda *rest, **more: [batch])
-    compared = []
-    def confusion(pred, label, K):
-        compared.append((pred.device, label.device, pred.shape == label.shape))
-        return torch.zeros(K, K, dtype=torch.int64, device=pred.device)
-    monkeypatch.setattr(evaluation, "confusion", confusion)
     monkeypatch.setattr(evaluation, "check_finite", lambda scores: None)    # fake tensors have no values
-    evaluation.evaluate(light_segmenter(), data.scenes("toy"), 64, ONE_BY_ONE, fake_cuda)
-    assert compared == [(fake_cuda, fake_cuda, True)]
+    monkeypatch.setattr(evaluation, "confusion", compare := Mock(return_value=torch.zeros(8, 8).long().to(fake_cuda)))
+    evaluation.evaluate(model, data.scenes("toy"), 64, ONE_BY_ONE, fake_cuda)
+    pred, label, _ = compare.call_args.args
+    assert pred.device == label.device == fake_cuda and pred.shape == label.shape
 
 
 # --- Runs: compiled, and how fast they are ----------------------------------------------------------------------------
@@ -2020,13 +1900,6 @@ def test_a_compiled_run_is_two_graphs_compiled_once_with_the_losses_of_eager_mod
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] - traced == 2         # teacher; student and objective
     for eager, compiled in zip(records(tmp_path / "eager"), records(tmp_path / "compiled"), strict=True):
         assert compiled == pytest.approx(eager, rel=1e-5)
-
-
-def test_without_a_c_compiler_compile_is_one_line(flags, tmp_path, monkeypatch):
-    monkeypatch.setattr(shutil, "which", lambda name: None)
-    monkeypatch.delenv("CC", raising=False)
-    with pytest.raises(qsd.UserError, match="--compile needs a C compiler: install gcc, or say --compile no"):
-        train("distill", flags("distill", tmp_path / "a", "--loss mse --compile yes"))
 
 
 def test_the_bench_prints_speed_parts_and_ratio_of_a_step_and_writes_nothing(tmp_path, monkeypatch, capsys):
@@ -2646,5 +2519,5 @@ def test_a_mistake_with_models_images_or_boxes_is_told_in_one_line(command, teac
 
 if __name__ == "__main__":  # as torchrun starts it
     distill.launch()
-    alike(*map(Path, sys.argv[1:]))
+    train_together(*map(Path, sys.argv[1:]))
     dist.destroy_process_group()
