@@ -18,7 +18,6 @@ import subprocess
 import sys
 import threading
 import time
-import types
 import zipfile
 import zlib
 from collections import Counter, OrderedDict, deque
@@ -80,26 +79,19 @@ def setting(loss="qsd", grid=(3, 5), **constants):
     return student, objective, x, s, t, noise
 
 
-def slow_projection(project, v):
-    norm, linear = project
-    v = F.layer_norm(v, v.shape[-1:]) * norm.weight + norm.bias
-    return v @ linear.weight.T + linear.bias
-
-
 def slow_weights(head, config, v_s, v_t):
     """The share that token i takes of token j is exp(W_ij) over the sum of row i."""
     B, N, C = v_t.shape
     if config.attention == "identity":
         return torch.eye(N).expand(B, N, N)
-    query = slow_projection(head.varphi, v_s) if config.attention == "learned" else v_t
+    query = head.varphi(v_s) if config.attention == "learned" else v_t
     W = (query[:, :, None] * v_t[:, None]).sum(3) / (C ** 0.5 if config.scale == "sqrt" else 1)
     return W.exp() / W.exp().sum(2, keepdim=True)
 
 
 def slow_errors(head, config, v_s, v_t):
     """Token i becomes the sum of all values j, each times the share that i takes of it; how far from v_t: (B, N)."""
-    values = slow_projection(head.phi, v_s)
-    made = (slow_weights(head, config, v_s, v_t)[..., None] * values[:, None]).sum(2)
+    made = (slow_weights(head, config, v_s, v_t)[..., None] * head.phi(v_s)[:, None]).sum(2)
     if config.distance == "cosine":
         return 1 - (made * v_t).sum(-1) / made.norm(dim=-1) / v_t.norm(dim=-1)
     return (made - v_t).abs().mean(-1) if config.distance == "l1" else (made - v_t).square().mean(-1)
@@ -135,10 +127,6 @@ def slow_gkd(objective, student, x, t, noise):
             losses["L_inner"] += slow_errors(head, c, out_s, F.layer_norm(out_t, (32,))).mean()
     weights = dict(L_feat=c.alpha, L_mask=c.beta, L_cls=c.gamma, L_inner=c.alpha, diagonal=0)
     return losses | {"loss": sum(weights[name] * value for name, value in losses.items())}
-
-
-def slow_mse(objective, student, x, t, noise):
-    return {"loss": (objective.phi(student(x)[1]) - t[1]).square().mean()}
 
 
 def slow_cwd(objective, student, x, t, noise):
@@ -186,22 +174,21 @@ def slow_vitkd(objective, student, x, t, noise):
 
 
 def slow_proteus(objective, student, x, t, noise):
-    """CLS, all tokens, and the hidden patches of every second image (or all), each through LayerNorm and Linear."""
-    v_s = torch.cat([student(x)[0][:, None], student(x)[1]], 1)
-    v_t = torch.cat([t[0][:, None], t[1]], 1)
+    """CLS, all tokens, and the hidden patches of every second image (or all), each through a projection of its own."""
+    v_s, v_t = [torch.cat([cls[:, None], patches], 1) for cls, patches in (student(x), t[:2])]
     mask = slow_mask(noise, objective.config.mask_ratio)
     every = 1 if objective.config.mask_all else 2
-    masked = slow_projection(objective.patch, student(x, mask)[1])
-    L_cls = (slow_projection(objective.cls, v_s[:, 0]) - v_t[:, 0]).square().mean()
-    L_feat = (slow_projection(objective.feat, v_s) - v_t).square().mean()
+    masked = objective.patch(student(x, mask)[1])
+    L_cls = (objective.cls(v_s[:, 0]) - v_t[:, 0]).square().mean()
+    L_feat = (objective.feat(v_s) - v_t).square().mean()
     L_mask = (masked - t[1])[::every][mask[::every]].square().mean()
     return {"L_cls": L_cls, "L_feat": L_feat, "L_mask": L_mask, "loss": L_cls + L_feat + L_mask}
 
 
 # --- The method and its rivals: equal to them -------------------------------------------------------------------------
 
-SLOW = dict(qsd=slow_gkd, mse=slow_mse, cwd=slow_cwd, afdcd=slow_afdcd, g2sd=slow_g2sd, vitkd=slow_vitkd,
-            proteus=slow_proteus)
+SLOW = dict(qsd=slow_gkd, cwd=slow_cwd, afdcd=slow_afdcd, g2sd=slow_g2sd, vitkd=slow_vitkd, proteus=slow_proteus,
+            mse=lambda objective, student, x, t, noise: {"loss": (objective.phi(student(x)[1]) - t[1]).square().mean()})
 
 
 @pytest.mark.parametrize("loss, constants", [
@@ -248,22 +235,10 @@ def test_only_masked_images_go_through_the_student_twice_and_four_layers_lie_at_
     student, objective, x, s, _, noise = setting()
     masked = lambda: objective.masked_pass(student, x, s[1], noise)
     assert distill.count_flops(masked) == distill.count_flops(lambda: student(x[::2]))
-    for depths, layers in [((12, 24), ([3, 5, 7], [7, 11, 15])), ((1, 2), ([0, 0, 0], [0, 0, 0]))]:
-        objective = qsd.build_objective(*[mini_vit(8, depth) for depth in depths], qsd.LossConfig(layers="four"))
-        assert (objective.layers_s, objective.layers_t) == layers
-
-
-def test_targets_are_fp32_and_with_layernorm_every_token_has_mean_0_and_variance_1():
-    low = 3 * torch.randn(2, 9, 24).bfloat16() + 1
-    raw = low.float()
-    t = (low[:, 0], low, [low])
-    torch.testing.assert_close(qsd.normalize_targets(t, "none"), (raw[:, 0], raw, [raw]))
-    unit = (raw - raw.mean(-1, keepdim=True)) / raw.std(-1, unbiased=False, keepdim=True)
-    torch.testing.assert_close(qsd.normalize_targets(t, "layernorm"), (unit[:, 0], unit, [raw]), rtol=1e-5, atol=1e-5)
+    assert [qsd.feature_layers(depth) for depth in (1, 12, 24)] == [[0, 0, 0, 0], [3, 5, 7, 11], [7, 11, 15, 23]]
 
 
 @pytest.mark.parametrize("constants, text", [
-    (dict(alpha=0, layers="four"), "--layers four adds to L_feat"),
     (dict(loss="g2sd", mask_ratio=0.75), "--mask_ratio 0.75 changes nothing: --loss g2sd does not read it"),
     (dict(mask_ratio=50), "--mask_ratio 50 hides 750 of 15 patches"),
     (dict(loss="proteus", mask_ratio=0.01), "--mask_ratio 0.01 hides 0 of 15 patches"),
@@ -273,14 +248,6 @@ def test_constants_that_change_nothing_or_leave_nothing_to_learn_from_are_refuse
     with pytest.raises(qsd.UserError, match=text):
         student, objective, *given = setting(**constants)
         objective(student, *given)
-
-
-def test_each_equation_is_computed_in_exactly_one_line_and_named_nowhere_else():
-    names = ("qsd", "data", "distill", "segment", "eval")
-    text = "\n".join(Path(qsd.__file__).with_name(f"{name}.py").read_text() for name in names)
-    for number in range(3, 13):
-        naming = re.findall(rf".*Eqs?\. ?{number}\b.*", text)
-        assert len(naming) == 1 and re.match(r" +\w.*[=(].*#", naming[0]), (number, naming)
 
 
 # --- The method: equal to one step of the authors' own code -----------------------------------------------------------
@@ -299,9 +266,14 @@ OFFICIAL_STEP = {
 }
 
 
+def normal_numbers(name, shape):
+    """The same for a name wherever they are drawn: NumPy's generator is frozen."""
+    return np.random.RandomState(zlib.crc32(name.encode())).standard_normal(shape)
+
+
 def recorded_tensor(role, key, shape):
-    """The tensor that the recorded step had under this name, made of the numbers of NumPy's frozen generator."""
-    z = np.random.RandomState(zlib.crc32(f"{role} {key}".strip().encode())).standard_normal(shape)
+    """The tensor that the recorded step had under this name."""
+    z = normal_numbers(f"{role} {key}".strip(), shape)
     if z.ndim == 1 and key.endswith("gamma"):
         z = 0.5 + 0.1 * z
     elif z.ndim == 1:
@@ -325,7 +297,7 @@ def recorded_encoder(role, folder, size, patch, offset, **file):
 @pytest.mark.parametrize("case", OFFICIAL_STEP)
 def test_losses_and_every_gradient_equal_the_authors_step(case, form, tmp_path):
     size, patch, offset, file, want = OFFICIAL_STEP[case]
-    student = recorded_encoder("student", tmp_path, size, patch, 0.0, embed_dim=48, depth=2, **file)
+    student = recorded_encoder("student", tmp_path, size, patch, offset, embed_dim=48, depth=2, **file)
     teacher = recorded_encoder("teacher", tmp_path, size, patch, offset, embed_dim=64, depth=3, patch_size=14,
                                img_size=70, layerscale=True)
     objective = qsd.build_objective(student, teacher, qsd.LossConfig()).double()
@@ -387,36 +359,35 @@ def assert_equals_timm(vit, model, size):
 
 
 TIMM = {  # the file's name, which tells a row of ENCODERS or nothing, and timm's name
-    "deit_tiny": "deit_tiny_patch16_224", "dino_vits16": "vit_small_patch16_224.dino",
-    "dinov2_vits14": "vit_small_patch14_dinov2", "dinov2_vits14_reg": "vit_small_patch14_reg4_dinov2",
-    "dinov2_vitg14": "vit_giant_patch14_dinov2", "eva02_tiny": "eva02_tiny_patch14_224",
-    "eva02_base": "eva02_base_patch14_224", "norm-in-attention": "eva02_base_patch16_clip_224",
-    "dinov3_vits16": "vit_small_patch16_dinov3_qkvb", "dinov3_vits16plus": "vit_small_plus_patch16_dinov3_qkvb",
-    "dinov3-without-bias": "vit_small_patch16_dinov3",
+    "deit_tiny": "deit_tiny_patch16_224", "dinov2_vits14": "vit_small_patch14_dinov2",
+    "dinov2_vits14_reg": "vit_small_patch14_reg4_dinov2", "dinov2_vitg14": "vit_giant_patch14_dinov2",
+    "eva02_tiny": "eva02_tiny_patch14_224", "eva02_base": "eva02_base_patch14_224",
+    "norm-in-attention": "eva02_base_patch16_clip_224", "dinov3_vits16": "vit_small_patch16_dinov3_qkvb",
+    "dinov3_vits16plus": "vit_small_plus_patch16_dinov3_qkvb", "dinov3-without-bias": "vit_small_patch16_dinov3",
 }
 
 
 @pytest.mark.parametrize("name", TIMM)
-def test_timms_own_files_give_timms_features_and_timm_reads_a_students_checkpoint(name, tmp_path, capsys):
+def test_timms_own_files_give_timms_features_and_timm_reads_a_students_checkpoint(name, tmp_path):
     timm = pytest.importorskip("timm")
     safetensors = pytest.importorskip("safetensors.torch")
-    depth = 1 if name in ("dinov2_vitg14", "eva02_base") else 2
-    create = partial(timm.create_model, TIMM[name], depth=depth, num_classes=0)
-    if name.startswith("eva02"):
+    create = partial(timm.create_model, TIMM[name], depth=2, num_classes=0)
+    if "eva02" in TIMM[name]:
         create = partial(create, global_pool="token")  # else the norm follows an average
-    elif name == "norm-in-attention":
-        create = partial(create, embed_dim=192, num_heads=3)
+    if "giant" in TIMM[name] or "base" in TIMM[name]:
+        create = partial(create, embed_dim=192, num_heads=3)  # narrower
     model = shuffle(create(img_size=112))
     safetensors.save_file(model.state_dict(), tmp_path / f"{name}.safetensors")
     vit = qsd.load_vit(tmp_path / f"{name}.safetensors")
     assert_equals_timm(vit, model, (112, 112))
     if name in qsd.ENCODERS:
         img_size = 256 if name.startswith("dinov3") else 112
-        assert vit.config == qsd.constructor_values(name, qsd.ENCODERS[name]) | dict(depth=depth, img_size=img_size)
+        made = dict(depth=2, img_size=img_size, embed_dim=vit.embed_dim, num_heads=vit.num_heads)
+        assert vit.config == qsd.constructor_values(name, qsd.ENCODERS[name]) | made
 
     size = (7 * vit.patch_size, 9 * vit.patch_size)
     state = qsd.student_checkpoint(vit)["model"]
-    if name in ("deit_tiny", "dino_vits16", "dinov2_vits14"):
+    if name in ("deit_tiny", "dinov2_vits14"):
         model.load_state_dict(state)  # as it is
     if name.startswith("dinov2"):
         state["mask_token"] = vit.mask_token
@@ -436,19 +407,13 @@ def test_masked_and_partial_passes_follow_their_definition(name):
     x = torch.randn(2, 3, 4 * P, 6 * P)
     mask = torch.rand(2, 24) < 0.5
     black = x * ~mask.view(2, 1, 4, 6).repeat_interleave(P, 2).repeat_interleave(P, 3)
-    torch.testing.assert_close(vit(black, mask), vit(x, mask))  # hidden pixels are not seen
     vit.mask_token.copy_(vit.patch_embed.proj.bias[None])  # the embedding of a black patch
     torch.testing.assert_close(vit(x, mask), vit(black))
 
     cls, patches, (first,) = vit.tokens(x, layers=[0])
     order = torch.stack([torch.randperm(24), torch.randperm(24)])
     cls_kept, kept, _ = vit.tokens(x, keep=order)  # all patches, shuffled
-    torch.testing.assert_close(cls_kept, cls)
-    torch.testing.assert_close(kept, patches.gather(1, order[..., None].expand_as(patches)))
-    lower = torch.arange(12, 24).expand(2, -1)
-    upper_black = x.clone()
-    upper_black[:, :, :2 * P] = 0
-    torch.testing.assert_close(vit.tokens(upper_black, keep=lower)[1], vit.tokens(x, keep=lower)[1])
+    torch.testing.assert_close((cls_kept, kept), (cls, patches.gather(1, order[..., None].expand_as(patches))))
     del vit.blocks[1]  # not needed for what the first block puts out
     torch.testing.assert_close(vit.blocks_out(x, [0])[0], first)
 
@@ -465,23 +430,17 @@ def small(tmp_path, monkeypatch):
     return vit
 
 
-@pytest.mark.parametrize("values, printed, how", [
-    ({}, "bicubic, offset 0", dict(size=(3, 6))),
-    (dict(layerscale=True), "bicubic, offset 0.1", dict(scale_factor=(3.1 / 4, 6.1 / 4))),
-    (dict(layerscale=True, registers=4), "bicubic, antialiased", dict(size=(3, 6), antialias=True)),
-], ids=["DeiT", "DINOv2", "DINOv2 with registers"])
-def test_asked_sizes_depth_and_the_familys_offset_are_applied_and_printed(values, printed, how, small, capsys):
-    vit = qsd.ViT(**small.config | values)
+def test_asked_sizes_and_depth_are_applied_and_printed_and_positions_are_resized_as_the_family_does(small, capsys):
+    plain = qsd.load_vit("small.pth", img_size=48, offset=0.1)  # which only DINOv2 has, see the authors' step
+    assert torch.equal(plain.pos_embed, qsd.resize_pos_embed(small.pos_embed, (4, 4), (6, 6)))
+    vit = qsd.ViT(**small.config | dict(layerscale=True, registers=4))
     torch.save(qsd.student_checkpoint(vit)["model"], "small.pth")
     loaded = qsd.load_vit("small.pth", img_size=(48, 96), patch_size=16, depth=1, offset=0.1)
     assert loaded.grid == (3, 6) and loaded.patch_size == 16 and loaded.depth == len(loaded.blocks) == 1
-    patches = vit.pos_embed[:, 1:].mT.unflatten(2, (4, 4))
-    assert torch.equal(loaded.pos_embed[:, 1:], F.interpolate(patches, **how, mode="bicubic").flatten(2).mT)
-    assert torch.equal(loaded.pos_embed[:, 0], vit.pos_embed[:, 0])
-    kernels = F.interpolate(vit.patch_embed.proj.weight, (16, 16), mode="bicubic")
-    assert torch.equal(loaded.patch_embed.proj.weight, kernels)
-    changes = f"mask_token is new; pos_embed 4x4 -> 3x6 ({printed}); patch 8 -> 16 (bicubic); the first 1 of 2 blocks\n"
-    assert capsys.readouterr().out.endswith(changes)
+    patches = F.interpolate(vit.pos_embed[:, 1:].mT.unflatten(2, (4, 4)), (3, 6), mode="bicubic", antialias=True)
+    assert torch.equal(loaded.pos_embed[:, 1:], patches.flatten(2).mT)
+    assert capsys.readouterr().out.endswith("mask_token is new; pos_embed 4x4 -> 3x6 (bicubic, antialiased); "
+                                            "patch 8 -> 16 (bicubic); the first 1 of 2 blocks\n")
     with pytest.raises(qsd.UserError, match="small.pth does not hold 3 blocks"):
         qsd.load_vit("small.pth", depth=3)
 
@@ -514,10 +473,8 @@ LS = dict(layerscale=True)
 EVA02 = dict(mlp="swiglu", rope="eva02", sub_ln=True, inner_attn_ln=True, **qsd.CLIP)
 DINOV3 = dict(LS, registers=4, rope="dinov3", eps=1e-5, mlp="swiglu", mlp_ratio=6, img_size=128)
 ENCODER_FILES = {  # what an encoder has that small has not, and how a file holds it
-    "student": ({}, lambda vit: qsd.student_checkpoint(vit) | {"objective": {"feat": ODD}}),
-    "student of DINOv2": (dict(LS, registers=4, img_size=(32, 48)), qsd.student_checkpoint),
-    "student of EVA-02": (EVA02, qsd.student_checkpoint),
-    "student of DINOv3": (DINOV3, qsd.student_checkpoint),
+    "student": (dict(LS, registers=4, img_size=(32, 48)),
+                lambda vit: qsd.student_checkpoint(vit) | {"objective": {"feat": ODD}}),
     "segmenter": ({}, lambda vit: {"model": under("encoder.", vit.state_dict()) | {"decoder.bias": ODD}}),
     "official GKD": ({}, lambda vit: {
         "model": {"teacher.backbone.patch_embed.proj.weight": ODD} | under("student.backbone.", vit.state_dict())}),
@@ -529,8 +486,7 @@ ENCODER_FILES = {  # what an encoder has that small has not, and how a file hold
         "dist_token": ODD, "head.bias": ODD, "head_dist.bias": ODD,
         "pos_embed": torch.cat([vit.pos_embed[:, :1], ODD, vit.pos_embed[:, 1:]], 1)}),
     "chunks": (LS, lambda vit: {key.replace("ks.", "ks.0."): p for key, p in vit.state_dict().items()}),
-    "transformers": (LS, of_transformers),
-    "transformers, registers": (dict(LS, registers=4), of_transformers),
+    "transformers": (dict(LS, registers=4), of_transformers),
     "transformers, SwiGLU": (dict(LS, mlp="swiglu"), of_transformers),
     "ViT-H": (dict(embed_dim=1280, num_heads=16, depth=1), lambda vit: vit.state_dict()),
     "EVA-02": (EVA02, lambda vit: {"module": vit.state_dict() | {
@@ -564,8 +520,7 @@ def test_heads_and_normalisation_are_named_where_guessed_and_can_be_said_behind_
     assert vit.num_heads == 4 and vit.mean == (0.5, 0.5, 0.5)
     assert qsd.ledger_of("lr=1,seed=2.pth:heads=4") == [1]
     for wrong, text in [("heads=5", "small.pth: 64 channels do not make 5 heads: add small.pth:heads=NUMBER"),
-                        ("mean=grey", "mean=grey is none of heads=NUMBER, mean=imagenet|half|clip|satellite"),
-                        ("head=3", "small.pth:head=3: head=3 is none of heads=NUMBER")]:
+                        ("mean=grey", "mean=grey is none of heads=NUMBER, mean=imagenet|half|clip|satellite")]:
         with pytest.raises(qsd.UserError, match=re.escape(text)):
             qsd.load_vit(f"small.pth:{wrong}")
 
@@ -592,22 +547,15 @@ def test_objects_beside_the_tensors_of_a_checkpoint_are_passed_over_and_run_noth
 
 KEY = "blocks.1.attn.qkv.weight"
 BAD_FILES = [  # how small.pth, of path p and state s, is made wrong, and what the user reads
-    (lambda p, s: torch.save(s | {"wight": s.pop(KEY)}, p), f'not fit the enc.*Missing .*"{KEY}". Unexpected .*"wigh'),
     (lambda p, s: torch.save(s | {KEY: s[KEY].T}, p), f"small.pth does not fit .*: .*size mismatch for {KEY}"),
     (lambda p, s: torch.save(s | {KEY: s[KEY] / 0}, p), f"small.pth does not fit .*: {KEY} holds NaN or infinite"),
-    (lambda p, s: torch.save(s | {KEY: s[KEY].char()}, p), f"does not fit .*: {KEY} holds torch.int8 numbers instead"),
     (lambda p, s: torch.save(s | {"norm_pre.bias": s[KEY]}, p), "small.pth holds a CLIP or SigLIP, which is not"),
-    (lambda p, s: torch.save(s | {"decoder_embed.bias": s[KEY]}, p), "holds an MAE with its decoder: take the "),
-    (lambda p, s: torch.save({"layers.0.blocks.0.x": s[KEY]}, p), "small.pth holds a Swin, BEiT, SAM, ConvNeXt or Res"),
     (lambda p, s: torch.save(s | {"pos_embed": s["pos_embed"][:, 1:], "blocks.0.gamma_1": s[KEY]}, p), "a DeiT III, o"),
     (lambda p, s: torch.save({KEY: s[KEY]}, p), r"holds no encoder, no patch_embed.proj.weight, but \['blocks.1.attn"),
-    (lambda p, s: torch.save(torch.nn.Linear(2, 2), p), r"holds no encoder, no patch_embed.proj.weight, but \[\]"),
     (lambda p, s: torch.save(dict(learner=s, optimizer={}), p), "is the state of an unfinished run: give the student"),
     (lambda p, s: torch.save([Path("x")], p), "small.pth holds no dict of tensors, but list: save the state dict"),
-    (lambda p, s: p.write_bytes(struct.pack("<Q", 99) + b'{"a": '), "small.pth is truncated, damaged or no checkpoint"),
     (lambda p, s: p.write_bytes(pickle.dumps(Trap(), protocol=2)), "small.pth is truncated, damaged or no checkpoint"),
     (lambda p, s: p.write_text("version https://git-lfs.github.com/spec/v1"), "small.pth is a pointer of Git LFS"),
-    (lambda p, s: torch.jit.script(torch.nn.ReLU()).save(p), "small.pth is TorchScript, a program: torch.save"),
     (lambda p, s: zipfile.ZipFile(p, "w").writestr("w.pth", "x"), "small.pth is an archive: unpack it and give"),
 ]
 
@@ -639,25 +587,6 @@ def test_a_named_encoders_file_is_found_or_downloaded_or_its_address_and_place_a
     path.unlink()
     with pytest.raises(qsd.UserError, match=f"{url} cannot be had .*: download it and put it at weights/small-0123"):
         qsd.load_vit("little")
-    with pytest.raises(qsd.UserError, match="ask at https://ai.meta.com/.* at weights/dinov3_vitl16_pretrain_sat493"):
-        qsd.load_vit("dinov3_vitl16_sat")
-
-
-@pytest.mark.skipif(not REAL.is_dir(), reason="GKD_TEST_DATA names no folder with data/weights and data/imagenet")
-@pytest.mark.parametrize("file, mean, measured", [
-    ("vit_tiny_patch16_224.augreg_in21k_ft_in1k", 0.5, 83), ("deit_tiny_patch16_224", 0.485, 86)])
-def test_real_weights_classify_imagenet(file, mean, measured):
-    """The file's own head on our CLS: short side 240, the middle 240; every tenth class (of all, 83.1 and 80.5 %)."""
-    vit = qsd.load_vit(REAL / f"weights/{file}.pth", img_size=240).requires_grad_(False)
-    head = torch.load(REAL / f"weights/{file}.pth", weights_only=True)
-    assert vit.mean[0] == mean and vit.name in qsd.ENCODERS
-    right = 0
-    for label, folder in list(enumerate(sorted((REAL / "imagenet/train").iterdir())))[::10]:
-        image = data.read_image(next(folder.iterdir())).float()
-        image = TF.resize(image, 240, TF.InterpolationMode.BICUBIC, antialias=False).round().clamp(0, 255)
-        cls, _ = vit(data.normalize(TF.center_crop(image, 240)[None], vit.mean, vit.std))
-        right += (cls @ head["head.weight"].T + head["head.bias"]).argmax().item() == label
-    assert abs(right - measured) <= 2, right  # JPEG decoders differ
 
 
 # --- Datasets: small files --------------------------------------------------------------------------------------------
@@ -1221,10 +1150,8 @@ def test_costs_matching_and_loss_equal_a_slow_reference_in_value_and_gradient(si
     torch.testing.assert_close(fast, slow, rtol=1e-5, atol=1e-5, check_dtype=False)
     fast_gradients, slow_gradients = [torch.autograd.grad(x, outputs.values()) for x in (fast, slow)]
     torch.testing.assert_close(fast_gradients, slow_gradients, rtol=1e-4, atol=1e-5)
-    outputs["embed"] = torch.full((3, 4, 5, 8), math.nan)  # a step that diverged still gives each class a query
-    cost = decoder.matching_cost(**outputs, classes=classes, masks=masks, generator=None)
-    _, class_of_query = decoder.match(cost, classes, real)
-    assert cost.isfinite().all() and (class_of_query < 3).sum() == 3 * real.sum()
+    outputs["embed"] = torch.full((3, 4, 5, 8), math.nan)  # a step that diverged
+    assert decoder.matching_cost(**outputs, classes=classes, masks=masks, generator=None).isfinite().all()
 
 
 def test_points_lie_where_masks_are_uncertain_and_those_at_all_pixels_give_the_dense_losses(monkeypatch):
@@ -1296,20 +1223,14 @@ def test_parameters_are_those_of_the_paper():
 
 def test_initial_weights_are_drawn_as_mmdet_draws_them():
     decoder = MaskDecoder(384, 19, width=256, queries=100, layers=1, ffn=2048, pixel="deform", pixel_layers=1)
-    for name, p in decoder.named_parameters():
-        if name.endswith("bias"):
-            assert bool(p.any()) == bool(re.search("ffn|mask_embed|cls_embed|sampling_offsets", name)), name
-        elif p.ndim > 1:
-            fan_in = p[0].numel()
-            fans = fan_in + p[:, 0].numel()
-            draws = {"query|level": ("normal", 1), r"_attn\.(in|out)_proj|ffn": ("normal", math.sqrt(2 / fans)),
-                     "mask_embed|cls_embed": ("uniform", fan_in ** -0.5),
-                     r"lateral|embed\.\d": ("uniform", math.sqrt(3 / fan_in)),
-                     "input_convs|value_proj|output_proj": ("uniform", math.sqrt(6 / fans)), "": ("uniform", 0)}
-            draw, size = next(how for names, how in draws.items() if re.search(names, name))
-            assert p.std().item() == pytest.approx(size / math.sqrt(3 if draw == "uniform" else 1), rel=0.06), name
-            assert (p.abs().max() <= size) == (draw == "uniform"), name
-    start = decoder.pixel_decoder.layers[0].self_attn.sampling_offsets.bias.view(4, 3, 4, 2)
+    attention = decoder.pixel_decoder.layers[0].self_attn
+    for layer, deviation in [
+            (decoder.query_feat, 1), (decoder.layers[0].cross_attn.out_proj, 512 ** -0.5 * 2 ** 0.5),
+            (decoder.layers[0].ffn[0], 2304 ** -0.5 * 2 ** 0.5), (attention.value_proj, 512 ** -0.5 * 2 ** 0.5),
+            (attention.attention_weights, 0), (decoder.pixel_decoder.lateral[0], 384 ** -0.5),
+            (decoder.pixel_decoder.input_convs[0][0], 640 ** -0.5 * 2 ** 0.5)]:
+        assert layer.weight.std().item() == pytest.approx(deviation, rel=0.06)
+    start = attention.sampling_offsets.bias.view(4, 3, 4, 2)
     torch.testing.assert_close(start[:2, 1, 2], torch.tensor([[3.0, 0], [0, 3]]))  # the third points of two heads
 
 
@@ -1348,10 +1269,6 @@ THEIRS = {  # what mmsegmentation calls a part of a name of ours
     r"(convs\.\d)\.1": r"\1.gn", r"ffn\.0": "ffn.layers.0.0", r"ffn\.2": "ffn.layers.1"}
 
 
-def normal_numbers(name, shape):
-    return np.random.RandomState(zlib.crc32(name.encode())).standard_normal(shape)
-
-
 def recorded_value(key, shape):
     values = normal_numbers(f"segmenter {key}", shape)
     if len(shape) == 1 and key.endswith("weight"):
@@ -1375,12 +1292,8 @@ def as_released(depth=12, width=256, layers=9):
     return state
 
 
-def test_a_released_segmenter_computes_what_the_official_code_computes(tmp_path, monkeypatch):
-    package = types.ModuleType("mmengine")  # which is not there when the file is read
-    package.ConfigDict = type("ConfigDict", (dict,), dict(__module__="mmengine"))
-    with monkeypatch.context() as patch:
-        patch.setitem(sys.modules, "mmengine", package)
-        torch.save(dict(meta=package.ConfigDict(epoch=1), state_dict=as_released()), tmp_path / "iter_40000.pth")
+def test_a_released_segmenter_computes_what_the_official_code_computes(tmp_path):
+    torch.save(dict(meta=argparse.Namespace(epoch=1), state_dict=as_released()), tmp_path / "iter_40000.pth")
     model, saved = segment.load_segmenter(tmp_path / "iter_40000.pth")
     image = torch.from_numpy(normal_numbers("image", (1, 3, 80, 96))).float().double()
     slid, = evaluation.slide(model.double(), image, 64, 2 / 3)
@@ -1392,18 +1305,9 @@ def test_a_released_segmenter_computes_what_the_official_code_computes(tmp_path,
 def test_a_released_state_dict_that_does_not_fit_is_one_line_and_one_that_does_becomes_a_segmenter(tmp_path):
     path = tmp_path / "a.pth"
     state = as_released(depth=1, width=32, layers=1)
-    for key, value, reason in [("decode_head.query_feat.weight", None, "query_feat.weight is missing"),
-                               ("decode_head.transformer_decoder.layers.0.norms.1.bias", None, "layers.0.norms.1.bias"),
-                               ("auxiliary_head.conv.weight", torch.zeros(5), "Unexpected .* \"auxiliary_head."),
-                               ("decode_head.cls_embed.weight", torch.zeros(151, 32), "100 queries for 150 classes")]:
-        torch.save({name: x for name, x in (state | {key: value}).items() if x is not None}, path)
-        with pytest.raises(qsd.UserError, match=reason) as error:
-            segment.load_segmenter(path)
-        assert "\n" not in str(error.value) and len(str(error.value)) < 600
-    torch.save(state, path)
-    command = f"--data toy --encoder toy_small --freeze no --kd_logits 1 --teacher {path} --out {tmp_path}/a"
-    with pytest.raises(qsd.UserError, match="was trained on other classes than --data toy has"):
-        segment.main(command.split())
+    torch.save({key: p for key, p in state.items() if "query_feat" not in key}, path)
+    with pytest.raises(qsd.UserError, match="a.pth is no segmenter.pt, nor a whole released one: .*query_feat.weight is"):
+        segment.load_segmenter(path)
     head = {"decode_head.cls_embed.weight": torch.zeros(20, 32), "decode_head.cls_embed.bias": torch.zeros(20)}
     torch.save(state | head, path)
     _, saved = segment.load_segmenter(path)
