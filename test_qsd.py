@@ -234,7 +234,6 @@ def test_attention_is_computed_in_fp32_under_autocast():
 # DINOv2's positions, the student's file before resizing, and these numbers: the norms of the teacher's CLS tokens
 # and patches, L_feat, L_mask, L_cls, their sum, the norm of all heads' gradients, and the sum over the encoder's
 # parameters, in the order of their names, of 1, 2, 3, ... times the norm of its gradient.
-
 OFFICIAL_STEP = {
     "DeiT, proxy stage": (56, 14, 0.1, dict(patch_size=16, img_size=64, layerscale=False), (
         17.7421506861, 69.2917240534, 2.22590580787, 2.40342600265, 2.15047808621,
@@ -2239,13 +2238,13 @@ def test_ap_of_boxes_at_random_is_that_of_vocs_own_loop():
         corners = rng.uniform(0, 6, (16, 2))
         boxes = np.column_stack([corners, corners + rng.uniform(3, 6, (16, 2)), rng.integers(0, 3, 16)])
         found = np.column_stack([boxes[:12], np.sort(rng.random(12))[::-1]])
-        objects = np.column_stack([boxes[12:], rng.integers(0, 2, 4)])  # the last is whether it is difficult
-        images.append((found, objects))
+        images.append((found, np.column_stack([boxes[12:], rng.integers(0, 2, 4)])))  # half of them difficult
     verdicts = [evaluation.matched(torch.from_numpy(found), torch.from_numpy(objects)) for found, objects in images]
     classes, scores, hits = torch.cat(verdicts).numpy().T
     kinds, difficult = np.concatenate([objects for _, objects in images])[:, 4:].T
     for k in range(4):  # there is none of the last class
-        ap = evaluation.average_precision(scores[classes == k], hits[classes == k], sum((kinds == k) & (difficult == 0)))
+        count = sum((kinds == k) & (difficult == 0))
+        ap = evaluation.average_precision(scores[classes == k], hits[classes == k], count)
         assert ap == pytest.approx(slow_ap(images, k), nan_ok=True) and ap != 0
 
 
