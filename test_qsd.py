@@ -759,8 +759,7 @@ def test_batches_are_the_same_for_any_workers_processes_and_micro_batches_and_af
             (dict(start_step=1, rank=1, world=2, accumulate=2), 2, slice(6, 8))):
         batches = itertools.islice(data.loader(dataset, 4, seed=5, **options), count)
         for found, expected in zip(zip(*batches), whole):
-            assert torch.equal(torch.cat(found), expected[draws])
-    assert dataset.seed == 5
+            assert torch.equal(torch.cat(found), expected[draws]) and dataset.seed == 5
 
 
 def test_shuffles_label_fractions_and_all_that_is_random_about_an_item_follow_from_their_seeds_alone():
@@ -2054,8 +2053,7 @@ def test_corruptions_grow_with_severity_and_follow_from_the_image_alone(name):
 
 def test_impulse_noise_blackens_and_whitens_equally_many_pixels():
     noisy = data.corrupt(torch.full((3, 200, 200), 128, dtype=torch.uint8), "impulse_noise", 3)
-    shares = noisy.flatten().bincount() / noisy.numel()
-    assert shares[[0, 255]].tolist() == pytest.approx([0.045, 0.045], rel=0.06)
+    assert (noisy.flatten().bincount()[[0, 255]] / noisy.numel()).tolist() == pytest.approx([0.045, 0.045], rel=0.06)
 
 
 # --- Boxes: Faster R-CNN as a decoder, and AP -------------------------------------------------------------------------
