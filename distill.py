@@ -134,7 +134,7 @@ def learning_rate(cfg, fraction):
 def main(argv=None):
     cfg = configure(Config, preset, argv)
     only_timed = cfg.bench != "no"
-    if only_timed:                                                  # no files are read or written; --bench is a name
+    if only_timed:                                                  # no run is read or written, its name is printed
         cfg = replace(cfg, pretrained=False, out="--bench")
     run = Run(cfg, "student.pt")                                    # joins the processes, looks at --out
     if run.finished:
@@ -148,7 +148,7 @@ def main(argv=None):
     teacher = load_vit(cfg.teacher, pretrained=not only_timed, offset=cfg.hub_offset).to(run.device)
     teacher.eval().requires_grad_(False)
     student = load_vit(cfg.student, depth=cfg.student_depth, pretrained=cfg.pretrained).to(run.device)
-    objective = qsd.build_objective(student, teacher, cfg).to(run.device)
+    objective = qsd.build_objective(student, teacher, cfg).to(run.device)   # official: fresh heads in each stage
     ancestors = qsd.ledger_of(cfg.student)
     learner = Learner(student, objective)
     N = (cfg.size // cfg.patch) ** 2
@@ -197,7 +197,7 @@ def main(argv=None):
             run.after()                                             # ledger, log, checkpoint, signals
 
         ledger = ancestors + [dict(script="distill", data=cfg.data, **run.ledger)]
-        checkpoint = qsd.student_checkpoint(student)                # timm's keys
+        checkpoint = qsd.student_checkpoint(student)                # timm's keys; the heads are for figure 7b
         run.finish(checkpoint | dict(objective=objective.state_dict(), config=dataclasses.asdict(cfg), ledger=ledger))
 
 

@@ -1157,7 +1157,6 @@ def segment_images(cfg, device):
 
 class Scores(torch.nn.Module):
     """What is exported: normalised images (B, 3, H, W) -> class scores (B, K, H, W)."""
-
     def __init__(self, segmenter):
         super().__init__()
         self.segmenter = segmenter

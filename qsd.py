@@ -94,7 +94,7 @@ class QSD(nn.Module):
             self.varphi = None  # phi is drawn as it is beside learned queries
 
     def forward(self, v_s, v_t):
-        W = self.weights(v_s, v_t)  # (B, N, N)
+        W = self.weights(v_s, v_t)  # σ(W), (B, N, N)
         return matmul_fp32(W, self.phi(v_s)), W  # Eq. 8  (B, N, C_t)
 
     def weights(self, v_s, v_t):
@@ -272,7 +272,7 @@ class AfDCD(Objective):
         group = which % self.groups
         same_group = (group[:, None] == group) & (which[:, None] != which)
         logits = (-distance / self.tau).masked_fill(same_group, float("-inf"))  # the positive and other groups' vectors
-        L_con = self.groups * F.cross_entropy(logits.mT, which.expand(len(logits), -1))
+        L_con = self.groups * F.cross_entropy(logits.mT, which.expand(len(logits), -1))  # a sum over groups
         return {"L_fd": L_fd, "L_con": L_con, "loss": L_fd + self.contrast * L_con}
 
     def vectors(self, f):
@@ -333,7 +333,7 @@ class ViTKD(Objective):
     def forward(self, student, x, s, t, noise):
         first, second, last = [align(out) for align, out in zip(self.align, s[2])]  # each (B, N, C_t)
         first_t, second_t, last_t = t[2]
-        L_mimic = F.mse_loss(first.float(), first_t) + F.mse_loss(second.float(), second_t)
+        L_mimic = (F.mse_loss(first.float(), first_t) + F.mse_loss(second.float(), second_t)) / 2
 
         hidden = random_mask(noise, self.hidden)[..., None]       # (B, N, 1)
         f = torch.where(hidden, self.token.to(last.dtype), last)
@@ -446,7 +446,8 @@ ENCODERS = {  # size, patch, image, official file, its SHA-256, what differs fro
     "deit_tiny_distilled":  Encoder(*TI, 16, 224, DEIT + "deit_tiny_distilled_patch16_224-b40b3cf7.pth", "b40b3cf7"),
     "deit_small_distilled": Encoder(*S, 16, 224, DEIT + "deit_small_distilled_patch16_224-649709d9.pth", "649709d9"),
     "deit_base_distilled":  Encoder(*B, 16, 224, DEIT + "deit_base_distilled_patch16_224-df68dfff.pth", "df68dfff"),
-    "vit_tiny_augreg":      Encoder(*TI, 16, 224, TIMM + "/resolve/main/pytorch_model.bin", file=TIMM + ".pth", **HALF),
+    "vit_tiny_augreg":      Encoder(*TI, 16, 224, TIMM + "/resolve/main/pytorch_model.bin",
+                                    file="vit_tiny_patch16_224.augreg_in21k_ft_in1k.pth", **HALF),
     "dino_vits16":          Encoder(*S, 16, 224, DINO + "dino_deitsmall16_pretrain/dino_deitsmall16_pretrain.pth"),
     "dino_vitb16":          Encoder(*B, 16, 224, DINO + "dino_vitbase16_pretrain/dino_vitbase16_pretrain.pth"),
     "dinov2_vits14":        Encoder(*S, 14, 518, V2 + "vits14/dinov2_vits14_pretrain.pth", "b938bf1b", **LS),
@@ -531,7 +532,7 @@ class SwiGLU(nn.Module):
     """A gate times a value; two thirds as wide as mlp: three matrices cost as much as its two."""
     def __init__(self, e):
         super().__init__()
-        hidden = 2 * e.mlp_ratio * e.embed_dim // 3  # a multiple of 8, as in DINO's code
+        hidden = 2 * e.mlp_ratio * e.embed_dim // 3  # DINO rounds to a multiple of 8, as its sizes are
         self.fused = not (e.sub_ln or e.rope == "dinov3")  # w12 makes gate and value
         if self.fused:
             self.w12 = nn.Linear(e.embed_dim, 2 * hidden)
@@ -866,6 +867,7 @@ FILES = {  # how files begin that torch.load cannot read, and what they are
     rb"version https://git-lfs": "a pointer of Git LFS, not the file itself: fetch that with git lfs pull",
     rb"\s*<": "a web page: what the address gave is no file of weights",
     rb"\x1f\x8b|PK(?!.*(data\.pkl|\.npy))": "an archive: unpack it and give the file in it",
+    rb"\x93NUMPY|PK.*\.npy": "NumPy's, as of a JAX model: torch.save a dict of tensors that have PyTorch's layout",
     rb"PK.*constants\.pkl": "TorchScript, a program: torch.save the state_dict() of the model it was made of",
 }
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -1000,7 +1002,8 @@ def find_encoder(path, tensors):
         if re.search(pattern, " ".join(state)):
             raise UserError(f"{path} holds {family}")
     if not encoders:
-        raise UserError(f"{path} holds no encoder, no patch_embed.proj.weight, but {list(state)[:3]}")
+        raise UserError(f"{path} holds no encoder, no patch_embed.proj.weight, but {list(state)[:3]}; "
+                        "torch.save a state dict of tensors, not a model or NumPy's arrays")
     shapes = [tensor.shape for tensor in state.values()]
     for other, tensors in encoders.items():  # a teacher of the student's shapes is its average: DINO's training
         if "student" in prefix and "teacher" in other and [tensor.shape for tensor in tensors.values()] == shapes:

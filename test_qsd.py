@@ -166,7 +166,7 @@ def slow_vitkd(objective, student, x, t, noise):
     outs = [align(out) for align, out in zip(objective.align, student.tokens(x, layers=(0, 1, 2))[2])]
     hidden = slow_mask(noise, 0.5)
     mixed = torch.where(hidden[..., None], objective.token, outs[2]).mT.unflatten(2, (3, 5))
-    L_mimic = sum((outs[i] - t[2][i]).square().mean() for i in (0, 1))
+    L_mimic = sum((outs[i] - t[2][i]).square().mean() for i in (0, 1)) / 2
     L_generate = (objective.project(mixed).flatten(2).mT - t[2][2])[hidden].square().mean()
     return {"L_mimic": L_mimic, "L_generate": L_generate, "loss": 4.5 * L_mimic + 0.23 * L_generate}
 
@@ -523,6 +523,8 @@ BAD_FILES = [  # how small.pth, of path p and state s, is made wrong, and what t
     (lambda p, s: torch.save([Path("x")], p), "small.pth holds no dict of tensors, but list: save the state dict"),
     (lambda p, s: p.write_text("<!DOCTYPE html><title>404</title>"), "small.pth is a web page: what the address gave"),
     (lambda p, s: p.write_text("version https://git-lfs.github.com/spec/v1"), "small.pth is a pointer of Git LFS"),
+    (lambda p, s: np.savez(p.open("wb"), w=s[KEY].numpy()), "small.pth is NumPy's, as of a JAX model: torch"),
+    (lambda p, s: torch.save({KEY: s[KEY].numpy()}, p), r"but \[\]; torch.save a state dict of tensors, not"),
     (lambda p, s: torch.jit.script(torch.nn.ReLU()).save(p), "small.pth is TorchScript, a program: torch.save"),
     (lambda p, s: p.write_bytes(pickle.dumps(Trap(), protocol=2)), "small.pth is truncated, damaged or no checkpoint"),
 ]
@@ -698,13 +700,14 @@ def test_each_dataset_is_read_from_its_true_layout_without_complaint(sets, files
             assert data.preflight(name, root) == 0
 
 
-def test_tiles_cover_an_image_and_a_tiff_is_unpacked_again_only_when_it_is_newer(tmp_path):
+def test_tiles_cover_an_image_and_a_tiff_is_unpacked_again_only_when_it_is_newer(tmp_path, monkeypatch):
     rng = np.random.default_rng(0)
     path = tmp_path / "top_potsdam_2_10_RGB.tif"
     classes = rng.integers(0, 6, (700, 600))
     shades = np.abs(np.array([*ISPRS])[classes] - rng.integers(0, 128, (700, 600, 3)))  # as in tile 4_12
     Image.fromarray(shades.astype(np.uint8)).save(tmp_path / "top_potsdam_2_10_label_noBoundary.tif")
-    for _ in range(2):
+    for writable in (False, True, True):
+        monkeypatch.setattr(os, "access", lambda *given: writable)
         image = rng.integers(0, 256, (700, 600, 3), np.uint8)
         Image.fromarray(image).save(path, compression="tiff_lzw")
         for unpacked in tmp_path.glob("*.npy"):
@@ -713,6 +716,7 @@ def test_tiles_cover_an_image_and_a_tiff_is_unpacked_again_only_when_it_is_newer
         for (tile, label, _), (top, left) in zip(tiles, [(0, 0), (0, 88), (188, 0), (188, 88)], strict=True):
             assert (tile.permute(1, 2, 0).numpy() == image[top:top + 512, left:left + 512]).all()
             assert (label.numpy() == classes[top:top + 512, left:left + 512]).all()
+        assert len([*tmp_path.glob("*.npy")]) == 2 * writable
     Image.new("RGB", (600, 700)).save(path)
     os.utime(path, (0, 0))
     assert data.read_image(path).any()
@@ -720,6 +724,7 @@ def test_tiles_cover_an_image_and_a_tiff_is_unpacked_again_only_when_it_is_newer
 
 WRONG_FILES = [  # set (with --classes) and split, the files of its folder, the one line
     ("gtav train", "images/1.png=0 labels/1.png=7 labels/2.png=7", r"labels/2.png: its partner is missing \(one of 1"),
+    ("gtav train", "images/1.png=0 labels/a/1.png=7", "holds no files like labels/.*; there are labels/a/1.png and 0"),
     ("gtav val", "images/1.png=0", "--data gtav: has no val split, only train"),
     ("cityscapes train", "gtav/images/1.png=0", "--root .*: no such folder as .*cityscapes"),
     ("gtav+camvid train", "images/1.png=0", r"--data gtav\+camvid: these sets have different classes"),
