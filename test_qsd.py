@@ -1560,7 +1560,7 @@ def train_together(teacher, student, out):
     curves = {}
     world = distill.world_size()
     last = distill.rank() == world - 1
-    for name in ("qsd", "cwd", "joined", "masks", "one-stage"):
+    for name in ("qsd", "masks", "one-stage"):
         script, more = RUNS[name]
         argv = flags_of(teacher, student, script, out / name, f"--batch 8 --micro {8 if world == 1 else 2} {more}")
         norms = []
