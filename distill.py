@@ -55,7 +55,7 @@ class Config(qsd.LossConfig):
     teacher: str = "dinov2_vitb14"  # a name of qsd.ENCODERS or a checkpoint
     student: str = "deit_small_distilled"  # likewise; the source stage gets the proxy stage's student.pt
     pretrained: bool = True         # no: the student starts from random weights
-    student_depth: int | None = None  # only the student's first k blocks
+    student_depth: int | None = None  # only the student's first k blocks; 0: all
     out: str = "runs/distill"       # log.jsonl, last.pt, student.pt
     # images
     size: int = 512                 # side of the square crop, pixels (proxy 224)
@@ -333,7 +333,7 @@ class Run:
             self.ledger[name] += amount
         self.bar.total = max(round(self.ledger["steps"] / self.fraction), self.ledger["steps"])
         self.bar.update()
-        if self.ledger["steps"] % self.cfg.log_every == 0 or self.fraction >= 1:
+        if self.ledger["steps"] % max(1, self.cfg.log_every) == 0 or self.fraction >= 1:
             self.report()
         if stop or time.monotonic() - self.saved_at > 60 * self.cfg.save_minutes:
             self.save()

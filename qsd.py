@@ -45,7 +45,7 @@ class LossConfig:
     feat_with_cls: bool = True  # official: L_feat is the mean over [CLS; patches]; paper: patches
     mask_ratio: float = 0.5     # share of the patches hidden in a masked image: int(mask_ratio N) exactly
     mask_all: bool = False      # no: every second image is masked (official: half of them); yes: all (paper)
-    attention: Literal["learned", "identity", "teacher"] = "learned"  # who queries: v_s (paper), nobody (W = 1), v_t
+    attention: Literal["learned", "identity", "teacher"] = "learned"  # who queries: v_s (paper), none (σ(W) = I), v_t
     scale: Literal["one", "sqrt"] = "one"  # the attention's logits times 1 (paper) or times C_t^-1/2
     layers: Literal["last", "four"] = "last"  # paper: the last; four: also the others that a decoder reads
     # every objective
@@ -62,7 +62,7 @@ class Objective(nn.Module):
     images; t = (cls, patches, outs) is the teacher's pass: (B, C_t), (B, N, C_t), raw outputs of layers_t; s is the
     student's. noise (B, N), uniform in 0..1, is the only source of randomness.
     """
-    weight = 1.0  # the published weight beside a task loss, for the mean reductions here
+    weight = 1.0  # the published weight beside a task loss, which segment.py multiplies by
     reads_s = True  # False: it makes its own pass, s is None
     layers_s = layers_t = ()  # blocks whose raw outputs it reads
 
@@ -185,7 +185,7 @@ class GKD(Objective):
 
 
 def masked_images(config):
-    """Which images of a micro-batch are masked: every second one, so of the batch, too, as it holds whole pairs."""
+    """Which images are masked: all, or the even draws, as micro-batches are even numbers of consecutive draws."""
     return slice(0, None, 1 if config.mask_all else 2)
 
 
@@ -267,7 +267,7 @@ class AfDCD(Objective):
         f_t = t[1].mT.unflatten(2, (h, w))
         L_fd = F.mse_loss(f_s, f_t)
 
-        distance = torch.cdist(self.vectors(f_s), self.vectors(f_t), p=1)  # (B P, 16 M, 16 M)
+        distance = torch.cdist(self.vectors(f_s), self.vectors(f_t), p=1)  # (B P, 16 M, 16 M): at M position + group
         which = torch.arange(distance.shape[1], device=x.device)
         group = which % self.groups
         same_group = (group[:, None] == group) & (which[:, None] != which)
@@ -743,9 +743,8 @@ def load_vit(name_or_path, img_size=None, patch_size=None, depth=None, pretraine
         vit = ViT(**resized(values, img_size, patch_size, depth))
     load_strictly(stored, state, f"{path} does not fit the encoder", assign=True)
     if vit.pos_embed is not None and vit.grid != stored.grid:
-        if not values["layerscale"] or values["registers"]:  # any but DINOv2 without registers
-            offset = 0.0
         antialias = ANTIALIAS or values["registers"] > 0  # as in DINOv2's hub models
+        offset = offset if values["layerscale"] and not values["registers"] else 0.0  # DINOv2 without them alone
         state["pos_embed"] = resize_pos_embed(state["pos_embed"], stored.grid, vit.grid, offset, antialias)
         how = "antialiased" if antialias else f"offset {offset:g}"
         notes.append("pos_embed {}x{} -> {}x{} (bicubic, {})".format(*stored.grid, *vit.grid, how))

@@ -362,8 +362,8 @@ def test_timms_own_files_give_timms_features_and_timm_reads_a_students_checkpoin
     if "giant" in TIMM[name] or "base" in TIMM[name]:
         create = partial(create, embed_dim=192, num_heads=3)  # narrower
     model = shuffle(create(img_size=112))
-    safetensors.save_file(model.state_dict(), tmp_path / f"{name}.safetensors")
-    vit = qsd.load_vit(tmp_path / f"{name}.safetensors")
+    safetensors.save_file(model.state_dict(), tmp_path / f"{name}.bin")  # under which torch does not read it
+    vit = qsd.load_vit(tmp_path / f"{name}.bin")
     assert_equals_timm(vit, model, (112, 112))
     if name in qsd.ENCODERS:
         img_size = 256 if name.startswith("dinov3") else 112
@@ -1466,9 +1466,9 @@ def test_steps_that_are_not_finite_are_skipped_and_counted_and_too_many_in_a_row
     assert spent == [("distill", 3, 12, 768, 0), (script, 10, 40, 2560, 5)]
 
 
-@pytest.mark.parametrize("budget", [2, 9])
-def test_weights_that_a_step_has_ruined_are_neither_saved_nor_a_result(budget, flags, tmp_path):
-    argv = flags("distill", tmp_path / "a", f"--loss mse --budget {budget} --save_minutes 0")
+@pytest.mark.parametrize("more", ["--budget 2", "--budget 9 --save_minutes 0"])
+def test_weights_that_a_step_has_ruined_are_neither_saved_nor_a_result(more, flags, tmp_path):
+    argv = flags("distill", tmp_path / "a", f"--loss mse {more}")
     interrupt("distill", argv)
     good = contents(tmp_path / "a")["last.pt"]
     def ruin(run):
