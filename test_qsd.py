@@ -1373,7 +1373,7 @@ def test_a_flag_beats_the_preset_of_data_and_stage_which_beats_the_default():
 
 # --- Runs: resumed ----------------------------------------------------------------------------------------------------
 
-RUNS = {name: ("distill", f"--loss {name}") for name in qsd.LOSSES} | {
+RUNS = {name: ("distill", f"--loss {name} --size 32") for name in qsd.LOSSES} | {
     "joined": ("segment", "--data toy+toy-arcade --labels 1/4 --workers 1"), "masks": ("segment", "--decoder mask"),
     "one-stage": ("segment", f"{ONE_STAGE} --kd 1 --kd_logits 1 --loss vitkd")}
 
