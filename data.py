@@ -291,7 +291,6 @@ def toy_look(rng, domain):
 
 class ToyCanvas:
     """A scene while it is drawn, back to front: object number per pixel, class and distance per object."""
-
     def __init__(self, rng):
         self.rng = rng
         self.map = Image.new("L", (64, 64), 0)
@@ -625,7 +624,6 @@ def locate(root, entry):
 
 class Samples:
     """The Samples of a set with files, made one by one from rows of names (image[, label])."""
-
     def __init__(self, entry, folder, rows):
         self.entry = entry
         self.folder = folder
@@ -756,7 +754,6 @@ def pieces(sample):
 
 class Scenes(torch.utils.data.Dataset):
     """Items (image[, label], draw), by key (index, draw) or index; random by (seed, draw) alone."""
-
     def __init__(self, samples, transform, labelled, training):
         self.samples = samples
         self.transform = transform

@@ -55,7 +55,7 @@ class Config(qsd.LossConfig):
     teacher: str = "dinov2_vitb14"  # a name of qsd.ENCODERS or a checkpoint
     student: str = "deit_small_distilled"  # likewise; the source stage gets the proxy stage's student.pt
     pretrained: bool = True         # no: the student starts from random weights
-    student_depth: int | None = None  # only the student's first k blocks; 0: all
+    student_depth: int | None = None  # only the student's first k blocks
     out: str = "runs/distill"       # log.jsonl, last.pt, student.pt
     # images
     size: int = 512                 # side of the square crop, pixels (proxy 224)
@@ -482,6 +482,8 @@ def cli(main):
     except UserError as error:
         print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:                                       # before the first step or after the last
+        sys.exit(128 + signal.SIGINT)
     if dist.is_initialized():
         dist.destroy_process_group()
 

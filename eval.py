@@ -372,9 +372,7 @@ def as_released(p, role, encoder, ending="", **flags):
     trained = {}
     if encoder == "eva02_base" and role != "teacher":
         trained = dict(freeze=False, lr_backbone=1e-4)  # the decoder's; officially with drop path 0.15
-    if encoder == "eva02_small":
-        trained = dict(freeze=False)
-    if encoder in ("dinov2_vits14", "dinov2_vitb14") and p.source == "cityscapes":
+    if encoder == "eva02_small" or (encoder in ("dinov2_vits14", "dinov2_vitb14") and p.source == "cityscapes"):
         trained = dict(freeze=False)
     return task(p, f"{role}-{'tuned' if trained else 'frozen'}{ending}", encoder, **trained, **flags)
 

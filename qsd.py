@@ -714,7 +714,10 @@ def resized(values, img_size, patch_size, depth):
     if img_size is None:
         size = values["img_size"]
         img_size = size // patch * patch if isinstance(size, int) else tuple(n // patch * patch for n in size)
-    return values | dict(img_size=img_size, patch_size=patch, depth=depth or values["depth"])
+    depth = values["depth"] if depth is None else depth
+    if not 1 <= depth <= values["depth"]:
+        raise UserError(f"depth must be 1 to {values['depth']} for {values['name']}, not {depth}")
+    return values | dict(img_size=img_size, patch_size=patch, depth=depth)
 
 
 # --- Loading --------------------------------------------------------------------------------------------------------
@@ -754,8 +757,7 @@ def load_vit(name_or_path, img_size=None, patch_size=None, depth=None, pretraine
         notes.append(f"patch {stored.patch_size} -> {vit.patch_size} (bicubic)")
     if vit.depth != stored.depth:
         notes.append(f"the first {vit.depth} of {stored.depth} blocks")
-    kept = {key: state[key] for key in vit.state_dict() if key in state}
-    load_strictly(vit, kept, f"{path} does not hold {vit.depth} blocks", assign=True)
+    vit.load_state_dict({key: state[key] for key in vit.state_dict()}, assign=True)
     say(f"{vit.name}: " + "; ".join([str(path)] + notes))
     return vit
 

@@ -240,6 +240,8 @@ class MaskDecoder(nn.Module):
     def __init__(self, dim, num_classes, width=64, queries=32, layers=3, heads=4, ffn=256,
                  pixel="fpn", pixel_layers=6, pixel_ffn=1024, points=12544):
         super().__init__()
+        if width % 32 or width % heads:
+            raise UserError(f"--width {width}: GroupNorm wants a multiple of 32, and attention one of --heads {heads}")
         if queries < num_classes:
             raise UserError(f"{queries} queries for {num_classes} classes: each class needs a query of its own")
         self.num_classes = num_classes
@@ -655,8 +657,7 @@ def load_segmenter(path, device="cpu"):
     try:
         if "classes" not in saved:
             saved = from_mmsegmentation(path, saved.get("state_dict", saved))
-        known = {name: value for name, value in saved["config"].items() if hasattr(Config, name)}
-        cfg = Config(**known)
+        cfg = Config(**{name: value for name, value in saved["config"].items() if hasattr(Config, name)})
         encoder = qsd.ViT(**saved["encoder"])
         decoder = build_decoder(encoder.embed_dim, len(saved["classes"]), cfg)
         model = Segmenter(encoder, decoder, blocks=cfg.blocks)

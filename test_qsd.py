@@ -421,7 +421,7 @@ def test_asked_sizes_and_depth_are_applied_and_printed_and_positions_are_resized
     assert torch.equal(loaded.pos_embed[:, 1:], patches.flatten(2).mT)
     assert capsys.readouterr().out.endswith("mask_token is new; pos_embed 4x4 -> 3x6 (bicubic, antialiased); "
                                             "patch 8 -> 16 (bicubic); the first 1 of 2 blocks\n")
-    with pytest.raises(qsd.UserError, match="small.pth does not hold 3 blocks"):
+    with pytest.raises(qsd.UserError, match="depth must be 1 to 2 for small, not 3"):
         qsd.load_vit("small.pth", depth=3)
 
 
@@ -1519,6 +1519,8 @@ MISTAKES = {    # a command as typed, and what its one line says
     f"{D} --out {{teacher.parent.parent}}": "holds something else than a run; choose another --out",
     f"{S} --out {{teacher}}": "segmenter.pt holds something else than a run",
     f"{S} --out {{student.parent}}": "student holds a run with other constants (",
+    f"{S} --decoder mask --heads 3": "attention one of --heads 3",
+    f"{D} --student_depth 0": "depth must be 1 to 4 for toy_student, not 0",
     f"{S} --encoder toy_small --kd 1": "add --freeze no and --teacher",
     f"{S} --encoder toy_small --freeze no --teacher toy_base": "--teacher toy_base teaches nothing: add --kd 1",
     f"{S} --encoder toy_small --freeze no --loss cwd": "--loss cwd distils nothing: add --kd 1",
