@@ -1,7 +1,7 @@
 """Every dataset of the paper, read as downloaded, and the augmentations of both stages.
 
-An image is uint8 (3, H, W), a label int64 (H, W) of class numbers and 255 = ignore, or boxes: see as_label. A domain is
-a row of DATASETS; sources join with "+" (gtav+synthia). Check a download:
+An image is uint8 (3, H, W), a label int64 (H, W) of classes and 255 = ignore, or boxes: see as_label.
+A domain is a row of DATASETS; sources join with "+" (gtav+synthia). Check a download:
 
     python data.py --data gtav --root /data --out gtav.png  # exit status 1 if a file is wrong
 """
@@ -38,7 +38,7 @@ from qsd import UserError, say
 IGNORE = 255            # label of a pixel that no loss and no metric sees
 UNKNOWN = 254           # a label value that the dataset's table does not name
 FILL = (124, 116, 104)  # the mean as a pixel, for what lies outside an image
-DARK = 32               # images with no value above it are no photographs: 12 bits in 16 look so
+DARK = 32               # if no value is above it, 12 bits were saved as 16
 TRIES = 10              # as many training images in a row may be unreadable
 OBJECTS = 100           # rows of a label of boxes, as images of a batch need equally many
 SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
@@ -49,7 +49,7 @@ BROKEN = (OSError, ValueError, SyntaxError, RuntimeError, Image.DecompressionBom
 # --- Files to pixels ------------------------------------------------------------------------------------------------
 
 def read_image(path, own=False):
-    """Read an image as RGB, uint8 (3, H, W); one's own stand upright, as their EXIF data say."""
+    """Read an image as RGB, uint8 (3, H, W); one's own upright, as EXIF says."""
     try:
         pixels = read_rgb(path, upright=True) if own else read_mapped(path)
         return torch.from_numpy(pixels).permute(2, 0, 1)
@@ -62,16 +62,16 @@ def read_rgb(path, upright=False):
     with Image.open(path) as image:
         if upright:
             image = ImageOps.exif_transpose(image)
-        if image.mode[0] in "IF":  # 16-bit grey becomes 8 bits, where Pillow would cut it off at 255
+        if image.mode[0] in "IF":  # 16-bit grey, which Pillow would cut off at 255
             values = np.asarray(image)
             if image.mode == "F" or values.min() < 0 or values.max() > 65535:
                 raise ValueError("which of its numbers is white? Save it with 8 or 16 bits")
-            image = Image.fromarray(((values.astype(np.uint32) * 255 + 32767) // 65535).astype(np.uint8))
+            image = Image.fromarray((values / 257).round().astype(np.uint8))
         return np.array(image.convert("RGB"))
 
 
 def read_mapped(path):
-    """read_rgb, but TIFFs are unpacked once and mapped into memory: a tile reads its own rows only."""
+    """read_rgb, but TIFFs are unpacked once and mapped: a tile reads its own rows only."""
     if path.suffix.lower() not in (".tif", ".tiff"):
         return read_rgb(path)
     unpacked = path.with_name(f"{path.name}.npy")
@@ -101,7 +101,7 @@ def checked(label, values):
 
 
 def lookup_table(values, ignored=()):
-    """The class of each of 256 label values; `values` holds each class's value, or a list of them."""
+    """The class of each of 256 label values, from each class's value or list of values."""
     table = np.full(256, UNKNOWN, np.uint8)
     table[[*ignored, IGNORE]] = IGNORE
     for number, values_of_class in enumerate(values):
@@ -110,7 +110,7 @@ def lookup_table(values, ignored=()):
 
 
 def by_value(path, table):
-    """Class = table[value]; of a palette file the indices are the values, never the colours."""
+    """Class = table[value]; of a palette file the indices are the values, not colours."""
     image = Image.open(path)
     if image.format == "JPEG" or image.mode not in ("L", "P"):
         raise ValueError(f"a {image.format} of mode {image.mode}, not a PNG with one 8-bit channel")
@@ -138,7 +138,7 @@ def cityscapes_label(path):
 
 
 def synthia_label(path):
-    """The low bytes of a 16-bit PNG's first channel, where Pillow would read the high ones, zeros."""
+    """The low bytes of a 16-bit PNG's first channel; Pillow reads the high ones, zeros."""
     image = Image.open(path)
     image.tile = [(*where, mode.replace("RGB;16B", "RGB;16L")) for *where, mode in image.tile]
     values = np.asarray(image)[..., 0]
@@ -146,7 +146,7 @@ def synthia_label(path):
 
 
 def isprs_label(path, *tile):
-    """Six colours, and black for void; cut at 127, as tiles 4_12 and 6_7 hold shades of them."""
+    """Six colours, black for void; cut at 127: tiles 4_12 and 6_7 hold shades."""
     rgb = read_mapped(path)[tile]
     red, green, blue = np.moveaxis(rgb > 127, 2, 0)
     return checked(ISPRS_CLASS_OF[red * 4 + green * 2 + blue], rgb)
@@ -155,7 +155,7 @@ def isprs_label(path, *tile):
 # --- Files to boxes: the labels of a detection set ------------------------------------------------------------------
 
 def as_label(objects):
-    """(OBJECTS, 6): left, top, right, bottom, class, difficult (neither learned nor counted), then zeros."""
+    """(OBJECTS, 6): left, top, right, bottom, class, difficult (not to be counted), then zeros."""
     padding = (OBJECTS - len(objects)) * [6 * [0]]
     return np.array([*objects, *padding], np.float32)
 
@@ -181,23 +181,25 @@ def voc_boxes(path):
 
 # --- Class names, colours, lookup tables ----------------------------------------------------------------------------
 
+def rgb(text):
+    """The colours (red, green, blue) that a text names by hex numbers."""
+    return tuple(tuple(bytes.fromhex(color)) for color in text.split())
+
+
 CITYSCAPES_CLASSES = ("road", "sidewalk", "building", "wall", "fence", "pole", "traffic light", "traffic sign",
                       "vegetation", "terrain", "sky", "person", "rider", "car", "truck", "bus", "train", "motorcycle",
                       "bicycle")
-CITYSCAPES_COLORS = ((128, 64, 128), (244, 35, 232), (70, 70, 70), (102, 102, 156), (190, 153, 153), (153, 153, 153),
-                     (250, 170, 30), (220, 220, 0), (107, 142, 35), (152, 251, 152), (70, 130, 180), (220, 20, 60),
-                     (255, 0, 0), (0, 0, 142), (0, 0, 70), (0, 60, 100), (0, 80, 100), (0, 0, 230), (119, 11, 32))
+CITYSCAPES_COLORS = rgb("804080 f423e8 464646 66669c be9999 999999 faaa1e dcdc00 6b8e23 98fb98 4682b4 dc143c ff0000 "
+                        "00008e 000046 003c64 005064 0000e6 770b20")
 ISPRS_CLASSES = ("impervious", "building", "low vegetation", "tree", "car", "clutter")
-ISPRS_COLORS = ((255, 255, 255), (0, 0, 255), (0, 255, 255), (0, 255, 0), (255, 255, 0), (255, 0, 0))
+ISPRS_COLORS = rgb("ffffff 0000ff 00ffff 00ff00 ffff00 ff0000")
 ENDOVIS_CLASSES = ("background", "instrument shaft", "instrument clasper", "instrument wrist", "kidney",
                    "covered kidney", "thread", "clamps", "needle", "suction", "small intestine")
-ENDOVIS_COLORS = ((0, 0, 0), (0, 255, 0), (0, 255, 255), (125, 255, 12), (255, 55, 0), (24, 55, 125), (187, 155, 25),
-                  (0, 255, 125), (255, 255, 125), (123, 15, 175), (124, 155, 5))
-ENDOVIS_PROBE = (12, 255, 141)  # the ultrasound probe, which is not evaluated
+ENDOVIS_COLORS = rgb("000000 00ff00 00ffff 7dff0c ff3700 18377d bb9b19 00ff7d ffff7d 7b0faf 7c9b05")
+ENDOVIS_PROBE = rgb("0cff8d")  # the ultrasound probe, which is not evaluated
 CAMVID_CLASSES = ("sky", "building", "pole", "road", "pavement", "tree", "sign", "fence", "car", "pedestrian",
                   "bicyclist")
-CAMVID_COLORS = ((70, 130, 180), (70, 70, 70), (153, 153, 153), (128, 64, 128), (244, 35, 232), (107, 142, 35),
-                 (220, 220, 0), (190, 153, 153), (0, 0, 142), (220, 20, 60), (119, 11, 32))
+CAMVID_COLORS = rgb("4682b4 464646 999999 804080 f423e8 6b8e23 dcdc00 be9999 00008e dc143c 770b20")
 VOC_CLASSES = ("aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable",
                "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor")
 
@@ -208,7 +210,7 @@ LABEL_IDS = lookup_table((7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 
                          ignored=range(35))  # Cityscapes, GTAV and ACDC
 SYNTHIA_IDS = lookup_table((3, 4, 2, 21, 5, 7, 15, 9, 6, 16, 1, 10, 17, 8, 18, 19, 20, 12, 11), ignored=range(23))
 MAPILLARY_IDS = lookup_table((
-    [7, 8, 10, 13, 14, 23, 24],     # road: also bike lane, crosswalk, parking, service lane, lane markings
+    [7, 8, 10, 13, 14, 23, 24],     # road: also bike and service lane, crosswalk, parking, markings
     [2, 9, 11, 15],                 # sidewalk: also curb, curb cut, pedestrian area
     17, 6, 3,                       # building, wall, fence
     [44, 45, 47],                   # pole: also street light, utility pole
@@ -228,8 +230,7 @@ ISPRS_CLASS_OF = np.array([IGNORE, 1, 3, 2, 5, UNKNOWN, 4, 0], np.uint8)  # at r
 
 TOY_CLASSES = ("sky", "building", "vegetation", "road", "pavement", "car", "pole", "person")
 SKY, BUILDING, VEGETATION, ROAD, PAVEMENT, CAR, POLE, PERSON = range(8)
-TOY_COLORS = ((70, 130, 180), (70, 70, 70), (107, 142, 35), (128, 64, 128), (244, 35, 232), (0, 0, 142), (220, 220, 0),
-              (220, 20, 60))
+TOY_COLORS = rgb("4682b4 464646 6b8e23 804080 f423e8 00008e dcdc00 dc143c")
 
 # Palettes: the colour of each of TOY_CLASSES, RGB in 0..1. The city has its own: it is not the game behind a filter.
 GAME = np.array([[.55, .75, .95], [.62, .50, .42], [.25, .50, .20], [.30, .30, .32],
@@ -265,6 +266,7 @@ LOOKS = {  # in what a domain differs from the game
     "snow": dict(palette=CITY, white=.65, dots=.04, fog=.25, noise=.03),
     "rain": dict(palette=CITY, gain=.75, grey=.4, streaks=.06, fog=.3, fog_color=np.full(3, .5), noise=.04),
 }
+UNSEEN = ("night", "fog", "snow", "rain")
 
 
 def toy_look(rng, domain):
@@ -290,7 +292,7 @@ def toy_look(rng, domain):
 
 
 class ToyCanvas:
-    """A scene while it is drawn, back to front: object number per pixel, class and distance per object."""
+    """A scene while it is drawn, back to front."""
     def __init__(self, rng):
         self.rng = rng
         self.map = Image.new("L", (64, 64), 0)
@@ -332,7 +334,7 @@ class ToyCanvas:
 
 
 def toy_layout(domain, index, jumble=False):
-    """Object number per pixel (64, 64), class and distance per object, and the generator for the look."""
+    """The object at each pixel (64, 64), objects' classes and distances, the look's generator."""
     rng = np.random.Generator(np.random.PCG64([0, index, sum(domain.encode())]))
     canvas = ToyCanvas(rng)
     draw = draw_jumble if jumble else draw_street
@@ -341,7 +343,7 @@ def toy_layout(domain, index, jumble=False):
 
 
 def draw_jumble(canvas):
-    """A scene of the proxy set: two grounds with a slanted border, and things anywhere at any size."""
+    """A scene of the proxy set: two grounds, and things anywhere at any size."""
     between = canvas.between
     grounds = (SKY, BUILDING, VEGETATION, ROAD, PAVEMENT)
     canvas.draw(canvas.pen.rectangle, canvas.one_of(*grounds), 1, (0, 0), (64, 64))
@@ -448,11 +450,11 @@ def toy_scene(domain, index, jumble=False):
 
 @lru_cache(maxsize=8192)
 def toy_things(domain, index, least=12):
-    """toy_scene with boxes around what is visible of each thing; below `least` pixels it is difficult."""
+    """toy_scene with boxes around what is seen of things; below `least` pixels one is difficult."""
     image, _ = toy_scene(domain, index)
     objects, kinds, distances, _ = toy_layout(domain, index)  # that scene's layout again
     found = []
-    for kind, distance in sorted(set(zip(kinds, distances))):  # only parts of one thing are equal in both
+    for kind, distance in sorted(set(zip(kinds, distances))):  # parts of one thing have both
         y, x = np.nonzero((kinds[objects] == kind) & (distances[objects] == distance))
         if kind >= CAR and len(x):
             found.append([x.min(), y.min(), x.max() + 1, y.max() + 1, kind - CAR, len(x) < least])
@@ -490,13 +492,14 @@ POTSDAM = {"train": "{2_10,2_11,2_12,3_10,3_11,3_12,4_10,4_11,4_12,5_10,5_11,5_1
            "val": "{2_13,2_14,3_13,3_14,4_13,4_14,4_15,5_13,5_14,5_15,6_13,6_14,6_15,7_13}"}
 VAIHINGEN = {"train": "{1,3,5,7,11,13,15,17,21,23,26,28,30,32,34,37}",
              "val": "{2,4,6,8,10,12,14,16,20,22,24,27,29,31,33,35,38}"}
-ENDOVIS = {"train": "miccai_challenge_2018_release_1/seq_{1,2,3,4}", "val": "miccai_challenge_release_2/seq_{5,6,7}"}
+ENDOVIS = {"train": "miccai_challenge_2018_release_1/seq_{1,2,3,4}",
+           "val": "miccai_challenge_release_2/seq_{5,6,7}"}
 VOC = {"train": "VOC2007/trainval VOC2012/trainval", "val": "VOC2007/test"}
 street = partial(Dataset, classes=CITYSCAPES_CLASSES, colors=CITYSCAPES_COLORS)
 isprs = partial(Dataset, classes=ISPRS_CLASSES, colors=ISPRS_COLORS, decode=isprs_label, tile=512)
 camvid = partial(Dataset, classes=CAMVID_CLASSES, colors=CAMVID_COLORS, decode=partial(by_value, table=CAMVID_IDS))
 voc = Dataset("VOCdevkit", "VOC2007/JPEGImages/*", splits=VOC, decode=voc_boxes, boxes=True, classes=VOC_CLASSES,
-              colors=(*CITYSCAPES_COLORS, (255, 140, 0)))
+              colors=CITYSCAPES_COLORS + rgb("ff8c00"))
 
 
 def toy(domain, train=0, val=0, jumble=False, boxes=False, corrupted=False):
@@ -525,14 +528,13 @@ DATASETS = {
                         eval_size=(1024, 512), eval_half=True),
     **{f"acdc-{weather}": street("acdc", f"rgb_anon/{weather}/<split>/*/*_rgb_anon",
                                  f"gt/{weather}/<split>/*/*_gt_labelTrainIds gt/{weather}/<split>/*/*_gt_labelIds",
-                                 TRAIN_VAL, cityscapes_label, eval_size=(960, 540))
-       for weather in ("night", "snow", "fog", "rain")},
+                                 TRAIN_VAL, cityscapes_label, eval_size=(960, 540)) for weather in UNSEEN},
     "potsdam-rgb": isprs("potsdam", "**/top_potsdam_<split>_RGB", "**/top_potsdam_<split>_label_noBoundary", POTSDAM),
     "potsdam-irrg": isprs("potsdam", "**/top_potsdam_<split>_IRRG", "**/top_potsdam_<split>_label_noBoundary", POTSDAM),
     "vaihingen-irrg": isprs("vaihingen", "**/top_mosaic_09cm_area<split>", "**/top_mosaic_09cm_area<split>_noBoundary",
                             VAIHINGEN),
     "endovis18": Dataset("endovis18", "**/<split>/left_frames/*", "**/<split>/labels/*", ENDOVIS,
-                         partial(by_color, colors=ENDOVIS_COLORS, ignored=[ENDOVIS_PROBE]), ENDOVIS_CLASSES,
+                         partial(by_color, colors=ENDOVIS_COLORS, ignored=ENDOVIS_PROBE), ENDOVIS_CLASSES,
                          ENDOVIS_COLORS),
     "camvid": camvid("camvid", "<split>/{0006R0,0016E5,Seq05VD}_*", "<split>annot/{0006R0,0016E5,Seq05VD}_*",
                      {"train": "train", "val": "test"}),
@@ -541,12 +543,12 @@ DATASETS = {
     "voc-corruptions": replace(voc, corrupted=True),
     "folder": Dataset("folder", "images/<split>*", "masks/<split>*", {"train": "{train/,}", "val": "val/"}, own=True),
     "toy": toy("game", train=1000, val=100),
-    **{f"toy-{look}": toy(look, val=100) for look in ("night", "fog", "snow", "rain")},
+    **{f"toy-{look}": toy(look, val=100) for look in UNSEEN},
     **{f"toy-{look}": toy(look, train=1000, val=100) for look in ("arcade", "diorama")},
     "toy-wide": toy("wide", train=4000, val=100),
     "toy-proxy": toy("wide", train=2000, jumble=True),
     "toy-boxes": toy("game", train=1000, val=100, boxes=True),
-    **{f"toy-boxes-{look}": toy(look, val=100, boxes=True) for look in ("night", "fog", "snow", "rain")},
+    **{f"toy-boxes-{look}": toy(look, val=100, boxes=True) for look in UNSEEN},
     "toy-boxes-corruptions": toy("game", val=20, boxes=True, corrupted=True),
 }
 ACDC = ("acdc-night", "acdc-snow", "acdc-fog", "acdc-rain")
@@ -558,9 +560,9 @@ SETTINGS = {  # labelled source -> domains of the table row
     "potsdam-rgb": ("potsdam-rgb", ("potsdam-irrg", "vaihingen-irrg")),
     "endovis18": ("endovis18", ("endovis18",)),  # other sequences are its unseen domain
     "camvid": ("camvid", ("camvid-dusk",)),
-    "toy": ("toy", ("toy-night", "toy-fog", "toy-snow", "toy-rain")),
+    "toy": ("toy", tuple(f"toy-{look}" for look in UNSEEN)),
     "voc": ("voc", ("voc-corruptions",)),
-    "toy-boxes": ("toy-boxes", tuple(f"toy-boxes-{look}" for look in ("night", "fog", "snow", "rain", "corruptions"))),
+    "toy-boxes": ("toy-boxes", tuple(f"toy-boxes-{look}" for look in (*UNSEEN, "corruptions"))),
 }
 
 
@@ -583,7 +585,7 @@ class Sample(NamedTuple):
         return corrupt(image, *self.corruption) if self.corruption else image
 
     def read_label(self):
-        """uint8 (H, W) of class numbers and 255, or boxes; UserError names a file that holds neither."""
+        """uint8 (H, W) of classes and 255, or boxes; UserError names a file of neither."""
         if self.entry.generate:
             return torch.from_numpy(self.entry.generate(self.image)[1])
         try:
@@ -593,14 +595,14 @@ class Sample(NamedTuple):
 
 
 def entries(name, classes=0, labelled=True):
-    """{name: row of DATASETS} for a name like gtav+synthia; `classes`: how many, of --data folder."""
+    """{name: row of DATASETS} for a name like gtav+synthia; classes: of --data folder."""
     found = {}
     for word in name.split("+"):
         for part in ACDC if word == "acdc" else [word]:
             if part not in DATASETS:
                 raise UserError(f"--data {part}: not one of {' '.join(DATASETS)}")
             if classes and (part != "folder" or not 0 < classes <= UNKNOWN):
-                raise UserError(f"--classes {classes}: is for --data folder, and at most {UNKNOWN}")
+                raise UserError(f"--classes {classes}: is for --data folder, at most {UNKNOWN}")
             found[part] = DATASETS[part]
             if classes:  # they have numbers for names and bright colours
                 colors = np.random.default_rng(0).integers(40, 256, (classes, 3)).tolist()
@@ -638,7 +640,7 @@ class Samples:
 
 
 def find(folder, patterns, text, part=None):
-    """Names of files by the first pattern that finds some, and its regex; if none, UserError for a `part`."""
+    """Files by the first pattern that finds some, and its regex; if none and `part`, UserError."""
     patterns = patterns.replace("<split>", text).split()
     for pattern in patterns:
         regex = re.escape(pattern).replace(r"\{", "(").replace(r"\}", ")").replace(",", "|")
@@ -659,7 +661,7 @@ def find(folder, patterns, text, part=None):
 
 
 def files_below(folder, below):
-    """All files in folder / below that are not hidden, as sorted names in folder; links are followed."""
+    """The visible files in folder / below, as sorted names in folder; follows links."""
     if not Path(folder, below).is_dir():
         return
     visible = [item for item in os.scandir(folder / below) if not item.name.startswith((".", "__MACOSX"))]
@@ -696,7 +698,7 @@ def listing(part, entry, root, split, labelled):
 
 
 def paired(folder, images, labels):
-    """The pairs among what `find` returned for both sides, and a line on each file that is in none."""
+    """The pairs among what `find` returned for both sides, a line on each other file."""
     groups = {}  # {texts for "*" and "{}": ([images], [labels])}
     for side, (names, regex) in enumerate((images, labels)):
         for name in names:
@@ -730,7 +732,7 @@ def gather(name, root, split, labelled, classes=0):
     for part, entry in entries(name, classes, labelled).items():
         found, problems = listing(part, entry, root, split, labelled)
         if problems:
-            raise UserError(f"{problems[0]} (one of {len(problems)} in {part} {split}: python data.py lists them)")
+            raise UserError(f"{problems[0]} (one of {len(problems)} in {part} {split}; data.py lists them)")
         if entry.tile or entry.corrupted:
             found = list(itertools.chain.from_iterable(map(pieces, found)))
         samples.append(found)
@@ -753,7 +755,7 @@ def pieces(sample):
 # --- Datasets -------------------------------------------------------------------------------------------------------
 
 class Scenes(torch.utils.data.Dataset):
-    """Items (image[, label], draw), by key (index, draw) or index; random by (seed, draw) alone."""
+    """Items (image[, label], draw) by key (index, draw) or index; random by (seed, draw)."""
     def __init__(self, samples, transform, labelled, training):
         self.samples = samples
         self.transform = transform
@@ -799,7 +801,7 @@ class Scenes(torch.utils.data.Dataset):
                     raise
                 print(f"{error}: the next image takes its place", file=sys.stderr)
             index = (index + 1) % len(self)
-        raise UserError(f"{sample.image}: cannot be read as an image, like {TRIES - 1} before it: too many")
+        raise UserError(f"{sample.image}: cannot be read, like {TRIES - 1} before it: too many")
 
 
 def images(name, root, transform=None, split="train"):
@@ -814,14 +816,14 @@ def scenes(name, root, split="train", transform=None, labels="1", classes=0):
     if not 0 < share <= 1:
         raise UserError(f"--labels {labels}: a fraction like 1/16 was expected")
     samples = gather(name, root, split, True, classes)
-    order = torch.randperm(len(samples), generator=torch.Generator().manual_seed(0))  # the same in every run
+    order = torch.randperm(len(samples), generator=torch.Generator().manual_seed(0))  # always the same
     count = max(1, round(share * len(samples)))
     kept = [samples[i] for i in sorted(order[:count].tolist())]
     return looked_at(name, Scenes(kept, transform, labelled=True, training=split == "train"))
 
 
 def looked_at(name, dataset):
-    """The dataset; what can hardly be meant in a hundred of its samples is said before anybody trains."""
+    """The dataset; what a hundred samples can hardly mean is said first."""
     entry = dataset.samples[0].entry
     if entry.generate or not (dataset.training or entry.own):
         return dataset
@@ -834,7 +836,7 @@ def looked_at(name, dataset):
         if brightest < DARK:
             brightest = max(brightest, dataset.read(i)[1].max().item())
     if entry.own and counts[0] and counts[IGNORE] and not counts[1:IGNORE].any():
-        raise UserError(f"--data {name}: the labels hold 0 and 255 alone, and 255 is void; save what it marks as 1")
+        raise UserError(f"--data {name}: the labels hold 0 and 255 alone; 255 is void: save what it marks as 1")
     found = f"--data {name}: in {min(len(dataset), 100)} images looked at"
     missing = [kind for kind, count in zip(entry.classes, counts) if not count]
     void = counts[IGNORE] / max(1, counts.sum())
@@ -842,7 +844,7 @@ def looked_at(name, dataset):
         say(f"{found} {void:.0%} is void (255), classes without a pixel: {', '.join(missing) or 'none'}; is the "
             "numbering this set's?")
     if brightest < DARK:
-        say(f"{found} nothing is brighter than {brightest} of 255: scale 12 bits in 16-bit files to all 16")
+        say(f"{found} nothing is brighter than {brightest} of 255: scale 12 bits in 16 to all 16")
     return dataset
 
 
@@ -858,14 +860,14 @@ ORDER, ERASED_BOX, ERASED_PIXELS, MASKS = range(1, 5)  # what random numbers of 
 
 
 def mix(*numbers):
-    """One seed from several numbers: torch's CPU generator reads 32 bits, and neighbours must differ."""
+    """One seed from several numbers, of the 32 bits that torch's CPU generator reads."""
     return int(np.random.SeedSequence(numbers).generate_state(1)[0])
 
 
-def batches(n, batch, seed=0, start_step=0, rank=0, world=1, accumulate=1, repeats=1):
-    """Micro-batches of keys (index, draw), forever: this process's share of each step's draws."""
+def batches(n, batch, seed=0, start_step=0, rank=0, world=1, passes=1, repeats=1):
+    """Micro-batches of keys (index, draw), forever: this process's share of each step."""
     share = batch // world
-    micro = share // accumulate
+    micro = share // passes
     for step in itertools.count(start_step):
         first = step * batch + rank * share
         for start in range(first, first + share, micro):
@@ -873,7 +875,7 @@ def batches(n, batch, seed=0, start_step=0, rank=0, world=1, accumulate=1, repea
 
 
 def image_of(draw, n, seed=0, repeats=1):
-    """The index of a draw's image: each epoch is a shuffle, in which each comes `repeats` times in a row."""
+    """The index of a draw's image: an epoch is a shuffle, each image `repeats` times in a row."""
     return order_of_epoch(n, seed, draw // n)[draw % n // repeats].item()
 
 
@@ -883,7 +885,7 @@ def order_of_epoch(n, seed, epoch):
 
 
 def loader(dataset, batch, workers=0, seed=0, **order):
-    """Endless batches: image uint8 (B, 3, H, W)[, label int64 (B, H, W)], draw (B,); order: see batches."""
+    """Image uint8 (B, 3, H, W)[, label int64 (B, H, W)], draw (B,), forever; order: of batches."""
     dataset.seed = seed
     return DataLoader(dataset, batch_sampler=batches(len(dataset), batch, seed, **order), num_workers=workers,
                       pin_memory=torch.cuda.is_available(), prefetch_factor=4 if workers else None,
@@ -891,7 +893,7 @@ def loader(dataset, batch, workers=0, seed=0, **order):
 
 
 def outlast_signals(worker):
-    """Load on while the training process, signalled too, saves; a second SIGTERM, Python's, ends it."""
+    """Load on while the training process, signalled too, saves; a second SIGTERM ends it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda number, frame: signal.signal(number, signal.SIG_DFL))
 
@@ -906,11 +908,11 @@ def uniform(low, high):
     return low + (high - low) * torch.rand(()).item()
 
 
-def distill_transform(image, label=None, size=224, randaugment=True, scale=(0.08, 1), ratio=(3 / 4, 4 / 3), flip=0.5):
-    """Of both distillation stages: random resized crop, flip, RandAugment; uint8 (3, size, size)."""
-    box = RandomResizedCrop.get_params(image, scale, ratio)
+def distill_transform(image, label=None, size=224, randaugment=True):
+    """Of both stages of distillation: crop, flip, RandAugment; uint8 (3, size, size)."""
+    box = RandomResizedCrop.get_params(image, scale=(0.08, 1), ratio=(3 / 4, 4 / 3))
     image = TF.resized_crop(image, *box, [size, size], InterpolationMode.BICUBIC, antialias=True)
-    if chance(flip):
+    if chance(0.5):
         image = image.flip(2)
     image = image.contiguous()
     if randaugment:
@@ -944,7 +946,7 @@ def warp(image, a=1.0, b=0.0, c=0.0, d=0.0, e=1.0, f=0.0):
 
 
 def shift(image, dx=0, dy=0):
-    """Output pixel (x, y) shows input (x + dx, y + dy), whole pixels: 30 times faster than warp."""
+    """Output pixel (x, y) shows input (x + dx, y + dy): 30 times as fast as warp."""
     pad = [max(-dx, 0), max(-dy, 0), max(dx, 0), max(dy, 0)]  # left, top, right, bottom
     padded = TF.pad(image, pad, fill=list(FILL))
     return TF.crop(padded, max(dy, 0), max(dx, 0), *image.shape[1:])
@@ -959,22 +961,22 @@ def rotate(image, signed):
     return warp(image, cos, -sin, x - cos * x + sin * y, sin, cos, y - sin * x - cos * y)
 
 
-RAND_AUGMENT = (  # each operation takes an image, a level in 0..1, and the level with a random sign
-    lambda image, level, signed: rotate(image, signed),
-    lambda image, level, signed: TF.posterize(image, bits=4 - int(4 * level)),
-    lambda image, level, signed: TF.solarize(image, threshold=256 - int(256 * level)),
-    lambda image, level, signed: torch.where(image < 128, image + int(110 * level), image),  # solarize, add
-    lambda image, level, signed: TF.autocontrast(image),
-    lambda image, level, signed: TF.equalize(image),
-    lambda image, level, signed: TF.invert(image),
-    lambda image, level, signed: TF.adjust_saturation(image, 1 + 0.9 * signed),
-    lambda image, level, signed: TF.adjust_contrast(image, 1 + 0.9 * signed),
-    lambda image, level, signed: TF.adjust_brightness(image, 1 + 0.9 * signed),
-    lambda image, level, signed: TF.adjust_sharpness(image, 1 + 0.9 * signed),
-    lambda image, level, signed: warp(image, b=0.3 * signed),
-    lambda image, level, signed: warp(image, d=0.3 * signed),
-    lambda image, level, signed: shift(image, dx=round(0.45 * signed * image.shape[2])),
-    lambda image, level, signed: shift(image, dy=round(0.45 * signed * image.shape[1])),
+RAND_AUGMENT = (  # of an image x, a level in 0..1, and the level with a random sign
+    lambda x, level, signed: rotate(x, signed),
+    lambda x, level, signed: TF.posterize(x, bits=4 - int(4 * level)),
+    lambda x, level, signed: TF.solarize(x, threshold=256 - int(256 * level)),
+    lambda x, level, signed: torch.where(x < 128, x + int(110 * level), x),  # solarize, add
+    lambda x, level, signed: TF.autocontrast(x),
+    lambda x, level, signed: TF.equalize(x),
+    lambda x, level, signed: TF.invert(x),
+    lambda x, level, signed: TF.adjust_saturation(x, 1 + 0.9 * signed),
+    lambda x, level, signed: TF.adjust_contrast(x, 1 + 0.9 * signed),
+    lambda x, level, signed: TF.adjust_brightness(x, 1 + 0.9 * signed),
+    lambda x, level, signed: TF.adjust_sharpness(x, 1 + 0.9 * signed),
+    lambda x, level, signed: warp(x, b=0.3 * signed),
+    lambda x, level, signed: warp(x, d=0.3 * signed),
+    lambda x, level, signed: shift(x, dx=round(0.45 * signed * x.shape[2])),
+    lambda x, level, signed: shift(x, dy=round(0.45 * signed * x.shape[1])),
 )
 
 
@@ -997,7 +999,7 @@ def renormalize(x, model, other):
 
 
 def erase(x, draws, seed=0, p=0.25, area=(0.02, 1 / 3), ratio=(0.3, 3.3)):
-    """Random erasing of x (B, 3, H, W), in place: a box of noise in a share p, by (seed, draw) alone."""
+    """Random erasing of x (B, 3, H, W), in place: a box of noise in a share p, by (seed, draw)."""
     height, width = x.shape[2:]
     generator = torch.Generator(x.device)
     for i, draw in enumerate(draws.tolist()):
@@ -1020,13 +1022,16 @@ def erase(x, draws, seed=0, p=0.25, area=(0.02, 1 / 3), ratio=(0.3, 3.3)):
 
 def uniform_noise(draws, N, seed):
     """Random numbers in 0..1, (B, N), each row by (seed, draw) alone."""
-    generators = [torch.Generator().manual_seed(mix(seed, MASKS, draw)) for draw in draws.tolist()]
-    return torch.stack([torch.rand(N, generator=generator) for generator in generators])
+    rows = []
+    for draw in draws.tolist():
+        generator = torch.Generator().manual_seed(mix(seed, MASKS, draw))
+        rows.append(torch.rand(N, generator=generator))
+    return torch.stack(rows)
 
 
 # --- Stage 2: image and label together ------------------------------------------------------------------------------
 
-def segment_transform(image, label, size=512, cat_max_ratio=0.75, flip=0.5):
+def segment_transform(image, label, size=512, cat_max_ratio=0.75):
     """mmsegmentation's pipeline: scale, crop, flip, colours, padding; uint8 (., size, size)."""
     height, width = label.shape
     tenths = 5 + torch.randint(16, ()).item()
@@ -1038,7 +1043,7 @@ def segment_transform(image, label, size=512, cat_max_ratio=0.75, flip=0.5):
     rows, columns = varied_crop(label, size, cat_max_ratio)
     image = distort(image[:, rows, columns])
     label = label[rows, columns]
-    if chance(flip):
+    if chance(0.5):
         image = image.flip(2)
         label = label.flip(1)
     pad = [0, 0, size - label.shape[1], size - label.shape[0]]  # left, top, right, bottom
@@ -1048,7 +1053,7 @@ def segment_transform(image, label, size=512, cat_max_ratio=0.75, flip=0.5):
 
 
 def varied_crop(label, size, cat_max_ratio, tries=10):
-    """Rows and columns of a crop in which no class fills cat_max_ratio; the last try is always taken."""
+    """Rows and columns of a crop in which no class fills more, or of the last try."""
     height, width = label.shape
     for _ in range(tries):
         top = torch.randint(max(height - size, 0) + 1, ()).item()
@@ -1062,7 +1067,7 @@ def varied_crop(label, size, cat_max_ratio, tries=10):
 
 
 def distort(image, brightness=32, contrast=(0.5, 1.5), saturation=(0.5, 1.5), hue=18):
-    """mmsegmentation's PhotoMetricDistortion; brightness in grey levels, hue in half degrees."""
+    """mmsegmentation's PhotoMetricDistortion; brightness in greys, hue in half degrees."""
     if chance(0.5):
         image = (image + uniform(-brightness, brightness)).clamp_(0, 255).to(torch.uint8)
     change_contrast = chance(0.5)
@@ -1079,7 +1084,7 @@ def distort(image, brightness=32, contrast=(0.5, 1.5), saturation=(0.5, 1.5), hu
 
 
 def saturate(image, factor):
-    """Scale the S of HSV: the distances to the largest channel grow, until the smallest is 0."""
+    """Scale the S of HSV: distances to the largest channel grow, until the smallest is 0."""
     brightest = image.amax(0).float()
     reach = brightest - image.amin(0)
     factor = torch.minimum(torch.full_like(reach, factor), brightest / reach.clamp(min=1))
@@ -1087,7 +1092,7 @@ def saturate(image, factor):
 
 
 def detect_transform(image, label, size, visible=0.3):
-    """Short edge scaled to size, square crop, flip; a box that shows less than `visible` is dropped."""
+    """Short edge to size, square crop, flip; a box that shows less than `visible` is dropped."""
     boxes = BoundingBoxes(label[:, :4], format="XYXY", canvas_size=image.shape[1:])
     scale = size / min(image.shape[1:])
     together = Compose([Resize(size), RandomCrop(size), RandomHorizontalFlip()])
@@ -1149,7 +1154,8 @@ def corrupt(image, name, severity):
         padded = F.pad(x[:, None], [radius] * 4, mode="reflect")
         x = TF.gaussian_blur(F.conv2d(padded, disk[None, None] / disk.sum())[:, 0], 5, deviation)
     elif name == "zoom_blur":
-        zooms = [TF.affine(x, 0, [0, 0], zoom, [0, 0], InterpolationMode.BILINEAR) for zoom in np.arange(1, *c)]
+        zoomed = partial(TF.affine, x, 0, [0, 0], shear=[0, 0], interpolation=InterpolationMode.BILINEAR)
+        zooms = [zoomed(scale=scale) for scale in np.arange(1, *c)]
         x = torch.stack([x, *zooms]).mean(0)
     elif name == "fog":
         strength, decay = c
@@ -1169,7 +1175,7 @@ def corrupt(image, name, severity):
 
 
 def clouds(height, width, decay, generator):
-    """A plasma fractal in 0..1, (H, W): each new point is the mean of four, and ever weaker noise."""
+    """A plasma fractal in 0..1, (H, W): a new point is the mean of four, and ever weaker noise."""
     x = torch.zeros(1, 1)
     for octave in range(math.ceil(math.log2(max(height, width)))):
         noise = decay ** (-2 * octave) * (torch.rand(3, *x.shape, generator=generator) - 0.5)
@@ -1210,7 +1216,8 @@ def preflight(name, root, out=None, classes=0, workers=0):
             total += sum(counts for _, counts in findings)
             count += len(problems)
             shown += good[::max(1, math.ceil(len(good) / 4))]  # 4 at most, evenly
-            print(f"{part} {split}: {len(samples)} {'pairs' if entry.classes else 'images'}, {len(problems)} problems")
+            kind = "pairs" if entry.classes else "images"
+            print(f"{part} {split}: {len(samples)} {kind}, {len(problems)} problems")
             for line in problems:
                 print(f"  {line}")
             if good:
@@ -1220,12 +1227,13 @@ def preflight(name, root, out=None, classes=0, workers=0):
         for number, kind in [*enumerate(entry.classes), (IGNORE, "ignored")]:
             print(f"  {kind:16} {100 * total[number] / total.sum():6.2f}")
     if out and shown:
-        TF.to_pil_image(make_grid([*map(picture_of, shown)], nrow=4, padding=10, pad_value=255)).save(out)
+        pictures = [*map(picture_of, shown)]
+        TF.to_pil_image(make_grid(pictures, nrow=4, padding=10, pad_value=255)).save(out)
     return count
 
 
 def palette(colors):
-    """The colour of each of 256 class numbers (256, 3), uint8; those that are none are black."""
+    """The colours of 256 class numbers (256, 3), uint8, black for those that are none."""
     black = [(0, 0, 0)] * (256 - len(colors))
     return np.array([*colors, *black], np.uint8)
 
@@ -1242,7 +1250,7 @@ def picture_of(sample, size=(300, 225)):
 
 
 def label_picture(label, image, classes, colors, width=300, scored=False):
-    """A label (H, W) in its colours, or boxes (M, 6), maybe scored, on their image: uint8 (., ., 3)."""
+    """A label (H, W) in its colours, or boxes (M, 6) on their image: uint8 (., ., 3)."""
     if not label.is_floating_point():  # classes of pixels
         return palette(colors)[label]
     scale = width / image.shape[2]
@@ -1256,9 +1264,10 @@ def label_picture(label, image, classes, colors, width=300, scored=False):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    as_written = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=as_written)
     parser.add_argument("--data", default="toy", help="names of DATASETS, joined with +")
-    parser.add_argument("--root", default="data", help="holds one folder per dataset, or is the dataset's own")
+    parser.add_argument("--root", default="data", help="holds a folder of each dataset, or is its own")
     parser.add_argument("--classes", type=int, default=0, help="how many, for --data folder")
     parser.add_argument("--out", default="preflight.png", help="picture of some samples")
     parser.add_argument("--workers", type=int, default=0, help="processes that open files")

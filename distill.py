@@ -25,7 +25,6 @@ import threading
 import time
 import typing
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Literal
@@ -45,7 +44,7 @@ import qsd
 from qsd import UserError, say
 
 
-@dataclass
+@dataclasses.dataclass
 class Config(qsd.LossConfig):
     """Every constant of stage 1; those of the objective itself are in qsd.LossConfig."""
     # who learns what from whom
@@ -134,8 +133,8 @@ def learning_rate(cfg, fraction):
 def main(argv=None):
     cfg = configure(Config, preset, argv)
     only_timed = cfg.bench != "no"
-    if only_timed:                                                  # no run is read or written, its name is printed
-        cfg = replace(cfg, pretrained=False, out="--bench")
+    if only_timed:                                                  # nothing is read or written
+        cfg = dataclasses.replace(cfg, pretrained=False, out=os.devnull)
     run = Run(cfg, "student.pt")                                    # joins the processes, looks at --out
     if run.finished:
         return
@@ -245,12 +244,12 @@ class Run:
         self.per_step = dict(steps=1, images=cfg.batch, tokens=cfg.batch * tokens, flops=cfg.batch * flops)
         self.ledger = dict(steps=0, images=0, tokens=0, flops=0.0, seconds=0.0, skipped=0, waited=0.0)
         self.unit, self.budget = parse_budget(cfg.budget, len(dataset) / cfg.batch)
-        self.passes = passes_of(cfg.batch, cfg.micro, world_size(), pairs)
+        self.passes = passes_of(cfg.batch, cfg.micro, world_size(), pairs)      # micro-batches of a step
         self.skips = 0                                              # non-finite steps in a row
         self.resume_or_begin(flops)
         self.model = DistributedDataParallel(learner) if dist.is_initialized() else learner
         self.loader = data.loader(dataset, cfg.batch, cfg.workers, seed=cfg.seed, start_step=self.ledger["steps"],
-                                  rank=rank(), world=world_size(), accumulate=self.passes, repeats=repeats)
+                                  rank=rank(), world=world_size(), passes=self.passes, repeats=repeats)
 
     def resume_or_begin(self, flops):
         """Bring all parts to the state of last.pt and the log back to its step; or write the header of a new log."""
@@ -293,7 +292,7 @@ class Run:
         while self.fraction < 1:
             self.began = time.monotonic()
             self.losses = {}
-            self.left = self.passes                                 # micro-batches of this step still to come
+            self.left = self.passes                                 # of them still to come
             micro_batches = [next(self.batches) for _ in range(self.passes)]
             self.waited = time.monotonic() - self.began
             yield micro_batches

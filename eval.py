@@ -1,11 +1,11 @@
-"""mIoU on domains nobody trained on, the paper's tables and figures, and what a trained segmenter is used for.
+"""mIoU on domains nobody trained on, the paper's tables and figures, a segmenter at work.
 
     python eval.py --demo                # the whole method in the built-in toy world
-    python eval.py --table 5 --data toy  # a table of the paper there; without --data at its own scale
+    python eval.py --table 5 --data toy  # a table of the paper there; without --data at its scale
     python eval.py --checkpoint runs/gtav/segmenter.pt --setting gtav --root /data
     torchrun --standalone --nproc_per_node=8 eval.py ...  # the same numbers, sooner
-    python eval.py --checkpoint runs/gtav/segmenter.pt --images photos --out segmented  # or --export model.pt2
-    python eval.py --figure 5 --models DINOv2=dinov2_vitb14,GKD=runs/source --patch 16 --data cityscapes
+    python eval.py --checkpoint runs/gtav/segmenter.pt --images photos --out segmented
+    python eval.py --figure 5 --models DINOv2=dinov2_vitb14,GKD=runs/source --patch 16 --data gtav
 
 Results are printed as Markdown for people and as a line of JSON for programs.
 """
@@ -50,25 +50,25 @@ class Config:
     """Every constant of the evaluation."""
     # what is measured
     checkpoint: str = ""    # segmenter.pt
-    data: str = "paper"     # domains, joined with +; of a --table: toy, camvid or paper (its scale)
-    setting: Literal[("none", *SETTINGS)] = "none"  # its unseen domains instead of --data; a part of a --table
+    data: str = "paper"     # domains, joined with +; of a --table: toy, camvid, paper
+    setting: Literal[("none", *SETTINGS)] = "none"  # its domains, not --data; a part of a --table
     root: str = "data"      # the folder that holds the data sets
     # protocol
-    window: int = 0         # side of the sliding window, pixels; 0: the training crop (official 512)
+    window: int = 0         # side of the sliding window, pixels; 0: the training crop (512)
     stride: float = 2 / 3   # of the window, rounded (official 341 of 512)
     batch: int = 1          # images at once; more than 1 must be of one size
     workers: int = 2        # image-loading processes
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "fp32"  # official: fp32
     # figures of several models
     figure: Literal["none", "3b", "5", "7a", "7b", "8", "9"] = "none"  # 9 is printed as a table
-    models: str = ""        # name=path,name=path: a run's folder, a checkpoint or an encoder's name
+    models: str = ""        # name=path,..: a run's folder, a checkpoint, an encoder's name
     patch: int = 0          # side of a patch in figures 5, 7a and 7b, pixels; 0: as trained
     examples: int = 2       # images of each domain in figures 5 and 8
     subset: int = 300       # images of each domain that figure 7a measures
     tokens: int = 10000     # distances in figure 7a (the paper's number)
     # a segmenter at work
-    images: str = ""        # segment this image or folder of images with --checkpoint, into --out
-    export: str = ""        # write --checkpoint as a torch.export program, a file that ends in .pt2
+    images: str = ""        # segment this image or folder of images into --out
+    export: str = ""        # write --checkpoint as a torch.export program, NAME.pt2
     # the paper's tables, which assets/tables.txt describes
     table: Literal[("none", *TABLES)] = "none"  # run what is missing of it, print what is there
     demo: bool = False      # --table main --data toy with one seed, and a picture
@@ -93,7 +93,7 @@ def preset(given):
 # --- mIoU ------------------------------------------------------------------------------------------------------------
 
 def confusion(pred, label, num_classes):
-    """Count the pixels of two integer maps by (label, prediction): (K, K); label 255 is left out."""
+    """Pixels of two integer maps, counted by (label, prediction): (K, K), but for label 255."""
     valid = label != data.IGNORE
     cell = label[valid] * num_classes + pred[valid]
     return torch.bincount(cell, minlength=num_classes ** 2).view(num_classes, num_classes)
@@ -108,11 +108,11 @@ def iou(conf):
 
 @torch.no_grad()
 def slide(model, x, window, stride=2 / 3):
-    """Class scores (B, K, H, W) of images x (B, 3, H, W): means over the windows that see a pixel."""
+    """Scores (B, K, H, W) of images x (B, 3, H, W): means over the windows that see a pixel."""
     if stride > 1:
-        raise UserError(f"--stride {stride}: a share of the window, as 0.667 for 341 of 512 pixels, was expected")
+        raise UserError(f"--stride {stride}: a share of the window was expected, as 0.667")
     H, W = x.shape[2:]
-    x = F.pad(x, (0, max(window - W, 0), 0, max(window - H, 0)))  # no side is shorter than the window
+    x = F.pad(x, (0, max(window - W, 0), 0, max(window - H, 0)))  # no side is shorter
     step = max(1, round(stride * window))
     total = None  # (B, K, H, W): the scores of all windows that see a pixel, added up
     count = None  # (H, W): how many these are
@@ -131,7 +131,7 @@ def slide(model, x, window, stride=2 / 3):
 
 
 def starts(length, window, step):
-    """First pixels of the windows along one side; the last window ends flush with the border."""
+    """First pixels of the windows along one side; the last ends flush with the border."""
     last = length - window
     return sorted({min(pixel, last) for pixel in range(0, last + step, step)})
 
@@ -142,7 +142,7 @@ def check_finite(*scores):
 
 
 def evaluate(model, dataset, window, cfg, device, title=""):
-    """Confusion matrix (K, K) over labelled images, of which each process counts its share."""
+    """Confusion matrix (K, K) over labelled images; each process counts its share."""
     K = dataset.num_classes
     conf = torch.zeros(K, K, dtype=torch.int64, device=device)
     share = Subset(dataset, range(distill.rank(), len(dataset), distill.world_size()))
@@ -166,7 +166,7 @@ def batches(model, dataset, cfg, device, title):
 def find_objects(model, x, side):
     """The objects in each of images x (B, 3, H, W): [(D, 6)], see BoxDecoder.scores."""
     H, W = x.shape[2:]
-    x = TF.resize(x, [side], max_size=2 * side)  # the short edge as in training, but for long strips
+    x = TF.resize(x, [side], max_size=2 * side)  # as in training, but for strips
     h, w = x.shape[2:]
     whole = 4 * model.encoder.patch_size  # a pixel of the coarsest map
     maps = model(F.pad(x, (0, -w % whole, 0, -h % whole)))
@@ -176,26 +176,26 @@ def find_objects(model, x, side):
 
 
 def matched(found, objects):
-    """VOC's verdict on what was found (D, 6), best first, given the objects (M, 6): rows class, score, hit.
+    """VOC's verdict on boxes found (D, 6), best first, of objects (M, 6): rows class, score, hit.
 
-    A box stands for the object of its class that it overlaps most, with an IoU of at least 0.5, and is a
-    hit if it is the first for this object. One that stands for a difficult object does not count at all.
+    A box stands for the object of its class that it overlaps most, with an IoU of 0.5 or more, and
+    is a hit if it is the first. One that stands for a difficult object does not count at all.
     """
     objects = F.pad(objects, (0, 0, 0, 1))  # a row of zeros, as there may be no objects
     same = found[:, 4:5] == objects[:, 4]
-    largest, nearest = (same * box_iou(found[:, :4], objects[:, :4])).max(1)  # over M + 1 objects: (D,)
+    largest, nearest = (same * box_iou(found[:, :4], objects[:, :4])).max(1)  # (D,)
     stands = largest >= 0.5
-    repeats = (stands & (nearest[:, None] == nearest)).tril(-1).any(1)  # a better box stands for it
+    repeats = (stands & (nearest[:, None] == nearest)).tril(-1).any(1)  # a better box does
     verdicts = torch.column_stack([found[:, 4:], stands & ~repeats])
     return verdicts[~(stands & objects[nearest, 5].bool())]
 
 
 def average_precision(scores, hits, count):
-    """Area under the best precision at each recall or a higher one (VOC since 2010); NaN without objects."""
+    """Area under the best precision at each recall or a higher one (VOC since 2010), or NaN."""
     hits = hits[np.argsort(-scores, kind="stable")]
     precision = hits.cumsum() / np.arange(1, len(hits) + 1)
     reached = np.maximum.accumulate(precision[::-1])[::-1]
-    return (reached * hits).sum() / count if count else math.nan  # each hit adds 1 / count to the recall
+    return (reached * hits).sum() / count if count else math.nan  # recall grows by 1 / count
 
 
 def evaluate_boxes(model, dataset, side, cfg, device, title=""):
@@ -205,7 +205,7 @@ def evaluate_boxes(model, dataset, side, cfg, device, title=""):
     for number in range(distill.rank(), len(versions), distill.world_size()):
         verdicts = []  # of each image: (D, 3), see matched
         labels = []  # the class of each object that counts
-        share = Subset(dataset, range(number, len(dataset), len(versions)))  # an image's stand together
+        share = Subset(dataset, range(number, len(dataset), len(versions)))  # all images
         for x, label in batches(model, share, cfg, device, f"{title} {versions[number] or ''}"):
             for found, objects in zip(find_objects(model, x, side), map(data.objects_of, label)):
                 verdicts.append(matched(found.cpu(), objects))
@@ -220,7 +220,7 @@ def evaluate_boxes(model, dataset, side, cfg, device, title=""):
 # --- What is measured ------------------------------------------------------------------------------------------------
 
 def measure(title, model, saved, cfg, device):
-    """{domain: IoU in percent of each class (K,), or AP} of a segmenter on cfg.data; NaN as iou says."""
+    """{domain: IoU in percent of each class (K,), or AP} on cfg.data; NaN as iou says."""
     window = cfg.window or saved["config"]["size"]
     ious = {}
     for name in data.entries(cfg.data):
@@ -231,23 +231,23 @@ def measure(title, model, saved, cfg, device):
             else:
                 values = iou(evaluate(model, dataset, window, cfg, device, name))
         if values.isnan().all():
-            raise UserError(f"--data {name}: no label in its images counts; there is nothing to measure")
+            raise UserError(f"--data {name}: no label in its images counts")
         ious[name] = 100 * values
     return ious
 
 
 def val_split(name, cfg, title="", saved=None):
-    """The val split of a data set, which must have the classes of a segmenter named `title`."""
+    """The val split of a data set, which must have the classes of the segmenter `title`."""
     if name == "folder" and not saved:
         return data.images(name, cfg.root, split="val")
     if name == "folder":
         return data.scenes(name, cfg.root, "val", classes=len(saved["classes"]))
     classes = list(data.DATASETS[name].classes)
     known = saved["classes"] if saved else classes
-    counts_alone = saved and saved.get("released")  # such a file tells only how many classes there are
+    counts_alone = saved and saved.get("released")  # it tells only how many there are
     if len(classes) != len(known) or (classes != known and not counts_alone):
-        raise UserError(f"--data {name} has the {len(classes)} classes {', '.join(classes)}, but {title} was "
-                        f"trained on {len(known)} others")
+        raise UserError(f"--data {name} has the {len(classes)} classes {', '.join(classes)}; "
+                        f"{title} was trained on {len(known)} others")
     return data.scenes(name, cfg.root, "val", partial(data.eval_transform, name=name))
 
 
@@ -268,7 +268,7 @@ SCRIPTS = {"distill.py": (distill, "student.pt"), "segment.py": (segment, "segme
 
 @dataclass(frozen=True)
 class Run:
-    """A command of a training script. Two of one text are equal, so that rows share their runs."""
+    """A command of a training script. Two of one text are equal: rows share their runs."""
     text: str
     cfg: object = field(compare=False)  # its script's Config
     result: Path = field(compare=False)  # student.pt or segmenter.pt in the folder --out
@@ -291,7 +291,8 @@ def run_of(script, processes=1, **flags):
     module, result = SCRIPTS[script]
     cfg = distill.configure(module.Config, module.preset, words)
     launcher = f"torchrun --standalone --nproc_per_node={processes}" if processes > 1 else "python"
-    return Run(f"{launcher} {script} {shlex.join(words)}", cfg, Path(cfg.out, result), before, processes)
+    text = f"{launcher} {script} {shlex.join(words)}"
+    return Run(text, cfg, Path(cfg.out, result), before, processes)
 
 
 class Pair(NamedTuple):
@@ -339,8 +340,8 @@ def placed(name, setting, seed, cfg):
     p = PAIRS[name]._replace(labelled=labelled)
     if name in SMALL:
         folder = f"{cfg.out}/{name}/{seed}"
-        return p._replace(source=name, common=dict(root=cfg.root, seed=seed), shared=folder, here=folder,
-                          processes=cfg.processes or 1)
+        common = dict(root=cfg.root, seed=seed)
+        return p._replace(source=name, common=common, shared=folder, here=folder, processes=cfg.processes or 1)
     folder = f"{cfg.out}/paper/{name.replace(' -> ', '-to-').lower()}"
     gpus = 2 ** int(math.log2(torch.cuda.device_count() or 8))  # as the batch, a power of two
     return p._replace(source=labelled, common=dict(root=cfg.root), shared=folder, here=f"{folder}/{labelled}",
@@ -367,11 +368,11 @@ def task(p, name, encoder, source=None, **flags):
 
 
 def as_released(p, role, encoder, ending="", **flags):
-    """The run of a decoder on a foundation model, frozen but for those that the official configs train."""
+    """The run of a decoder on a foundation model, frozen where the official configs freeze it."""
     # In the paper EVA02-B has 46.6 mIoU as a teacher and 56.2 as a student: as a teacher it stays frozen.
     trained = {}
     if encoder == "eva02_base" and role != "teacher":
-        trained = dict(freeze=False, lr_backbone=1e-4)  # the decoder's; officially with drop path 0.15
+        trained = dict(freeze=False, lr_backbone=1e-4)  # officially with drop path 0.15
     if encoder == "eva02_small" or (encoder in ("dinov2_vits14", "dinov2_vitb14") and p.source == "cityscapes"):
         trained = dict(freeze=False)
     return task(p, f"{role}-{'tuned' if trained else 'frozen'}{ending}", encoder, **trained, **flags)
@@ -405,7 +406,7 @@ FOUNDATION = "foundation model of that size"
 
 
 def last_run(p, row, budget=""):
-    """The run that makes a row's segmenter; budget: of each distillation, or with a unit of all training."""
+    """A row's last run; budget: of each distillation, with a unit of all training."""
     method, *changes = row.split(", ")
     if method.startswith("labels of"):
         return with_more_sources(p, row, int(budget))
@@ -456,7 +457,7 @@ def changed(p, changes, budget, two_stages):
 
 
 def with_more_sources(p, row, count):
-    """GKD's last run with `count` sources in distillation, and labels of the first or of all."""
+    """GKD's last run with `count` sources in distillation, labels of the first or of all."""
     if count == 1:
         return last_run(p, "GKD")
     sources = data.TOY_SOURCES if p.source == "toy" else (p.source, "synthia", "urbansyn")
@@ -471,7 +472,7 @@ def with_more_sources(p, row, count):
 # --- Tables: their rows, and which of them are compared ---------------------------------------------------------------
 
 def read_tables():
-    """assets/tables.txt: {table: {pair, world or "gains": {column: {row: text}}}}; a list is column ""."""
+    """assets/tables.txt: {table: {pair, world or "gains": {column or "": {row: text}}}}."""
     found = defaultdict(dict)
     text = Path(__file__).with_name("assets").joinpath("tables.txt").read_text()
     for paragraph in text.strip().split("\n\n")[1:]:
@@ -541,7 +542,7 @@ def blocks(cfg):
 # --- Tables: what is missing is run, what is there is printed --------------------------------------------------------
 
 def tables(cfg, device):
-    """Run what is missing of --table and print it; --demo and tables with budgets also draw a picture."""
+    """Run what is missing of --table and print it; --demo and budgets also draw a picture."""
     worlds = ABOUT["worlds"][cfg.table].split()
     if cfg.data not in worlds:
         raise UserError(f"--table {cfg.table} --data {cfg.data}: this table is made with "
@@ -570,7 +571,7 @@ def tables(cfg, device):
 
 
 def run_missing(group, cfg):
-    """Run what is missing of some blocks; at the paper's scale print it, and run what this machine can."""
+    """Run what is missing; at the paper's scale print it, and run what this machine can."""
     chains = []
     for block in group:
         for rows in block.seeds:
@@ -602,9 +603,9 @@ def absent(names, root):
 
 
 def work_through(runs, jobs):
-    """Make some runs, `jobs` at a time, each after those before it; if one fails, or at SIGTERM, all end."""
+    """Make runs, `jobs` at a time, each after those before it; all end with a failed one."""
     followers = Counter(chain(*[run.before for run in runs]))
-    waiting = sorted(runs, key=followers.__getitem__, reverse=True)  # long chains begin first: no core idles
+    waiting = sorted(runs, key=followers.__getitem__, reverse=True)  # long chains first: no core idles
     working = {}  # {run: its process}
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # it ends this as Ctrl-C does
     bar = tqdm(total=len(waiting), desc="runs", unit="run", dynamic_ncols=True)
@@ -631,7 +632,7 @@ def work_through(runs, jobs):
 
 
 def begin(run, jobs):
-    """Start a run in a process of its own, on its share of the cores; it prints to <out>.txt."""
+    """Start a run in its own process, on its share of the cores; it prints to <out>.txt."""
     launcher, *words = shlex.split(run.text)
     words = [str(Path(__file__).with_name(word)) if word in SCRIPTS else word for word in words]
     if launcher == "torchrun":
@@ -644,14 +645,14 @@ def begin(run, jobs):
 
 
 def measured(run, block, cfg, device):
-    """What is known of a row's last run: {domain, "unseen mean", "seconds", "TFLOP", "diagonal": number} or None.
+    """What is known of a row's last run, or None: {domain or "unseen mean": mIoU in percent, ..}.
 
-    mIoU is in percent, seconds and TFLOP are of all the student's training, diagonal is of its attention.
+    "seconds" and "TFLOP" are of all the student's training, "diagonal" is of its attention.
     """
     path = run.result
     if not path.exists():
         return None
-    kept = path.with_name("eval.json")  # {protocol: {domain: mIoU}}, until the segmenter is newer
+    kept = path.with_name("eval.json")  # {protocol: {domain: mIoU}}
     fresh = kept.exists() and kept.stat().st_mtime_ns >= path.stat().st_mtime_ns
     book = json.loads(kept.read_text()) if fresh else {}
     mious = book.setdefault(f"window {cfg.window}, stride {cfg.stride:.6g}, {cfg.precision}", {})
@@ -712,7 +713,7 @@ STUDENT_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 
 
 def show_gains(unseen, cfg):
-    """Print what a table compares, beside the paper's gains, from {row: [unseen mean of each seed]}."""
+    """Print what a table compares beside the paper's gains; unseen: {row: [mean of each seed]}."""
     reference = ABOUT["reference"][cfg.table]
     compared = [(f"{row} over {reference}", reference, row) for row in unseen if row != reference]
     gains = WRITTEN[cfg.table].get("gains", {"from": {}})
@@ -736,7 +737,7 @@ def show_gains(unseen, cfg):
 
 
 def paper_gain(table, before, after):
-    """The paper's gain between two rows, in this table or else another; None if none has both."""
+    """The paper's gain between two rows, of this table or else another, or None."""
     for name in (table, *TABLES):
         for numbers in WRITTEN[name].get(LIKENED, {}).values():
             means = [float(numbers[row].split()[-1]) for row in (before, after) if numbers.get(row)]
@@ -757,7 +758,7 @@ LINE_COLORS = "#1f77b4 #d62728 #2ca02c #9467bd #ff7f0e #17becf #8c564b #5a5a5a #
 
 
 def chart(lines, path, x_title, y_title, log=False, x_texts=None):
-    """Draw lines {name: [(x, y, half a whisker)]}, y logarithmic if log; x_texts stand at 0, 1, .."""
+    """Draw lines {name: [(x, y, half a whisker)]}; log: y's scale; x_texts stand at 0, 1, .."""
     xs, ys, halves = np.array(list(chain(*lines.values()))).T
     reached = [*(ys - halves), *(ys + halves)]
     log = log and min(reached) > 0
@@ -840,7 +841,7 @@ def with_legend(picture, names, colors, left=10, size=13):
 
 
 def sheet(columns, titles, path, names=(), colors=(), width=136):
-    """Write {column title: [RGB arrays]} as one picture, with titles of rows and a legend of names."""
+    """Write {column title: [RGB arrays]} as one picture, with titles of rows and a legend."""
     font = ImageFont.load_default(13)
     left = 16 + round(max(map(font.getlength, "\n".join(titles).split("\n"))))
     width = max(width, *[12 + round(font.getlength(name)) for name in columns])
@@ -859,7 +860,7 @@ def sheet(columns, titles, path, names=(), colors=(), width=136):
 
 
 def fitted(cell, width, height):
-    """An RGB array scaled into a white frame; small ones keep square pixels, large ones get smooth."""
+    """An RGB array scaled into a white frame; small ones keep square pixels."""
     method = Image.Resampling.NEAREST if cell.shape[1] < width else Image.Resampling.BOX
     return ImageOps.pad(Image.fromarray(cell), (width, height), method, "white", centering=(0, 0))
 
@@ -890,7 +891,7 @@ def encoders(models, cfg, device):
         vit = qsd.load_vit(file_in(path), patch_size=cfg.patch or None)
         vits[name] = vit.to(device).eval().requires_grad_(False)
     if len({vit.patch_size for vit in vits.values()}) > 1:
-        raise UserError("--models have patches of different sides: give all the same with --patch")
+        raise UserError("--models have patches of different sides: say --patch")
     return vits
 
 
@@ -901,7 +902,7 @@ def spread(dataset, count):
 
 @torch.no_grad()
 def patch_tokens(vit, image, device):
-    """Final patch tokens (h, w, C), on the CPU, of an image (3, H, W) scaled to whole patches."""
+    """Final patch tokens (h, w, C) of an image (3, H, W) scaled to whole patches."""
     h, w = [max(1, round(side / vit.patch_size)) for side in image.shape[1:]]
     x = data.normalize(image[None].to(device), vit.mean, vit.std)
     x = segment.resize(x, (h * vit.patch_size, w * vit.patch_size))
@@ -910,7 +911,7 @@ def patch_tokens(vit, image, device):
 
 
 def feature_pictures(tokens):
-    """Principal components of tokens {name: [(h, w, C) of each image]} as RGB arrays {name: [(h, w, 3)]}."""
+    """Principal components of tokens {name: [(h, w, C)]} of images as RGB {name: [(h, w, 3)]}."""
     # They have no natural order or sign: each model's are rotated onto the first one's (Procrustes).
     pictures = {}
     first = None
@@ -922,14 +923,14 @@ def feature_pictures(tokens):
         x = x / x.std(0)
         first = x if first is None else first
         U, _, Vh = torch.linalg.svd(x.T @ first)
-        colors = (x @ U @ Vh / 5 + 0.5).clamp(0, 1).mul(255).byte()  # 2.5 deviations either side
+        colors = (x @ U @ Vh / 5 + 0.5).clamp(0, 1).mul(255).byte()  # 2.5 deviations
         parts = colors.split([grid[..., 0].numel() for grid in grids])
         pictures[name] = [part.view(*grid.shape[:2], 3).numpy() for part, grid in zip(parts, grids)]
     return pictures
 
 
 def compare(predicted, featured, cfg, path, device):
-    """Draw images of each domain: predictions of some models {name: path}, features of others."""
+    """Draw images of each domain, predictions of models {name: path}, features of models."""
     loaded = segmenters(predicted, device)
     images = []
     titles = []
@@ -967,13 +968,13 @@ def figure_3b(models, cfg, path, device):
             if loss is not None:  # as in the header, or where it was NaN, which JSON lacks
                 lines[name].append((record["step"], loss, 0))
         if name not in lines:
-            raise UserError(f"{folder}: holds no log.jsonl with losses; this figure wants folders of runs")
+            raise UserError(f"{folder}: holds no log.jsonl with losses, as folders of runs do")
     chart(lines, path, "step", "loss", log=True)
 
 
 def figure_7a(models, cfg, path, device):
-    """How far each student's tokens are from those of the teacher, the first model, on random patches."""
-    # An affine map, the best on every second image, takes them to the teacher's; the others are measured.
+    """How far students' tokens are from those of the first model, the teacher."""
+    # An affine map, the best on every second image, takes random patches to the teacher's; others are measured.
     images = ConcatDataset([spread(val_split(name, cfg), cfg.subset) for name in data.entries(cfg.data)])
     each = math.ceil(2 * cfg.tokens / len(images))
     tokens = {}  # of each encoder: (L, C) of every second image, (M, C) of the others
@@ -981,7 +982,7 @@ def figure_7a(models, cfg, path, device):
         found = []
         for i, (image, *_) in enumerate(tqdm(images, name, leave=False)):
             x = patch_tokens(vit, image, device).flatten(0, 1).double()
-            generator = torch.Generator().manual_seed(data.mix(cfg.seed, i // 2))  # alike for all encoders
+            generator = torch.Generator().manual_seed(data.mix(cfg.seed, i // 2))  # alike for all
             found.append(x[torch.randperm(len(x), generator=generator)[:each]])
         tokens[name] = [torch.cat(found[part::2])[:cfg.tokens] for part in (0, 1)]
     teacher, *students = models
@@ -1000,7 +1001,7 @@ def figure_7a(models, cfg, path, device):
 
 
 def distances(fit_s, v_s, fit_t, v_t):
-    """Distances (M,) of v_s (M, C_s) to v_t (M, C_t) after the map that takes fit_s (L, C_s) to fit_t best."""
+    """Distances (M,) of v_s (M, C_s) to v_t (M, C_t) after the best map of fit_s to fit_t."""
     fit_s, v_s = [F.pad(x, (0, 1), value=1) for x in (fit_s, v_s)]  # for the constant of the map
     # Tokens after a LayerNorm lie in a plane, so that the constant depends on them: gelsd copes with that.
     phi = torch.linalg.lstsq(fit_s, fit_t, driver="gelsd").solution  # (C_s + 1, C_t)
@@ -1008,7 +1009,7 @@ def distances(fit_s, v_s, fit_t, v_t):
 
 
 def figure_7b(models, cfg, path, device):
-    """How each QSD student attends to the teacher, the first model: all weights, their diagonal, four patches."""
+    """How QSD students attend to the teacher, the first model, as a whole and in four patches."""
     (_, teacher), *students = encoders(models, cfg, device).items()
     image = val_split(next(iter(data.entries(cfg.data))), cfg)[0][0]
     v_t = patch_tokens(teacher, image, device)  # (h, w, C_t)
@@ -1029,17 +1030,18 @@ def figure_7b(models, cfg, path, device):
         diagonal = f"{W.diagonal().mean():.1%}"
         uniform = f"{1 / len(W):.1%}"
         titles.append(f"{name}\non the diagonal:\n{diagonal}\n(uniform: {uniform})")
-        print(f"{name}: a patch's own place has {diagonal} of its weight in the mean (uniform: {uniform})")
+        print(f"{name}: {diagonal} of the weight is a patch's own (uniform: {uniform})")
     sheet(columns, titles, path, width=200)
 
 
 def attention(path, student, teacher, v_s, v_t):
-    """Weights (N, N) of tokens v_s (N, C_s) on the teacher's v_t (N, C_t), by student.pt's head of L_feat."""
+    """Weights (N, N) of tokens v_s (N, C_s) on v_t (N, C_t), by student.pt's head of L_feat."""
     saved = qsd.open_checkpoint(path)
-    known = {name: value for name, value in saved.get("config", {}).items() if hasattr(qsd.LossConfig, name)}
+    stored = saved.get("config", {})
+    known = {name: value for name, value in stored.items() if hasattr(qsd.LossConfig, name)}
     config = qsd.LossConfig(**known | dict(loss="qsd", alpha=1))
     objective = qsd.build_objective(student, teacher, config)
-    what = f"{path}: was not distilled by --loss qsd, with --alpha above 0, from the first of --models"
+    what = f"{path}: was not distilled by --loss qsd and --alpha from the first of --models"
     qsd.load_strictly(objective, saved.get("objective") or {}, what)
     if config.target_norm == "layernorm":
         v_t = F.layer_norm(v_t, v_t.shape[-1:])
@@ -1048,7 +1050,7 @@ def attention(path, student, teacher, v_s, v_t):
 
 
 def framed(weights, *place):
-    """Weights (h, w) in shades of grey; place: row and column of a patch that gets a frame."""
+    """Weights (h, w) in shades of grey; place: row and column of a framed patch."""
     h, w = weights.shape
     shades = (255 * (1 - weights / weights.max())).byte()
     picture = fitted(shades[..., None].expand(-1, -1, 3).numpy(), 400, round(400 * h / w))
@@ -1098,8 +1100,8 @@ def figure(cfg, device):
         name, _, path = part.partition("=")
         models[name.strip()] = path.strip() or name.strip()
     if len(models) < (2 if cfg.figure.startswith("7") else 1):
-        raise UserError("--models: say which, as in teacher=dinov2_vitb14,GKD=runs/source/student.pt; "
-                        "figures 7a and 7b want the teacher and at least one student")
+        raise UserError("--models: say which, as in teacher=dinov2_vitb14,GKD=runs/source; figures 7a "
+                        "and 7b want the teacher and at least one student")
     path = Path(cfg.out)
     if path.suffix.lower() not in data.SUFFIXES:
         path = path / f"figure-{cfg.figure}.png"
@@ -1121,7 +1123,7 @@ def classify(model, saved, image, cfg, device):
 
 
 def segment_images(cfg, device):
-    """Segment --images into --out: NAME_classes.png holds class numbers, NAME_overlay.png shows them."""
+    """Segment --images into --out: numbers in NAME_classes.png, colours in NAME_overlay.png."""
     given = Path(cfg.images)
     out = Path(cfg.out)
     files = sorted(given.iterdir()) if given.is_dir() else [given]
@@ -1130,8 +1132,8 @@ def segment_images(cfg, device):
         raise UserError(f"--images {given}: no images directly in it ({' '.join(data.SUFFIXES)})")
     names = {file.stem for file in files}
     if len(names) < len(files) or out.resolve() == files[0].parent.resolve():
-        raise UserError(f"--images {given}: results are named after images, so that no two may differ in their "
-                        f"ending alone, as a.jpg and a.png, and none may lie in --out {out}")
+        raise UserError(f"--images {given}: results have the images' names, so that these must differ in more "
+                        f"than their ending, and lie elsewhere than --out {out}")
     model, saved = segment.load_segmenter(cfg.checkpoint, device)
     legend = (saved["classes"], saved["colors"])
     out.mkdir(parents=True, exist_ok=True)
@@ -1142,7 +1144,7 @@ def segment_images(cfg, device):
         if saved["config"]["decoder"] == "boxes":
             picture = data.label_picture(found, image, *legend, width=800, scored=True)
             Image.fromarray(picture).save(out / f"{file.stem}_boxes.png")
-            (out / f"{file.stem}_boxes.json").write_text(json.dumps(found.tolist()))  # see BoxDecoder.scores
+            (out / f"{file.stem}_boxes.json").write_text(json.dumps(found.tolist()))
             continue
         picture = Image.fromarray(found.numpy())
         picture.putpalette(data.palette(saved["colors"]).tobytes())
@@ -1167,7 +1169,7 @@ def export(checkpoint, path):
     """Write a segmenter as a torch.export program for images of its training crop."""
     model, saved = segment.load_segmenter(checkpoint)
     if path.suffix != ".pt2" or saved["config"]["decoder"] == "boxes":
-        raise UserError(f"--export {path}: writes the scores of pixels, into a .pt2 file, and no boxes")
+        raise UserError(f"--export {path}: writes scores of pixels, no boxes, into a .pt2 file")
     eager = Scores(model)
     size = saved["config"]["size"]
     x = torch.randn(2, 3, size, size)
@@ -1196,7 +1198,7 @@ def main(argv=None):
     cfg = distill.configure(Config, preset, argv)
     device = distill.launch()
     if distill.world_size() > 1 and (cfg.export or not cfg.checkpoint):
-        raise UserError("torchrun is for many images of one --checkpoint; start all else with python")
+        raise UserError("torchrun is for many images of one --checkpoint; all else wants python")
     if Path(cfg.out).is_file() and cfg.figure == "none":
         raise UserError(f"--out {cfg.out} is a file, not a folder; choose another --out")
     if cfg.table != "none":
@@ -1213,7 +1215,7 @@ def main(argv=None):
     elif cfg.checkpoint and cfg.data != "paper":
         report(cfg, device)
     else:
-        raise UserError("give --checkpoint or --figure, with --data or --setting; or else --demo or --table")
+        raise UserError("give --checkpoint or --figure with --data or --setting, or else --demo or --table")
 
 
 if __name__ == "__main__":

@@ -20,10 +20,10 @@ import torch.nn.functional as F
 
 
 class UserError(ValueError):
-    """A user's mistake, in one line: what is wrong, in which file or flag. Scripts end with it and status 2."""
+    """A user's mistake, in one line: what is wrong, in which file or flag. Scripts end with status 2."""
 
     def __str__(self):
-        return super().__str__().split("UserError: ")[-1].strip()  # a worker wraps it in its traceback
+        return super().__str__().split("UserError: ")[-1].strip()  # workers wrap it in a traceback
 
 
 def say(line):
@@ -35,22 +35,21 @@ def say(line):
 
 @dataclass
 class LossConfig:
-    """Constants of the objectives, each a flag of distill.py and of segment.py, whose Configs inherit them."""
+    """Constants of the objectives, flags of distill.py and segment.py, whose Configs inherit them."""
     loss: Literal["qsd", "mse", "cwd", "afdcd", "g2sd", "vitkd", "proteus"] = "qsd"  # a key of qsd.LOSSES
     # the paper's objective, --loss qsd
     alpha: float = 1.0          # weight of L_feat; 0 leaves out the term, its head and its work
     beta: float = 1.0           # weight of L_mask; likewise
     gamma: float = 1.0          # weight of L_cls; 0 leaves the CLS token out of every term
-    distance: Literal["mse", "l1", "cosine"] = "mse"  # of student and teacher, in all terms; paper: mse
     feat_with_cls: bool = True  # official: L_feat is the mean over [CLS; patches]; paper: patches
-    mask_ratio: float = 0.5     # share of the patches hidden in a masked image: int(mask_ratio N) exactly
+    mask_ratio: float = 0.5     # share of the patches hidden in a masked image: int(mask_ratio N)
     mask_all: bool = False      # no: every second image is masked (official: half of them); yes: all (paper)
     attention: Literal["learned", "identity", "teacher"] = "learned"  # who queries: v_s (paper), none (σ(W) = I), v_t
-    scale: Literal["one", "sqrt"] = "one"  # the attention's logits times 1 (paper) or times C_t^-1/2
-    layers: Literal["last", "four"] = "last"  # paper: the last; four: also the others that a decoder reads
+    scale: Literal["one", "sqrt"] = "one"  # of the logits: 1 (paper) or C_t^-1/2
+    layers: Literal["last", "four"] = "last"  # paper: the last; four: all that a decoder reads
     # every objective
     target_norm: Literal["none", "layernorm"] = "none"  # of the teacher's final tokens; ViTKD reads others
-    dcd_pool: int = 4           # Af-DCD pools both maps by this first (4 wants 16x16 patches or more)
+    dcd_pool: int = 4           # Af-DCD pools both maps by this first (4 wants 16x16 patches)
 
 
 # --- Query-based soft distillation ----------------------------------------------------------------------------------
@@ -68,12 +67,12 @@ class Objective(nn.Module):
 
 
 def projection(dim_s, dim_t):
-    """To the teacher's width: "a linear projection layer" in the paper, this in the official code."""
+    """To the teacher's width: in the paper "a linear projection layer", officially this."""
     return nn.Sequential(nn.LayerNorm(dim_s), nn.Linear(dim_s, dim_t))
 
 
 def matmul_fp32(a, b):
-    """a @ b in fp32 (on CUDA TF32) under autocast, too: softmax of large, unscaled logits does not bear bf16."""
+    """a @ b in fp32 (CUDA: TF32), under autocast, too: large, unscaled logits do not bear bf16."""
     dtype = torch.promote_types(b.dtype, torch.float32)
     with torch.autocast(a.device.type, enabled=False):
         return a.to(dtype) @ b.to(dtype)
@@ -98,21 +97,14 @@ class QSD(nn.Module):
         return matmul_fp32(W, self.phi(v_s)), W  # Eq. 8  (B, N, C_t)
 
     def weights(self, v_s, v_t):
-        """σ(W): how much each student token takes of the value at each place, a row summing up to 1."""
+        """σ(W): what each student token takes of the value at each place; rows sum up to 1."""
         if self.attention == "identity":  # ablation: each token keeps its own value
-            return torch.eye(v_t.shape[1], device=v_t.device, dtype=v_t.dtype).expand(len(v_t), -1, -1)
+            return v_t.new_ones(v_t.shape[1]).diag().expand(len(v_t), -1, -1)
         query = v_t if self.attention == "teacher" else self.varphi(v_s)  # paper: φ(v_s)
         if self.scale == "sqrt":  # ablation: as in a transformer
             query = query * v_t.shape[-1] ** -0.5
         W = matmul_fp32(query, v_t.mT)  # Eq. 7  (B, N, N)
         return W.softmax(-1)
-
-
-DISTANCES = {
-    "mse": F.mse_loss,
-    "l1": F.l1_loss,
-    "cosine": lambda a, b: (1 - F.cosine_similarity(a, b, dim=-1)).mean(),
-}
 
 
 class GKD(Objective):
@@ -139,7 +131,6 @@ class GKD(Objective):
 
     def forward(self, student, x, s, t, noise):
         c = self.config
-        distance = DISTANCES[c.distance]                        # paper: the squared error
         v_s_cls, v_s, outs_s = s                                # (B, C_s), (B, N, C_s)
         v_t_cls, v_t, outs_t = t                                # (B, C_t), (B, N, C_t)
         N = v_t.shape[1]
@@ -147,32 +138,32 @@ class GKD(Objective):
 
         if c.alpha:
             v_s_prime, W = self.feat(v_s, v_t)                  # (B, N, C_t), (B, N, N)
-            L_feat = distance(v_s_prime, v_t)                   # Eq. 9
+            L_feat = F.mse_loss(v_s_prime, v_t)                 # Eq. 9
             diagonal = W.detach().diagonal(dim1=1, dim2=2).mean()
         if c.beta:
-            v_s_mask = self.masked_pass(student, x, v_s, noise)     # (B, N, C_s)
+            v_s_mask = self.masked_pass(student, x, v_s, noise)  # (B, N, C_s)
             v_s_mask_prime, _ = self.mask(v_s_mask, v_t)        # (B, N, C_t)
-            L_mask = distance(v_s_mask_prime, v_t)              # Eq. 10
-        if c.gamma:                                             # one key: the softmax is 1, only phi learns
-            v_s_cls_prime, _ = self.cls(v_s_cls[:, None], v_t_cls[:, None])     # (B, 1, C_t)
-            L_cls = distance(v_s_cls_prime[:, 0], v_t_cls)      # Eq. 11
+            L_mask = F.mse_loss(v_s_mask_prime, v_t)            # Eq. 10
+        if c.gamma:                                             # one key, softmax 1: phi learns, varphi decays
+            v_s_cls_prime, _ = self.cls(v_s_cls[:, None], v_t_cls[:, None])  # (B, 1, C_t)
+            L_cls = F.mse_loss(v_s_cls_prime[:, 0], v_t_cls)    # Eq. 11
         if c.alpha and c.gamma and c.feat_with_cls:
             L_feat = (N * L_feat + L_cls) / (N + 1)             # official: the mean over [CLS; patches]
-        loss = c.alpha * L_feat + c.beta * L_mask + c.gamma * L_cls     # Eq. 12
+        loss = c.alpha * L_feat + c.beta * L_mask + c.gamma * L_cls  # Eq. 12
 
         losses = {"L_feat": L_feat, "L_mask": L_mask, "L_cls": L_cls, "diagonal": diagonal}
         if c.layers == "four":
             L_inner = losses["L_inner"] = self.inner_loss(outs_s, outs_t)
             loss = loss + c.alpha * L_inner
         losses["loss"] = loss
-        return {name: value for name, value in losses.items() if torch.is_tensor(value)}    # no term of weight 0
+        return {name: value for name, value in losses.items() if torch.is_tensor(value)}  # no term of weight 0
 
     def inner_loss(self, outs_s, outs_t):
         """L_feat, without CLS, of the three earlier blocks that a decoder reads."""
         L_inner = 0.0
         for head, v_s, v_t in zip(self.inner, outs_s, outs_t, strict=True):  # each (B, N, C_s), (B, N, C_t)
             v_t = F.layer_norm(v_t, v_t.shape[-1:])  # raw outputs differ in scale
-            L_inner = L_inner + DISTANCES[self.config.distance](head(v_s, v_t)[0], v_t)
+            L_inner = L_inner + F.mse_loss(head(v_s, v_t)[0], v_t)
         return L_inner
 
     def masked_pass(self, student, x, v_s, noise):
@@ -185,17 +176,17 @@ class GKD(Objective):
 
 
 def masked_images(config):
-    """Which images are masked: all, or the even draws, as micro-batches are even numbers of consecutive draws."""
+    """Which images are masked: all, or those of even draws, as micro-batches hold pairs of draws."""
     return slice(0, None, 1 if config.mask_all else 2)
 
 
 def random_mask(noise, ratio):
-    """Uniform noise (B, N) -> mask (B, N) bool that hides (True) exactly int(ratio N) patches of each image."""
+    """Uniform noise (B, N) -> mask (B, N) bool: True hides int(ratio N) patches of each image."""
     return noise.argsort(1).argsort(1) < int(ratio * noise.shape[1])
 
 
 def normalize_targets(t, how):
-    """The teacher's pass t = (cls, patches, outs) in fp32, its final tokens under --target_norm."""
+    """The pass t = (cls, patches, outs) in fp32, its final tokens under --target_norm."""
     cls, patches, outs = t
     cls = cls.float()
     patches = patches.float()
@@ -223,7 +214,7 @@ class MSE(Objective):
 
 
 class CWD(Objective):
-    """Channel-wise distillation (Shu et al. 2021): KL(teacher || student) of each channel's softmax over space."""
+    """Channel-wise distillation (Shu et al. 2021): KL of each channel's softmax over space."""
     weight = 50.0  # CIRKD's weight of CWD on features, for this very reduction
     T = 4.0        # temperature
 
@@ -276,7 +267,7 @@ class AfDCD(Objective):
         return {"L_fd": L_fd, "L_con": L_con, "loss": L_fd + self.contrast * L_con}
 
     def vectors(self, f):
-        """Map (B, C, h, w), pooled, cut into P patches of 4x4 -> vectors (B P, 16 M, C / M), M groups of channels."""
+        """Map (B, C, h, w), pooled, in P patches of 4x4 -> vectors (B P, 16 M, C / M), M groups."""
         f = F.max_pool2d(f, self.pool)
         cut = F.unfold(f, self.patch, stride=self.patch)               # (B, C * 16, P)
         cut = cut.unflatten(1, (self.groups, -1, self.patch ** 2))     # (B, M, C / M, 16, P)
@@ -361,13 +352,13 @@ class Proteus(Objective):
         tokens_t = torch.cat([t[0][:, None], t[1]], 1)
         L_cls = F.mse_loss(self.cls(s[0]).float(), t[0])
         L_feat = F.mse_loss(self.feat(tokens_s).float(), tokens_t)
-        K = int(self.config.mask_ratio * hidden.shape[1])  # known without waiting for a GPU
+        K = int(self.config.mask_ratio * hidden.shape[1])  # without waiting for a GPU
         places = hidden.int().argsort(dim=1, descending=True, stable=True)[:, :K, None]  # (B/2, K, 1)
         L_mask = F.mse_loss(v_s_mask.take_along_dim(places, 1), t[1][which].take_along_dim(places, 1))
         return {"L_cls": L_cls, "L_feat": L_feat, "L_mask": L_mask, "loss": L_cls + L_feat + L_mask}
 
 
-OF_QSD = ("alpha", "beta", "gamma", "distance", "feat_with_cls", "attention", "scale", "layers")  # rivals read none
+OF_QSD = ("alpha", "beta", "gamma", "feat_with_cls", "attention", "scale", "layers")  # rivals read none
 LOSSES = {"qsd": GKD, "mse": MSE, "cwd": CWD, "afdcd": AfDCD, "g2sd": G2SD, "vitkd": ViTKD, "proteus": Proteus}
 
 
@@ -376,13 +367,13 @@ def build_objective(student, teacher, config):
     N = student.grid[0] * student.grid[1]
     hidden = int(config.mask_ratio * N)
     if hidden > N or (config.loss == "proteus" and not hidden):
-        raise UserError(f"--mask_ratio {config.mask_ratio} hides {hidden} of {N} patches: give a share of them")
+        raise UserError(f"--mask_ratio {config.mask_ratio} hides {hidden} of {N} patches: give a share")
     unread = () if config.loss == "qsd" else OF_QSD
     if config.loss not in ("qsd", "proteus"):
         unread += ("mask_ratio", "mask_all")
     for name in unread:
         if getattr(config, name) != getattr(LossConfig, name):
-            raise UserError(f"--{name} {getattr(config, name)} changes nothing: --loss {config.loss} does not read it")
+            raise UserError(f"--{name} {getattr(config, name)} changes nothing: --loss {config.loss} ignores it")
     return LOSSES[config.loss](student, teacher, config)
 
 
@@ -406,10 +397,10 @@ class Encoder(NamedTuple):
     patch_size: int            # pixels
     img_size: int | tuple      # pixels, one number or (H, W): the size that pos_embed is stored for
     url: str | None = None     # None: no official file exists, the encoder starts at random
-    sha256: str | None = None  # its first digits, which a download is checked by; None: not known
-    file: str | None = None    # its name on disk, where the address's last part says nothing
+    sha256: str | None = None  # its first digits, which downloads are checked by
+    file: str | None = None    # its name on disk, if the address does not say it
     layerscale: bool = False   # DINOv2, DINOv3: each branch times a learned vector
-    registers: int = 0         # DINOv2 "_reg", DINOv3: extra tokens between CLS and patches, without a position
+    registers: int = 0         # DINOv2 "_reg", DINOv3: tokens between CLS and patches, without a position
     mlp: Literal["gelu", "swiglu"] = "gelu"  # the latter in DINOv2-g, EVA-02 and DINOv3's "plus" models
     mlp_ratio: int = 4         # an MLP's hidden width over embed_dim; SwiGLU takes two thirds of it
     rope: Literal["", "eva02", "dinov3"] = ""  # queries and keys are rotated by position, keys have no bias
@@ -529,7 +520,7 @@ def mlp(e):
 
 
 class SwiGLU(nn.Module):
-    """A gate times a value; two thirds as wide as mlp: three matrices cost as much as its two."""
+    """A gate times a value, two thirds as wide: three matrices cost as much as mlp's two."""
     def __init__(self, e):
         super().__init__()
         hidden = 2 * e.mlp_ratio * e.embed_dim // 3  # DINO rounds to a multiple of 8, as its sizes are
@@ -573,7 +564,7 @@ class Block(nn.Module):
 
 
 def rope_angles(rope, grid, head_dim, device):
-    """Angles (N, D / 2) of the pairs of D = head_dim channels: half of them turn with y, half with x."""
+    """Angles (N, D / 2) of the pairs of D = head_dim channels: half turn with y, half with x."""
     h, w = grid
     rows = torch.arange(h, device=device)
     columns = torch.arange(w, device=device)
@@ -603,9 +594,9 @@ def rotate(x, cos, sin, rope):
 
 
 class ViT(nn.Module):
-    """A vision transformer: ViT(name, **values), the values being Encoder's (but for its file).
+    """A vision transformer: ViT(name, **values), the values being Encoder's but for its file.
 
-    `cls, patches = vit(x)`: x (B, 3, H, W), normalised by vit.mean and vit.std, H and W any multiples of the patch;
+    `cls, patches = vit(x)`: x (B, 3, H, W), normalised by vit.mean and vit.std, H and W multiples of the patch;
     cls (B, C) and patches (B, N, C), both after the final norm.
     """
     def __init__(self, name, **values):
@@ -677,7 +668,7 @@ class ViT(nn.Module):
         return x[:, 0], x[:, self.prefix:], [outs[i] for i in layers]  # (B, C), (B, N, C), each (B, N, C)
 
     def rotary_position(self, grid, keep, device):
-        """Cosines and sines (1 or B, 1, T, D / 2), D = C / heads, of the angles of rotary positions."""
+        """Cosines and sines (1 or B, 1, T, D / 2), D = C / heads, of rotary positions."""
         angles = rope_angles(self.rope, grid, self.embed_dim // self.num_heads, device)  # (N, D / 2)
         angles = angles[None] if keep is None else angles[keep]  # (1 or B, N, D / 2)
         angles = F.pad(angles, (0, 0, self.prefix, 0))[:, None]  # CLS, registers: no position, angle 0
@@ -709,7 +700,7 @@ def resize_pos_embed(pos_embed, old, new, offset=0.0, antialias=ANTIALIAS):
 
 
 def resized(values, img_size, patch_size, depth):
-    """Constructor values with the asked sizes; the stored img_size is rounded down to whole patches."""
+    """Constructor values with the asked sizes; a stored img_size is cut to whole patches."""
     patch = patch_size or values["patch_size"]
     if img_size is None:
         size = values["img_size"]
@@ -723,7 +714,7 @@ def resized(values, img_size, patch_size, depth):
 # --- Loading --------------------------------------------------------------------------------------------------------
 
 def load_vit(name_or_path, img_size=None, patch_size=None, depth=None, pretrained=True, offset=0.0):
-    """Builds an encoder with its weights; one line tells from which file, what was changed and what guessed.
+    """Builds an encoder with its weights; one line tells from which file, what was changed, what guessed.
 
     name_or_path: a name of ENCODERS or a checkpoint: official, of timm, transformers, this project or official GKD.
     img_size (int or (H, W)) and patch_size, in pixels, resize pos_embed and the patch kernels; depth: only the first
@@ -796,7 +787,7 @@ def ledger_of(name_or_path):
 
 
 def load_strictly(module, state, what, assign=False):
-    """Fills a module with a state dict of its very names and shapes, all numbers finite; or UserError."""
+    """Fills a module with a state dict of its names and shapes, all numbers finite; or UserError."""
     expected = module.state_dict()
     wrong = None
     try:
@@ -813,7 +804,7 @@ def load_strictly(module, state, what, assign=False):
 
 
 def find_file(name, row):
-    """The path given, or a named encoder's file, downloaded unless it lies in WEIGHTS or torch.hub's cache."""
+    """The path given, or a named encoder's file, downloaded unless in WEIGHTS or torch.hub's cache."""
     if row is None:
         return Path(name)
     file = Path(row.file or row.url).name
@@ -824,7 +815,7 @@ def find_file(name, row):
         if path.is_file():
             return path
     if row.url == ON_REQUEST:
-        raise UserError(f"{name}: its weights are given on request only: ask at {row.url} and put the file at {place}")
+        raise UserError(f"{name}: its weights are given on request: ask at {row.url} and put the file at {place}")
     say(f"{name}: downloading {row.url} to {cached}")
     cached.parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -835,7 +826,7 @@ def find_file(name, row):
 
 
 def bare(path):
-    """A file's name without its ending and the hash that DeiT's and DINOv3's files carry."""
+    """A file's name without its ending and the hash in names of DeiT's and DINOv3's."""
     return re.sub(r"(-[0-9a-f]{8})?\.(pth|pt|bin|safetensors)$", "", Path(path).name)
 
 
@@ -844,7 +835,7 @@ def bare(path):
 # tensors are made of and nothing else: whatever class or function a file names, none is imported or called.
 
 class Inert(dict):
-    """Stands for every other class and function of a file: can be called and filled, and does nothing."""
+    """Stands for every other class and function of a file: does nothing when called and filled."""
     def __init__(self, *args, **kwargs):
         pass
 
@@ -899,7 +890,7 @@ def open_checkpoint(path):
 
 
 def read_safetensors(file):
-    """The tensors of a .safetensors file: eight bytes of length, JSON of that length, raw numbers."""
+    """The tensors of a .safetensors file: eight bytes of length, so much JSON, raw numbers."""
     file.seek(0)
     length = int.from_bytes(file.read(8), "little")
     header = json.loads(file.read(length))
@@ -992,7 +983,7 @@ def read_encoder(path, name, row, given):
 
 
 def find_encoder(path, tensors):
-    """A file's encoder: what its keys begin with, {rest: tensor}, and a note of other encoders."""
+    """A file's encoder: what its keys begin with, {rest: tensor}, a note of others."""
     encoders = {}
     for found in filter(None, map(re.compile(PATCH_EMBED).fullmatch, tensors)):
         start = found[1]

@@ -67,7 +67,7 @@ def sine_position(size, width, device):
 
 
 def sample(x, points):
-    """Bilinear values of maps x (B, C, h, w) at points (B, P, 2), (x, y) in 0..1 -> (B, C, P); 0 outside the map."""
+    """Bilinear values of maps x (B, C, h, w) at points (B, P, 2), (x, y) in 0..1 -> (B, C, P); 0 outside."""
     points = 2 * points[:, :, None] - 1  # (B, P, 1, 2), in -1..1
     return F.grid_sample(x, points, align_corners=False)[..., 0]
 
@@ -241,9 +241,9 @@ class MaskDecoder(nn.Module):
                  pixel="fpn", pixel_layers=6, pixel_ffn=1024, points=12544):
         super().__init__()
         if width % 32 or width % heads:
-            raise UserError(f"--width {width}: GroupNorm wants a multiple of 32, and attention one of --heads {heads}")
+            raise UserError(f"--width {width}: GroupNorm wants a multiple of 32, attention one of --heads {heads}")
         if queries < num_classes:
-            raise UserError(f"{queries} queries for {num_classes} classes: each class needs a query of its own")
+            raise UserError(f"{queries} queries for {num_classes} classes: each class needs its own")
         self.num_classes = num_classes
         self.points = points  # on which masks are compared
         self.pixel_decoder = PixelDecoder(dim, width, pixel, pixel_layers, heads, pixel_ffn)
@@ -287,7 +287,7 @@ class MaskDecoder(nn.Module):
             return torch.einsum("bqk,bqhw->bkhw", votes, masks.sigmoid())
 
     def loss(self, outputs, label, generator, divisors):
-        """Class, BCE and dice losses after matching, summed over the read-outs; for the log the last one's, too.
+        """Class, BCE and dice losses after matching, summed over read-outs; to log, the last one's.
 
         label (B, H, W) int64, 255 = ignore; generator, on its device, draws the points; divisors: see divisors_of.
         """
@@ -312,7 +312,7 @@ class MaskDecoder(nn.Module):
             return {"loss": total, "ce": ce[-1], "bce": bce[-1], "dice": dice[-1]}
 
     def targets(self, label):
-        """Classes present (B, S), ascending; which are no padding (B, S); their masks (B, S, H, W), without void."""
+        """Classes present (B, S), ascending; which are no padding (B, S); masks (B, S, H, W), without void."""
         K = self.num_classes
         present = torch.zeros(len(label), K + 1, dtype=torch.bool, device=label.device)  # void is class K here
         present = present.scatter(1, label.masked_fill(label == IGNORE, K).flatten(1), True)[:, :K]
@@ -419,7 +419,7 @@ def hungarian(cost):
 
 
 def divisors_of(labels):
-    """Masks and labelled pixels to divide a micro-batch's losses by, so that their mean is the whole batch's."""
+    """Masks and labelled pixels to divide a micro-batch's losses by: their mean is the batch's."""
     images = torch.cat(labels)
     masks = sum(len(label[label != IGNORE].unique()) for label in images)
     pixels = int((images != IGNORE).sum())
@@ -526,7 +526,7 @@ class BoxDecoder(nn.Module):
         targets = []
         for objects in map(data.objects_of, label):
             objects = objects[objects[:, 5] == 0]  # not the difficult ones
-            targets.append({"boxes": objects[:, :4], "labels": objects[:, 4].long() + 1})  # 0 is the background
+            targets.append({"boxes": objects[:, :4], "labels": objects[:, 4].long() + 1})  # 0: background
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(generator.initial_seed())  # torchvision draws from the global generator
             _, losses = self.both_stages(maps, None, targets)
@@ -663,7 +663,7 @@ def load_segmenter(path, device="cpu"):
         model = Segmenter(encoder, decoder, blocks=cfg.blocks)
         qsd.load_strictly(model, saved["model"], f"{path} does not fit its segmenter")
     except KeyError as error:
-        raise UserError(f"{path} is no segmenter.pt, nor a whole released one: {error.args[0]} is missing") from None
+        raise UserError(f"{path} is no segmenter.pt, nor a released one: {error.args[0]} is missing") from None
     return model.to(device).eval().requires_grad_(False), saved
 
 
@@ -687,7 +687,7 @@ RELEASED_CLASSES = {19: "cityscapes", 6: "potsdam-rgb"}  # by their number
 
 
 def from_mmsegmentation(path, state):
-    """What a segmenter.pt would hold, from mmsegmentation's state dict; classes without names are numbered."""
+    """What a segmenter.pt holds, from mmsegmentation's state dict; classes without names are numbered."""
     encoder = qsd.load_vit(path)  # reads what lies under backbone.
     model = {f"encoder.{key}": tensor for key, tensor in encoder.state_dict().items()}
     for key, tensor in state.items():
