@@ -7,7 +7,7 @@
 With N GPUs write `torchrun --standalone --nproc_per_node=N` for `python`. Proxy stage and source stage are this same
 script, --stage picks the preset. The same command resumes.
 
-Above stand the constants and the step from images to gradients, below what segment.py shares: Run, flags, processes.
+First come the constants and the step from images to gradients, then what segment.py shares: Run, flags, processes.
 """
 import argparse
 import dataclasses
@@ -52,14 +52,14 @@ class Config(qsd.LossConfig):
     root: str = "data"              # the folder that holds the data sets
     stage: Literal["auto", "proxy", "source"] = "auto"  # which preset; auto: proxy for imagenet and toy-proxy
     teacher: str = "dinov2_vitb14"  # a name of qsd.ENCODERS or a checkpoint
-    student: str = "deit_small_distilled"  # likewise; the source stage gets the proxy stage's student.pt
+    student: str = "deit_small_distilled"  # likewise; give the source stage the proxy stage's student.pt
     pretrained: bool = True         # no: the student starts from random weights
     student_depth: int | None = None  # only the student's first k blocks
     out: str = "runs/distill"       # log.jsonl, last.pt, student.pt
     # images
     size: int = 512                 # side of the square crop, pixels (proxy 224)
     patch: int = 16                 # patch side of both ViTs, pixels (proxy 14); checkpoints are resized to it
-    hub_offset: float = 0.0         # of a DINOv2 teacher's resized pos_embed; official: 0.1 in the proxy stage, else 0
+    hub_offset: float = 0.0         # DINOv2's interpolate_offset, for the teacher; official: proxy 0.1, source 0
     randaugment: bool = True        # official, in both stages
     erase: float = 0.25             # probability of RandomErasing
     repeats: int = 3                # an epoch is a third of the images, each three times in a row (official); 1: none
@@ -133,7 +133,7 @@ def learning_rate(cfg, fraction):
 def main(argv=None):
     cfg = configure(Config, preset, argv)
     only_timed = cfg.bench != "no"
-    if only_timed:                                                  # nothing is read or written
+    if only_timed:                                                  # Run only joins the processes, writes nothing
         cfg = dataclasses.replace(cfg, pretrained=False, out=os.devnull)
     run = Run(cfg, "student.pt")                                    # joins the processes, looks at --out
     if run.finished:
@@ -148,7 +148,7 @@ def main(argv=None):
     teacher.eval().requires_grad_(False)
     student = load_vit(cfg.student, depth=cfg.student_depth, pretrained=cfg.pretrained).to(run.device)
     objective = qsd.build_objective(student, teacher, cfg).to(run.device)   # official: fresh heads in each stage
-    ancestors = qsd.ledger_of(cfg.student)
+    ancestors = qsd.ledger_of(cfg.student)                          # what the stages before have cost
     learner = Learner(student, objective)
     N = (cfg.size // cfg.patch) ** 2
 
@@ -167,7 +167,7 @@ def main(argv=None):
                 t = qsd.normalize_targets(t, cfg.target_norm)       # cls (B, C_t), patches (B, N, C_t), outs
             return model(x, t, noise)
 
-    # two black images through one step: its cost per image; parameters that get no gradient are frozen
+    # two black images through one step: its cost per image; parameters without a gradient are frozen, for DDP
     flops = dry_run(learner, partial(losses_of, learner, *two_images(cfg.size)))
     if cfg.compile == "yes" or (cfg.compile == "auto" and run.device.type == "cuda"):
         if "CC" not in os.environ and not any(map(shutil.which, ("cc", "gcc", "clang"))):
@@ -255,7 +255,7 @@ class Run:
         """Bring all parts to the state of last.pt and the log back to its step; or write the header of a new log."""
         first = rank() == 0
         saved = from_the_first(qsd.open_checkpoint(self.last) if first and self.last.exists() else None)
-        if saved:                           # all have it from the first: two disks cannot make them train apart
+        if saved:                           # the first's copy for all, as nodes may have disks of their own
             for name, part in self.parts.items():
                 part.load_state_dict(saved[name])
             self.ledger = saved["ledger"]
@@ -299,7 +299,7 @@ class Run:
 
     @property
     def fraction(self):
-        """The share of the budget that is spent, in 0..1."""
+        """The share of the budget that is spent."""
         return self.ledger[self.unit] / self.budget
 
     def sync(self):
@@ -392,7 +392,7 @@ class Run:
 
 
 def check_folder(cfg):
-    """UserError if --out holds no run, or one with other constants than FREE ones; unknown ones had today's default."""
+    """UserError if --out holds other things or another run; FREE constants may differ, new ones had today's default."""
     out = Path(cfg.out)
     log = out / "log.jsonl"
     if not log.exists():
@@ -554,7 +554,7 @@ def count_flops(work):
 
     Convolutions, matrix products and attention count; sampling, resizing, norms and element-wise work do not.
     """
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:   # fused attention would not count
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:   # a CPU's fused one does not count
         work()
     return counter.get_total_flops()
 
@@ -565,7 +565,7 @@ def two_images(size):
 
 
 def dry_run(learner, losses_of_two_images):
-    """FLOPs per image of a training step; parameters that the step does not touch no longer require a gradient."""
+    """FLOPs per image of a training step; freezes parameters without a gradient, as DDP wants one of each."""
     flops = count_flops(lambda: losses_of_two_images()["loss"].backward())
     for parameter in learner.parameters():
         parameter.requires_grad_(parameter.grad is not None)
@@ -600,7 +600,7 @@ def passes_of(batch, micro, world, pairs=True):
 # --- How fast a step is: python distill.py --bench ------------------------------------------------------------------
 
 class OfficialLearner(Learner):
-    """The authors' step, but for their moving average of all weights and search for unused parameters."""
+    """The authors' step, without its average of all weights and search for unused parameters, beside our teacher."""
     def forward(self, x, t, noise):
         v_t_cls, v_t, _ = t
         which = qsd.masked_images(self.objective.config)
@@ -659,7 +659,7 @@ def bench(cfg, run, learner, teacher, losses_of, optimizer, flops):
     with run.autocast, torch.no_grad():
         of_teacher = statistics.median(seconds(teacher.tokens, x) for _ in range(3)) / whole
     forward = statistics.median(seconds(losses_of, learner, images, draws) for _ in range(3)) / whole
-    print(f"of a step: teacher {of_teacher:.0%}, student with heads and losses {forward - of_teacher:.0%}, "
+    print(f"of a step: teacher {of_teacher:.0%}, rest of the forward pass {forward - of_teacher:.0%}, "
           f"backward pass and optimiser {1 - forward:.0%}")
     if on_cuda:
         print(f"peak memory {torch.cuda.max_memory_allocated() / 2 ** 30:.2f} GiB")

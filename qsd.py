@@ -72,7 +72,7 @@ def projection(dim_s, dim_t):
 
 
 def matmul_fp32(a, b):
-    """a @ b in fp32 (CUDA: TF32), under autocast, too: large, unscaled logits do not bear bf16."""
+    """a @ b in fp32 (CUDA: TF32) or fp64, also under autocast: unscaled logits do not bear bf16."""
     dtype = torch.promote_types(b.dtype, torch.float32)
     with torch.autocast(a.device.type, enabled=False):
         return a.to(dtype) @ b.to(dtype)
@@ -81,7 +81,7 @@ def matmul_fp32(a, b):
 class QSD(nn.Module):
     """Every student token queries all teacher tokens, and their similarities reweight the student's own values.
 
-    v_s (B, N, C_s), v_t (B, N, C_t) -> v_s' (B, N, C_t), in fp32, and the attention W (B, N, N) that made it.
+    v_s (B, N, C_s), v_t (B, N, C_t) -> v_s' (B, N, C_t), in fp32, and the attention σ(W) (B, N, N) that made it.
     """
     def __init__(self, dim_s, dim_t, attention="learned", scale="one"):
         super().__init__()
@@ -89,12 +89,12 @@ class QSD(nn.Module):
         self.scale = scale
         self.varphi = projection(dim_s, dim_t)  # the paper's φ makes the queries
         self.phi = projection(dim_s, dim_t)  # the paper's ϕ makes the values
-        if attention != "learned":
-            self.varphi = None  # phi is drawn as it is beside learned queries
+        if attention != "learned":  # it was drawn all the same, so that phi starts alike
+            self.varphi = None
 
     def forward(self, v_s, v_t):
-        W = self.weights(v_s, v_t)  # σ(W), (B, N, N)
-        return matmul_fp32(W, self.phi(v_s)), W  # Eq. 8  (B, N, C_t)
+        sigma_W = self.weights(v_s, v_t)  # (B, N, N)
+        return matmul_fp32(sigma_W, self.phi(v_s)), sigma_W  # Eq. 8  (B, N, C_t)
 
     def weights(self, v_s, v_t):
         """σ(W): what each student token takes of the value at each place; rows sum up to 1."""
@@ -137,14 +137,14 @@ class GKD(Objective):
         L_feat = L_mask = L_cls = diagonal = 0.0
 
         if c.alpha:
-            v_s_prime, W = self.feat(v_s, v_t)                  # (B, N, C_t), (B, N, N)
+            v_s_prime, sigma_W = self.feat(v_s, v_t)            # (B, N, C_t), (B, N, N)
             L_feat = F.mse_loss(v_s_prime, v_t)                 # Eq. 9
-            diagonal = W.detach().diagonal(dim1=1, dim2=2).mean()
+            diagonal = sigma_W.detach().diagonal(dim1=1, dim2=2).mean()
         if c.beta:
             v_s_mask = self.masked_pass(student, x, v_s, noise)  # (B, N, C_s)
             v_s_mask_prime, _ = self.mask(v_s_mask, v_t)        # (B, N, C_t)
             L_mask = F.mse_loss(v_s_mask_prime, v_t)            # Eq. 10
-        if c.gamma:                                             # one key, softmax 1: phi learns, varphi decays
+        if c.gamma:                                             # of one key the softmax is 1: varphi only decays
             v_s_cls_prime, _ = self.cls(v_s_cls[:, None], v_t_cls[:, None])  # (B, 1, C_t)
             L_cls = F.mse_loss(v_s_cls_prime[:, 0], v_t_cls)    # Eq. 11
         if c.alpha and c.gamma and c.feat_with_cls:
@@ -167,7 +167,7 @@ class GKD(Objective):
         return L_inner
 
     def masked_pass(self, student, x, v_s, noise):
-        """The student's patches (B, N, C_s): a masked pass of every second image, the others' are those of v_s."""
+        """The student's patches (B, N, C_s) where some images are masked; the others keep those of v_s."""
         which = masked_images(self.config)
         hidden = random_mask(noise[which], self.config.mask_ratio)  # (M, N), for the M masked images
         v_s_mask = v_s.clone()
@@ -258,11 +258,11 @@ class AfDCD(Objective):
         f_t = t[1].mT.unflatten(2, (h, w))
         L_fd = F.mse_loss(f_s, f_t)
 
-        distance = torch.cdist(self.vectors(f_s), self.vectors(f_t), p=1)  # (B P, 16 M, 16 M): at M position + group
-        which = torch.arange(distance.shape[1], device=x.device)
+        distance = torch.cdist(self.vectors(f_s), self.vectors(f_t), p=1)  # (B P, 16 M, 16 M)
+        which = torch.arange(distance.shape[1], device=x.device)  # M * position + group
         group = which % self.groups
         same_group = (group[:, None] == group) & (which[:, None] != which)
-        logits = (-distance / self.tau).masked_fill(same_group, float("-inf"))  # the positive and other groups' vectors
+        logits = (-distance / self.tau).masked_fill(same_group, float("-inf"))  # negatives: other groups (official)
         L_con = self.groups * F.cross_entropy(logits.mT, which.expand(len(logits), -1))  # a sum over groups
         return {"L_fd": L_fd, "L_con": L_con, "loss": L_fd + self.contrast * L_con}
 
@@ -288,8 +288,8 @@ class G2SD(Objective):
         self.embed = nn.Linear(student.embed_dim, self.width)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, self.width))
         self.pos_embed = nn.Parameter(0.02 * torch.randn(1, N, self.width))
-        row = Encoder(embed_dim=self.width, depth=self.depth, num_heads=8, patch_size=1, img_size=1)
-        blocks = [Block(row) for _ in range(self.depth)]
+        shape = Encoder(embed_dim=self.width, depth=self.depth, num_heads=8, patch_size=1, img_size=1)
+        blocks = [Block(shape) for _ in range(self.depth)]  # see below
         self.decoder = nn.Sequential(*blocks, nn.LayerNorm(self.width), nn.Linear(self.width, teacher.embed_dim))
 
     def forward(self, student, x, s, t, noise):
@@ -380,7 +380,7 @@ def build_objective(student, teacher, config):
 # --- Encoders: the table --------------------------------------------------------------------------------------------
 
 WEIGHTS = "weights"  # where official files are looked for first, then in torch.hub's cache
-ANTIALIAS = False  # in every bicubic resize (official code: False; timm: True)
+ANTIALIAS = False  # in bicubic resizes (timm: True; DINOv2 with registers: always, as in its hub)
 
 IMAGENET = dict(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
 HALF = dict(mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
@@ -477,7 +477,7 @@ def constructor_values(name, row):
 
 # --- The vision transformer -----------------------------------------------------------------------------------------
 # Parameters have the names of the official files (but DINOv3's, see KEYS); e is a row of the table. Without options it
-# is DeiT and DINO; DINOv2 adds layerscale and registers, EVA-02 sub_ln and rope, DINOv3 eps, and rope for pos_embed.
+# is DeiT and DINO; DINOv2 adds layerscale and registers, EVA-02 sub_ln and rope, DINOv3 eps and has no pos_embed.
 
 class Attention(nn.Module):
     def __init__(self, e):
@@ -523,7 +523,7 @@ class SwiGLU(nn.Module):
     """A gate times a value, two thirds as wide: three matrices cost as much as mlp's two."""
     def __init__(self, e):
         super().__init__()
-        hidden = 2 * e.mlp_ratio * e.embed_dim // 3  # DINO rounds to a multiple of 8, as its sizes are
+        hidden = 2 * e.mlp_ratio * e.embed_dim // 3  # DINOv2 rounds up to a multiple of 8: it is one
         self.fused = not (e.sub_ln or e.rope == "dinov3")  # w12 makes gate and value
         if self.fused:
             self.w12 = nn.Linear(e.embed_dim, 2 * hidden)
@@ -686,7 +686,7 @@ def grid_of(img_size, patch_size):
 def resize_pos_embed(pos_embed, old, new, offset=0.0, antialias=ANTIALIAS):
     """pos_embed (1, 1 + h w, C) of grid old = (h, w), interpolated to grid new; CLS's row is kept.
 
-    offset, 0.1 in DINOv2's hub models without registers: by the factors (new + offset) / old, to slightly other places.
+    offset: DINOv2's interpolate_offset, 0.1 in hub models without registers; scales by (new + offset) / old.
     """
     if tuple(old) == tuple(new):
         return pos_embed
@@ -738,7 +738,7 @@ def load_vit(name_or_path, img_size=None, patch_size=None, depth=None, pretraine
     load_strictly(stored, state, f"{path} does not fit the encoder", assign=True)
     if vit.pos_embed is not None and vit.grid != stored.grid:
         antialias = ANTIALIAS or values["registers"] > 0  # as in DINOv2's hub models
-        offset = offset if values["layerscale"] and not values["registers"] else 0.0  # DINOv2 without them alone
+        offset = offset if values["layerscale"] and not values["registers"] else 0.0  # only DINOv2's have it
         state["pos_embed"] = resize_pos_embed(state["pos_embed"], stored.grid, vit.grid, offset, antialias)
         how = "antialiased" if antialias else f"offset {offset:g}"
         notes.append("pos_embed {}x{} -> {}x{} (bicubic, {})".format(*stored.grid, *vit.grid, how))
@@ -771,9 +771,10 @@ def split_options(name_or_path):
 def student_checkpoint(vit):
     """What student.pt holds: "model" has the encoder's keys, which timm loads, and mask_token stands beside it.
 
-    DeiT, DINO and DINOv2 load as they are, others by checkpoint_filter_fn(state, model) of timm.models: DINOv2-g and
-    registers by vision_transformer's, of model | {"mask_token": mask_token}; EVA-02, for global_pool="token", and
-    DINOv3, for "..._qkvb" and "register_tokens" called "storage_tokens", by eva's.
+    timm reads that of DeiT, DINO and DINOv2 as it is, others by a checkpoint_filter_fn(state, timm_model):
+    - DINOv2-g, registers: of timm.models.vision_transformer; state: model | {"mask_token": mask_token}
+    - EVA-02: of timm.models.eva; timm_model: with global_pool="token"
+    - DINOv3: of timm.models.eva; timm_model: "..._qkvb"; state: "register_tokens" called "storage_tokens"
     """
     model = vit.state_dict()
     mask_token = model.pop("mask_token")
@@ -978,7 +979,7 @@ def read_encoder(path, name, row, given):
     if "mask_token" not in state:
         state["mask_token"] = 0.02 * torch.randn(1, values["embed_dim"])
         notes.append("mask_token is new")
-    inner_attn_ln = any("inner_attn_ln" in key for key in state)  # EVA-02 exists with and without
+    inner_attn_ln = any("inner_attn_ln" in key for key in state)  # EVA-02 has both kinds
     return state, values | dict(inner_attn_ln=inner_attn_ln) | given, notes
 
 
@@ -988,17 +989,16 @@ def find_encoder(path, tensors):
     for found in filter(None, map(re.compile(PATCH_EMBED).fullmatch, tensors)):
         start = found[1]
         encoders[start] = {key.removeprefix(start): tensors[key] for key in tensors if key.startswith(start)}
-    prefix = max(encoders, key=lambda prefix: "student" in prefix, default="")  # official GKD saves its teacher, too
+    prefix = max(encoders, key=lambda prefix: "student" in prefix, default="")  # GKD's file holds both
     state = encoders.get(prefix, tensors)
     for pattern, family in OTHERS.items():
         if re.search(pattern, " ".join(state)):
             raise UserError(f"{path} holds {family}")
     if not encoders:
-        raise UserError(f"{path} holds no encoder, no patch_embed.proj.weight, but {list(state)[:3]}; "
-                        "torch.save a state dict of tensors, not a model or NumPy's arrays")
+        raise UserError(f"{path} holds no patch_embed.proj.weight, but {list(state)[:3]}: save a state dict of tensors")
     shapes = [tensor.shape for tensor in state.values()]
-    for other, tensors in encoders.items():  # a teacher of the student's shapes is its average: DINO's training
-        if "student" in prefix and "teacher" in other and [tensor.shape for tensor in tensors.values()] == shapes:
+    for other, its in encoders.items():  # DINO's training holds both, too; its teacher is the student's average
+        if "student" in prefix and "teacher" in other and [tensor.shape for tensor in its.values()] == shapes:
             prefix = other
     others = [other for other in encoders if other != prefix]
     return prefix, encoders[prefix], [f"keys under {prefix} only, not {', '.join(others)}"] if others else []
@@ -1073,7 +1073,7 @@ def infer_values(path, prefix, state, given):
         if row.url and bare(path) in (name, bare(row.file or row.url)):
             return values | dict(name=name, mean=row.mean, std=row.std), []
     mean = "half" if "augreg" in path.name.lower() else "imagenet"
-    if rope == "eva02" and not prefix.endswith("backbone."):  # official GKD normalises every encoder's images so
+    if rope == "eva02" and not prefix.endswith("backbone."):  # in official GKD's files all are IMAGENET's
         mean = "clip"
     values |= STATISTICS[mean] | given
     return values, [f"taken to be {heads} heads and mean {values['mean'][0]:g} (else: {path}:heads=NUMBER,mean=NAME)"]
