@@ -7,7 +7,7 @@
 With N GPUs write `torchrun --standalone --nproc_per_node=N` for `python`. Proxy stage and source stage are this same
 script, --stage picks the preset. The same command resumes.
 
-First come the constants and the step from images to gradients, then what segment.py shares: Run, flags, processes.
+First come the constants and the step, then what segment.py shares. "Official" is what the authors' released code does.
 """
 import argparse
 import dataclasses
@@ -66,20 +66,20 @@ class Config(qsd.LossConfig):
     workers: int = 8                # image-loading processes per training process; 0: load in the training process
     # optimiser
     batch: int = 128                # global, whatever the number of processes (proxy 512)
-    micro: int = 64                 # most images of one forward pass; the rest is gradient accumulation
+    micro: int = 64                 # at most so many images a forward pass; gradients of more are accumulated
     budget: str = "300ep"           # 600 (steps), 300ep, 2h, 3e18flop; the schedule follows the fraction spent
     lr: float = 5e-4                # peak, before lr_rule
     lr_rule: Literal["batch/512", "constant"] = "batch/512"  # official: lr x batch / 512; the paper's text: constant
     lr_min: float = 1e-5            # the cosine's end
     warmup: float = 0.0             # fraction of the budget; official 0, Proteus 5 of 100 epochs
-    weight_decay: float = 0.05      # not of 1-d parameters; of pos_embed, cls_token and mask_token (official)
+    weight_decay: float = 0.05      # of all but 1-d parameters, so of pos_embed and the tokens (official)
     # running
     seed: int = 0                   # decides order, augmentation, masks and fresh weights
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # auto: bf16 on CUDA, fp32 on CPU; losses are fp32
     compile: Literal["auto", "yes", "no"] = "auto"  # torch.compile; auto: on CUDA
     log_every: int = 10             # steps
     save_minutes: float = 10.0      # between checkpoints
-    bench: Literal["no", "yes", "official"] = "no"  # only time a step, of random weights; official: and the authors'
+    bench: Literal["no", "yes", "official"] = "no"  # yes: only time a step, of random weights; official: theirs, too
 
 
 TOY = dict(teacher="toy_teacher", student="toy_student", size=64, patch=8, batch=16, budget="1000",
@@ -109,12 +109,13 @@ class Learner(nn.Module):
         self.objective = objective
 
     def forward(self, x, t, noise):
+        """The losses, see qsd.Objective: some objectives run the student again, masked, and G2SD alone runs it."""
         s = self.student.tokens(x, layers=self.objective.layers_s) if self.objective.reads_s else None
         return self.objective(self.student, x, s, t, noise)
 
 
 def weight_decay_groups(module, weight_decay):
-    """AdamW's two groups: matrices decay, 1-d parameters (norms, biases, LayerScale) do not."""
+    """AdamW's two groups: 1-d parameters (norms, biases, LayerScale) do not decay."""
     trained = [p for p in module.parameters() if p.requires_grad]
     matrices = [p for p in trained if p.ndim > 1]
     vectors = [p for p in trained if p.ndim <= 1]
@@ -133,7 +134,7 @@ def learning_rate(cfg, fraction):
 def main(argv=None):
     cfg = configure(Config, preset, argv)
     only_timed = cfg.bench != "no"
-    if only_timed:                                                  # Run only joins the processes, writes nothing
+    if only_timed:                                                  # where Run finds nothing and writes nothing
         cfg = dataclasses.replace(cfg, pretrained=False, out=os.devnull)
     run = Run(cfg, "student.pt")                                    # joins the processes, looks at --out
     if run.finished:
@@ -167,7 +168,7 @@ def main(argv=None):
                 t = qsd.normalize_targets(t, cfg.target_norm)       # cls (B, C_t), patches (B, N, C_t), outs
             return model(x, t, noise)
 
-    # two black images through one step: its cost per image; parameters without a gradient are frozen, for DDP
+    # two black images through one step: its cost per image; parameters without a gradient are frozen
     flops = dry_run(learner, partial(losses_of, learner, *two_images(cfg.size)))
     if cfg.compile == "yes" or (cfg.compile == "auto" and run.device.type == "cuda"):
         if "CC" not in os.environ and not any(map(shutil.which, ("cc", "gcc", "clang"))):
@@ -255,7 +256,7 @@ class Run:
         """Bring all parts to the state of last.pt and the log back to its step; or write the header of a new log."""
         first = rank() == 0
         saved = from_the_first(qsd.open_checkpoint(self.last) if first and self.last.exists() else None)
-        if saved:                           # the first's copy for all, as nodes may have disks of their own
+        if saved:                           # process 0's copy, as nodes may have disks of their own
             for name, part in self.parts.items():
                 part.load_state_dict(saved[name])
             self.ledger = saved["ledger"]
@@ -292,7 +293,7 @@ class Run:
         while self.fraction < 1:
             self.began = time.monotonic()
             self.losses = {}
-            self.left = self.passes                                 # of them still to come
+            self.left = self.passes                                 # micro-batches still to come
             micro_batches = [next(self.batches) for _ in range(self.passes)]
             self.waited = time.monotonic() - self.began
             yield micro_batches
@@ -313,7 +314,7 @@ class Run:
             self.losses[name] = self.losses.get(name, 0) + value.detach() / self.passes
 
     def finite(self):
-        """Unscales the gradients; whether all are finite. UserError after too many steps in a row whose were not."""
+        """Unscales the gradients; whether all are finite. UserError after MAX_SKIPS steps whose were not."""
         self.scaler.unscale_(self.optimizer)
         gradients = [p.grad for p in self.learner.parameters() if p.grad is not None]
         finite = torch.nn.utils.get_total_norm(gradients).isfinite().item()
@@ -327,7 +328,7 @@ class Run:
     def after(self):
         """What a step leaves behind: ledger, log, now and then last.pt; after a signal the process ends here."""
         seconds = time.monotonic() - self.began
-        stop, seconds = largest(max(self.caught, default=0), seconds)   # all processes take the same decisions
+        stop, seconds = largest(max(self.caught, default=0), seconds)   # all processes stop together
         for name, amount in dict(self.per_step, seconds=seconds, waited=self.waited).items():
             self.ledger[name] += amount
         self.bar.total = max(round(self.ledger["steps"] / self.fraction), self.ledger["steps"])
@@ -392,12 +393,12 @@ class Run:
 
 
 def check_folder(cfg):
-    """UserError if --out holds other things or another run; FREE constants may differ, new ones had today's default."""
+    """UserError if --out holds other things or another run; FREE constants may differ, newer ones had their default."""
     out = Path(cfg.out)
     log = out / "log.jsonl"
     if not log.exists():
-        begun = [path for path in out.glob("*") if not path.name.startswith("part.")]
-        if begun or out.is_file():
+        others = [path for path in out.glob("*") if not path.name.startswith("part.")]
+        if others or out.is_file():
             raise UserError(f"--out {out} holds something else than a run; choose another --out")
         return
     with open(log) as file:
@@ -497,7 +498,7 @@ def launch():
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")      # fp32 products are TF32, precise enough for QSD's logits
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
-        patience = datetime.timedelta(hours=1)                      # with one that downloads, or lists a slow disk
+        patience = datetime.timedelta(hours=1)                      # with a process that downloads or lists a slow disk
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=patience)
     return device
 
@@ -565,7 +566,7 @@ def two_images(size):
 
 
 def dry_run(learner, losses_of_two_images):
-    """FLOPs per image of a training step; freezes parameters without a gradient, as DDP wants one of each."""
+    """FLOPs per image of a training step; freezes parameters without a gradient, for which DDP would wait."""
     flops = count_flops(lambda: losses_of_two_images()["loss"].backward())
     for parameter in learner.parameters():
         parameter.requires_grad_(parameter.grad is not None)
@@ -597,7 +598,7 @@ def passes_of(batch, micro, world, pairs=True):
             return count
 
 
-# --- How fast a step is: python distill.py --bench ------------------------------------------------------------------
+# --- How fast a step is: python distill.py --bench yes --------------------------------------------------------------
 
 class OfficialLearner(Learner):
     """The authors' step, without its average of all weights and search for unused parameters, beside our teacher."""
@@ -627,8 +628,8 @@ class OfficialLearner(Learner):
 
 def bench(cfg, run, learner, teacher, losses_of, optimizer, flops):
     """Print images/s, FLOP/s and what a step's time is spent on; --bench official: beside the authors' step."""
-    of_paper = [getattr(cfg, name) == value for name, value in vars(qsd.LossConfig(dcd_pool=cfg.dcd_pool)).items()]
-    if cfg.bench == "official" and not all(of_paper):
+    usual = qsd.LossConfig(dcd_pool=cfg.dcd_pool)       # which QSD does not read and toy presets set
+    if cfg.bench == "official" and any(getattr(cfg, name) != value for name, value in vars(usual).items()):
         raise UserError("--bench official is about the paper's objective: leave --loss and its constants alone")
     on_cuda = run.device.type == "cuda"
     B = cfg.micro if on_cuda else min(cfg.micro, 8)
@@ -661,8 +662,6 @@ def bench(cfg, run, learner, teacher, losses_of, optimizer, flops):
     forward = statistics.median(seconds(losses_of, learner, images, draws) for _ in range(3)) / whole
     print(f"of a step: teacher {of_teacher:.0%}, rest of the forward pass {forward - of_teacher:.0%}, "
           f"backward pass and optimiser {1 - forward:.0%}")
-    if on_cuda:
-        print(f"peak memory {torch.cuda.max_memory_allocated() / 2 ** 30:.2f} GiB")
     if cfg.bench == "yes":
         return
 

@@ -1,7 +1,7 @@
 """The method of GKD: the distillation losses, and the encoders (ViTs that load the official weights).
 
-Read it from the top: the constants, QSD and GKD as the paper writes them, the rivals of its tables. Below come the
-encoders' table, the vision transformer, and last, of interest to few, how checkpoints of any origin are read.
+Read it from the top: QSD and GKD as the paper writes them, their rivals, the encoders' table, the ViT, and last, of
+interest to few, how checkpoints of any origin are read. "Official" is what the authors' released code does.
 """
 import json
 import math
@@ -89,7 +89,7 @@ class QSD(nn.Module):
         self.scale = scale
         self.varphi = projection(dim_s, dim_t)  # the paper's φ makes the queries
         self.phi = projection(dim_s, dim_t)  # the paper's ϕ makes the values
-        if attention != "learned":  # it was drawn all the same, so that phi starts alike
+        if attention != "learned":  # it was drawn, so that phi starts the same
             self.varphi = None
 
     def forward(self, v_s, v_t):
@@ -111,7 +111,7 @@ class GKD(Objective):
     """The paper's objective, L_QSD: features, masked patches and CLS token, each through a QSD head of its own.
 
     "diagonal" is no term, but the share of L_feat's attention that a patch pays to its own place: 1 / N at first, more
-    once it has formed. --layers four adds L_inner, of earlier blocks.
+    once it has become local. --layers four adds L_inner, of earlier blocks.
     """
     def __init__(self, student, teacher, config):
         super().__init__()
@@ -144,7 +144,7 @@ class GKD(Objective):
             v_s_mask = self.masked_pass(student, x, v_s, noise)  # (B, N, C_s)
             v_s_mask_prime, _ = self.mask(v_s_mask, v_t)        # (B, N, C_t)
             L_mask = F.mse_loss(v_s_mask_prime, v_t)            # Eq. 10
-        if c.gamma:                                             # of one key the softmax is 1: varphi only decays
+        if c.gamma:                                             # one key: σ(W) = 1, varphi gets no gradient
             v_s_cls_prime, _ = self.cls(v_s_cls[:, None], v_t_cls[:, None])  # (B, 1, C_t)
             L_cls = F.mse_loss(v_s_cls_prime[:, 0], v_t_cls)    # Eq. 11
         if c.alpha and c.gamma and c.feat_with_cls:
@@ -176,7 +176,7 @@ class GKD(Objective):
 
 
 def masked_images(config):
-    """Which images are masked: all, or those of even draws, as micro-batches hold pairs of draws."""
+    """Which images are masked: all, or those of even draws, every second in a micro-batch of data.batches."""
     return slice(0, None, 1 if config.mask_all else 2)
 
 
@@ -262,12 +262,12 @@ class AfDCD(Objective):
         which = torch.arange(distance.shape[1], device=x.device)  # M * position + group
         group = which % self.groups
         same_group = (group[:, None] == group) & (which[:, None] != which)
-        logits = (-distance / self.tau).masked_fill(same_group, float("-inf"))  # negatives: other groups (official)
+        logits = (-distance / self.tau).masked_fill(same_group, float("-inf"))  # negatives: other groups
         L_con = self.groups * F.cross_entropy(logits.mT, which.expand(len(logits), -1))  # a sum over groups
         return {"L_fd": L_fd, "L_con": L_con, "loss": L_fd + self.contrast * L_con}
 
     def vectors(self, f):
-        """Map (B, C, h, w), pooled, in P patches of 4x4 -> vectors (B P, 16 M, C / M), M groups."""
+        """Map (B, C, h, w), pooled, in P patches of 4x4 -> vectors (B P, 16 positions x M groups, C / M)."""
         f = F.max_pool2d(f, self.pool)
         cut = F.unfold(f, self.patch, stride=self.patch)               # (B, C * 16, P)
         cut = cut.unflatten(1, (self.groups, -1, self.patch ** 2))     # (B, M, C / M, 16, P)
@@ -346,14 +346,14 @@ class Proteus(Objective):
 
     def forward(self, student, x, s, t, noise):
         which = masked_images(self.config)
-        hidden = random_mask(noise[which], self.config.mask_ratio)  # (B/2, N)
+        hidden = random_mask(noise[which], self.config.mask_ratio)  # (M, N)
         v_s_mask = self.patch(student(x[which], hidden)[1]).float()
         tokens_s = torch.cat([s[0][:, None], s[1]], 1)              # (B, 1 + N, C_s)
         tokens_t = torch.cat([t[0][:, None], t[1]], 1)
         L_cls = F.mse_loss(self.cls(s[0]).float(), t[0])
         L_feat = F.mse_loss(self.feat(tokens_s).float(), tokens_t)
-        K = int(self.config.mask_ratio * hidden.shape[1])  # without waiting for a GPU
-        places = hidden.int().argsort(dim=1, descending=True, stable=True)[:, :K, None]  # (B/2, K, 1)
+        K = int(self.config.mask_ratio * hidden.shape[1])
+        places = noise[which].argsort(1)[:, :K, None]  # (M, K, 1); by hidden a GPU would wait
         L_mask = F.mse_loss(v_s_mask.take_along_dim(places, 1), t[1][which].take_along_dim(places, 1))
         return {"L_cls": L_cls, "L_feat": L_feat, "L_mask": L_mask, "loss": L_cls + L_feat + L_mask}
 
@@ -380,7 +380,7 @@ def build_objective(student, teacher, config):
 # --- Encoders: the table --------------------------------------------------------------------------------------------
 
 WEIGHTS = "weights"  # where official files are looked for first, then in torch.hub's cache
-ANTIALIAS = False  # in bicubic resizes (timm: True; DINOv2 with registers: always, as in its hub)
+ANTIALIAS = False  # in bicubic resizes (timm: True; load_vit: also for registers)
 
 IMAGENET = dict(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
 HALF = dict(mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
@@ -523,7 +523,7 @@ class SwiGLU(nn.Module):
     """A gate times a value, two thirds as wide: three matrices cost as much as mlp's two."""
     def __init__(self, e):
         super().__init__()
-        hidden = 2 * e.mlp_ratio * e.embed_dim // 3  # DINOv2 rounds up to a multiple of 8: it is one
+        hidden = 2 * e.mlp_ratio * e.embed_dim // 3  # DINOv2 rounds up to a multiple of 8, as all here are
         self.fused = not (e.sub_ln or e.rope == "dinov3")  # w12 makes gate and value
         if self.fused:
             self.w12 = nn.Linear(e.embed_dim, 2 * hidden)
@@ -906,7 +906,7 @@ def read_safetensors(file):
 
 
 def tensors_in(contents, prefix=""):
-    """{key: tensor in fp32} of a dict and of the dicts in it, whose names stand before a dot."""
+    """{key: tensor} of a dict and of dicts in it, whose names stand before a dot; floats in fp32."""
     found = {}
     for key, value in contents.items():
         if isinstance(value, dict):
@@ -979,7 +979,7 @@ def read_encoder(path, name, row, given):
     if "mask_token" not in state:
         state["mask_token"] = 0.02 * torch.randn(1, values["embed_dim"])
         notes.append("mask_token is new")
-    inner_attn_ln = any("inner_attn_ln" in key for key in state)  # EVA-02 has both kinds
+    inner_attn_ln = any("inner_attn_ln" in key for key in state)  # EVA-02 has both
     return state, values | dict(inner_attn_ln=inner_attn_ln) | given, notes
 
 
@@ -989,7 +989,8 @@ def find_encoder(path, tensors):
     for found in filter(None, map(re.compile(PATCH_EMBED).fullmatch, tensors)):
         start = found[1]
         encoders[start] = {key.removeprefix(start): tensors[key] for key in tensors if key.startswith(start)}
-    prefix = max(encoders, key=lambda prefix: "student" in prefix, default="")  # GKD's file holds both
+    students = [start for start in encoders if "student" in start]  # GKD's file holds the teacher, too
+    prefix = next(iter(students or encoders), "")
     state = encoders.get(prefix, tensors)
     for pattern, family in OTHERS.items():
         if re.search(pattern, " ".join(state)):
@@ -997,7 +998,7 @@ def find_encoder(path, tensors):
     if not encoders:
         raise UserError(f"{path} holds no patch_embed.proj.weight, but {list(state)[:3]}: save a state dict of tensors")
     shapes = [tensor.shape for tensor in state.values()]
-    for other, its in encoders.items():  # DINO's training holds both, too; its teacher is the student's average
+    for other, its in encoders.items():  # DINO's, too; take it, the student's average
         if "student" in prefix and "teacher" in other and [tensor.shape for tensor in its.values()] == shapes:
             prefix = other
     others = [other for other in encoders if other != prefix]
@@ -1013,7 +1014,7 @@ def official_to_ours(path, state):
         if key:
             ours[key] = tensor
 
-    pos_embed = ours.get("pos_embed", torch.zeros(1, 2, 1))
+    pos_embed = ours.get("pos_embed", torch.zeros(1, 2, 1))  # none: no square
     if "dist_token" in ours:  # DeiT's distillation token has a row of pos_embed
         del ours["dist_token"]
         ours["pos_embed"] = torch.cat([pos_embed[:, :1], pos_embed[:, 2:]], dim=1)
@@ -1025,7 +1026,7 @@ def official_to_ours(path, state):
         ours["mask_token"] = ours["mask_token"].reshape(1, -1)  # DINOv2 (1, C), EVA-02 (1, 1, C)
 
     gated = "blocks.0.mlp.w1.weight" in ours
-    fc1, fc2 = [ours.get(f"blocks.0.mlp.fc{i}.weight", torch.zeros(1, 1)) for i in (1, 2)]
+    fc1, fc2 = [ours.get(f"blocks.0.mlp.fc{i}.weight", torch.zeros(1, 1)) for i in (1, 2)]  # none: 1 x 1
     if gated or len(fc1) == 2 * fc2.shape[1]:  # a SwiGLU under other names
         fc1_is = "w2" if gated else "w12"
         ours = {key.replace("mlp.fc1.", f"mlp.{fc1_is}.").replace("mlp.fc2.", "mlp.w3."): ours[key] for key in ours}
@@ -1048,7 +1049,7 @@ def infer_values(path, prefix, state, given):
     swiglu = "blocks.0.mlp.w3.weight" in state
     rope = ""
     if "blocks.0.attn.q_bias" in state:  # a v_bias, too, but no bias of keys
-        rope = "dinov3" if "pos_embed" not in state else "eva02" if swiglu else ""
+        rope = "dinov3" if "pos_embed" not in state else "eva02" if swiglu else ""  # last: EVA-01
     heads = dim // 64 if dim % 64 == 0 else 0
     heads = {(1280, ""): 16, (4096, "dinov3"): 32}.get((dim, rope), heads)  # ViT-H, DINOv3-7B
     if re.search("(base|momentum)_encoder", prefix):  # MoCo v3, whose ViT-S has narrow heads
