@@ -72,7 +72,7 @@ class Config(qsd.LossConfig):
     lr_rule: Literal["batch/512", "constant"] = "batch/512"  # official: lr x batch / 512; the paper's text: constant
     lr_min: float = 1e-5            # the cosine's end
     warmup: float = 0.0             # fraction of the budget; official 0, Proteus 5 of 100 epochs
-    weight_decay: float = 0.05      # of all but 1-d parameters, so of pos_embed and the tokens (official)
+    weight_decay: float = 0.05      # not of 1-d parameters; of pos_embed and the tokens (official)
     # running
     seed: int = 0                   # decides order, augmentation, masks and fresh weights
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # auto: bf16 on CUDA, fp32 on CPU; losses are fp32
@@ -109,7 +109,7 @@ class Learner(nn.Module):
         self.objective = objective
 
     def forward(self, x, t, noise):
-        """The losses, see qsd.Objective: some objectives run the student again, masked, and G2SD alone runs it."""
+        """The losses, see qsd.Objective. s is its plain pass; objectives may run the student again, masked."""
         s = self.student.tokens(x, layers=self.objective.layers_s) if self.objective.reads_s else None
         return self.objective(self.student, x, s, t, noise)
 
@@ -134,8 +134,8 @@ def learning_rate(cfg, fraction):
 def main(argv=None):
     cfg = configure(Config, preset, argv)
     only_timed = cfg.bench != "no"
-    if only_timed:                                                  # where Run finds nothing and writes nothing
-        cfg = dataclasses.replace(cfg, pretrained=False, out=os.devnull)
+    if only_timed:
+        cfg = dataclasses.replace(cfg, pretrained=False, out=os.devnull)    # Run finds nothing there, writes nothing
     run = Run(cfg, "student.pt")                                    # joins the processes, looks at --out
     if run.finished:
         return
@@ -168,7 +168,7 @@ def main(argv=None):
                 t = qsd.normalize_targets(t, cfg.target_norm)       # cls (B, C_t), patches (B, N, C_t), outs
             return model(x, t, noise)
 
-    # two black images through one step: its cost per image; parameters without a gradient are frozen
+    # two black images through one step: its cost per image; freezes parameters that no loss reaches
     flops = dry_run(learner, partial(losses_of, learner, *two_images(cfg.size)))
     if cfg.compile == "yes" or (cfg.compile == "auto" and run.device.type == "cuda"):
         if "CC" not in os.environ and not any(map(shutil.which, ("cc", "gcc", "clang"))):
@@ -338,7 +338,7 @@ class Run:
         if stop or time.monotonic() - self.saved_at > 60 * self.cfg.save_minutes:
             self.save()
         if stop:
-            largest(0)                      # all wait here: torchrun would kill one that still saves
+            largest(0)                      # all wait for the first, which saves: torchrun ends all when one ends
             if rank() == 0:
                 told = f"stopped by signal {stop:.0f} after step {self.ledger['steps']}"
                 self.bar.write(f"{told}; the same command goes on", file=sys.stderr)
@@ -393,7 +393,7 @@ class Run:
 
 
 def check_folder(cfg):
-    """UserError if --out holds other things or another run; FREE constants may differ, newer ones had their default."""
+    """UserError if --out holds other things or another run; FREE constants may differ, unlogged ones had defaults."""
     out = Path(cfg.out)
     log = out / "log.jsonl"
     if not log.exists():
@@ -601,7 +601,7 @@ def passes_of(batch, micro, world, pairs=True):
 # --- How fast a step is: python distill.py --bench yes --------------------------------------------------------------
 
 class OfficialLearner(Learner):
-    """The authors' step, without its average of all weights and search for unused parameters, beside our teacher."""
+    """The authors' step, without its average of all weights and search for unused parameters; our teacher."""
     def forward(self, x, t, noise):
         v_t_cls, v_t, _ = t
         which = qsd.masked_images(self.objective.config)

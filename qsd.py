@@ -37,7 +37,9 @@ def say(line):
 class LossConfig:
     """Constants of the objectives, flags of distill.py and segment.py, whose Configs inherit them."""
     loss: Literal["qsd", "mse", "cwd", "afdcd", "g2sd", "vitkd", "proteus"] = "qsd"  # a key of qsd.LOSSES
-    # the paper's objective, --loss qsd
+    target_norm: Literal["none", "layernorm"] = "none"  # of the teacher's final tokens, which vitkd does not read
+    dcd_pool: int = 4           # afdcd pools both maps by this first (4 wants 16x16 patches)
+    # the paper's objective, --loss qsd; proteus reads its mask_ratio and mask_all
     alpha: float = 1.0          # weight of L_feat; 0 leaves out the term, its head and its work
     beta: float = 1.0           # weight of L_mask; likewise
     gamma: float = 1.0          # weight of L_cls; 0 leaves the CLS token out of every term
@@ -47,9 +49,6 @@ class LossConfig:
     attention: Literal["learned", "identity", "teacher"] = "learned"  # who queries: v_s (paper), none (σ(W) = I), v_t
     scale: Literal["one", "sqrt"] = "one"  # of the logits: 1 (paper) or C_t^-1/2
     layers: Literal["last", "four"] = "last"  # paper: the last; four: all that a decoder reads
-    # every objective
-    target_norm: Literal["none", "layernorm"] = "none"  # of the teacher's final tokens; ViTKD reads others
-    dcd_pool: int = 4           # Af-DCD pools both maps by this first (4 wants 16x16 patches)
 
 
 # --- Query-based soft distillation ----------------------------------------------------------------------------------
@@ -89,7 +88,7 @@ class QSD(nn.Module):
         self.scale = scale
         self.varphi = projection(dim_s, dim_t)  # the paper's φ makes the queries
         self.phi = projection(dim_s, dim_t)  # the paper's ϕ makes the values
-        if attention != "learned":  # it was drawn, so that phi starts the same
+        if attention != "learned":  # drawn all the same: phi starts alike
             self.varphi = None
 
     def forward(self, v_s, v_t):
@@ -144,7 +143,7 @@ class GKD(Objective):
             v_s_mask = self.masked_pass(student, x, v_s, noise)  # (B, N, C_s)
             v_s_mask_prime, _ = self.mask(v_s_mask, v_t)        # (B, N, C_t)
             L_mask = F.mse_loss(v_s_mask_prime, v_t)            # Eq. 10
-        if c.gamma:                                             # one key: σ(W) = 1, varphi gets no gradient
+        if c.gamma:                                             # one key: σ(W) = 1, so varphi's gradient is 0
             v_s_cls_prime, _ = self.cls(v_s_cls[:, None], v_t_cls[:, None])  # (B, 1, C_t)
             L_cls = F.mse_loss(v_s_cls_prime[:, 0], v_t_cls)    # Eq. 11
         if c.alpha and c.gamma and c.feat_with_cls:
@@ -232,7 +231,7 @@ class CWD(Objective):
 class AfDCD(Objective):
     """Augmentation-free dense contrastive distillation (Fan et al. 2023): reconstruct the teacher, then contrast.
 
-    Published weights of sums: reconstruction 1e-6 to 4e-5, contrast 1e-3 to 4e-2; of means here 1 and 1e-2.
+    Published weights of sums: reconstruction 1e-6 to 4e-5, contrast 1e-3 to 4e-2; for means 1 and 1e-2 are our choice.
     """
     groups = 16  # the channels are cut into groups, each a vector of its own
     patch = 4    # vectors are contrasted within patches of 4x4 positions
@@ -258,12 +257,12 @@ class AfDCD(Objective):
         f_t = t[1].mT.unflatten(2, (h, w))
         L_fd = F.mse_loss(f_s, f_t)
 
-        distance = torch.cdist(self.vectors(f_s), self.vectors(f_t), p=1)  # (B P, 16 M, 16 M)
-        which = torch.arange(distance.shape[1], device=x.device)  # M * position + group
-        group = which % self.groups
-        same_group = (group[:, None] == group) & (which[:, None] != which)
+        distance = torch.cdist(self.vectors(f_s), self.vectors(f_t), p=1)  # (B P, 16 M, 16 M), see vectors
+        index = torch.arange(distance.shape[1], device=x.device)  # M * position + group
+        group = index % self.groups
+        same_group = (group[:, None] == group) & (index[:, None] != index)
         logits = (-distance / self.tau).masked_fill(same_group, float("-inf"))  # negatives: other groups
-        L_con = self.groups * F.cross_entropy(logits.mT, which.expand(len(logits), -1))  # a sum over groups
+        L_con = self.groups * F.cross_entropy(logits.mT, index.expand(len(logits), -1))  # M means: a sum
         return {"L_fd": L_fd, "L_con": L_con, "loss": L_fd + self.contrast * L_con}
 
     def vectors(self, f):
@@ -353,7 +352,7 @@ class Proteus(Objective):
         L_cls = F.mse_loss(self.cls(s[0]).float(), t[0])
         L_feat = F.mse_loss(self.feat(tokens_s).float(), tokens_t)
         K = int(self.config.mask_ratio * hidden.shape[1])
-        places = noise[which].argsort(1)[:, :K, None]  # (M, K, 1); by hidden a GPU would wait
+        places = noise[which].argsort(1)[:, :K, None]  # (M, K, 1); by the mask a GPU would wait
         L_mask = F.mse_loss(v_s_mask.take_along_dim(places, 1), t[1][which].take_along_dim(places, 1))
         return {"L_cls": L_cls, "L_feat": L_feat, "L_mask": L_mask, "loss": L_cls + L_feat + L_mask}
 
@@ -380,7 +379,7 @@ def build_objective(student, teacher, config):
 # --- Encoders: the table --------------------------------------------------------------------------------------------
 
 WEIGHTS = "weights"  # where official files are looked for first, then in torch.hub's cache
-ANTIALIAS = False  # in bicubic resizes (timm: True; load_vit: also for registers)
+ANTIALIAS = False  # in bicubic resizes (timm: True; load_vit: True for models with registers)
 
 IMAGENET = dict(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
 HALF = dict(mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
@@ -427,7 +426,7 @@ LS = dict(layerscale=True)
 REG = dict(layerscale=True, registers=4)
 GLU = dict(mlp="swiglu")
 EVA02 = dict(rope="eva02", **GLU, **CLIP)  # official GKD feeds EVA-02 with IMAGENET's statistics instead
-V3 = dict(url=ON_REQUEST, layerscale=True, registers=4, rope="dinov3", eps=1e-5)  # takes any grid
+V3 = dict(url=ON_REQUEST, layerscale=True, registers=4, rope="dinov3", eps=1e-5)  # no pos_embed: any grid
 V3PLUS = dict(mlp_ratio=6, **GLU, **V3)
 
 ENCODERS = {  # size, patch, image, official file, its SHA-256, what differs from DeiT
@@ -477,7 +476,7 @@ def constructor_values(name, row):
 
 # --- The vision transformer -----------------------------------------------------------------------------------------
 # Parameters have the names of the official files (but DINOv3's, see KEYS); e is a row of the table. Without options it
-# is DeiT and DINO; DINOv2 adds layerscale and registers, EVA-02 sub_ln and rope, DINOv3 eps and has no pos_embed.
+# is DeiT and DINO; what others add stands in their rows. DINOv3 has rope instead of pos_embed.
 
 class Attention(nn.Module):
     def __init__(self, e):
@@ -523,7 +522,7 @@ class SwiGLU(nn.Module):
     """A gate times a value, two thirds as wide: three matrices cost as much as mlp's two."""
     def __init__(self, e):
         super().__init__()
-        hidden = 2 * e.mlp_ratio * e.embed_dim // 3  # DINOv2 rounds up to a multiple of 8, as all here are
+        hidden = 2 * e.mlp_ratio * e.embed_dim // 3  # DINOv2 rounds up to a multiple of 8, as G's is
         self.fused = not (e.sub_ln or e.rope == "dinov3")  # w12 makes gate and value
         if self.fused:
             self.w12 = nn.Linear(e.embed_dim, 2 * hidden)
@@ -771,10 +770,10 @@ def split_options(name_or_path):
 def student_checkpoint(vit):
     """What student.pt holds: "model" has the encoder's keys, which timm loads, and mask_token stands beside it.
 
-    timm reads that of DeiT, DINO and DINOv2 as it is, others by a checkpoint_filter_fn(state, timm_model):
-    - DINOv2-g, registers: of timm.models.vision_transformer; state: model | {"mask_token": mask_token}
-    - EVA-02: of timm.models.eva; timm_model: with global_pool="token"
-    - DINOv3: of timm.models.eva; timm_model: "..._qkvb"; state: "register_tokens" called "storage_tokens"
+    timm reads DeiT, DINO and DINOv2 as they are, others by checkpoint_filter_fn of a module in timm.models:
+    - DINOv2-g, registers: vision_transformer.checkpoint_filter_fn(model | {"mask_token": mask_token}, timm_model)
+    - EVA-02: eva.checkpoint_filter_fn(model, timm_model), made with global_pool="token"
+    - DINOv3: the same, of "..._qkvb"; "register_tokens" must be called "storage_tokens"
     """
     model = vit.state_dict()
     mask_token = model.pop("mask_token")
@@ -933,7 +932,7 @@ KEYS = [
     (r"\.(output\.dense|mlp\.down_proj)\.", ".mlp.fc2."),
     (r"\.mlp\.weights_in\.", ".mlp.w12."),
     (r"\.mlp\.(weights_out)\.", ".mlp.w3."),
-    (r"^(layernorm|fc_norm)\.", "norm."),  # the latter: timm, where an average of the patches follows
+    (r"^(layernorm|fc_norm)\.", "norm."),  # the latter: timm's for pooled patches
     # timm: DINOv2 with registers, EVA-02, DINOv3
     (r"^(reg_token|storage_tokens)$", "register_tokens"),  # the latter: official DINOv3
     (r"\.(gamma_|layer_scale)(\d)(\.lambda1)?$", r".ls\2.gamma"),  # the latter: transformers
@@ -979,12 +978,12 @@ def read_encoder(path, name, row, given):
     if "mask_token" not in state:
         state["mask_token"] = 0.02 * torch.randn(1, values["embed_dim"])
         notes.append("mask_token is new")
-    inner_attn_ln = any("inner_attn_ln" in key for key in state)  # EVA-02 has both
+    inner_attn_ln = any("inner_attn_ln" in key for key in state)  # EVA-02 with and without
     return state, values | dict(inner_attn_ln=inner_attn_ln) | given, notes
 
 
 def find_encoder(path, tensors):
-    """A file's encoder: what its keys begin with, {rest: tensor}, a note of others."""
+    """A file's encoder: what its keys begin with, {rest: tensor}, notes."""
     encoders = {}
     for found in filter(None, map(re.compile(PATCH_EMBED).fullmatch, tensors)):
         start = found[1]
@@ -998,7 +997,7 @@ def find_encoder(path, tensors):
     if not encoders:
         raise UserError(f"{path} holds no patch_embed.proj.weight, but {list(state)[:3]}: save a state dict of tensors")
     shapes = [tensor.shape for tensor in state.values()]
-    for other, its in encoders.items():  # DINO's, too; take it, the student's average
+    for other, its in encoders.items():  # a teacher of equal shapes, as DINO's, is the student's average
         if "student" in prefix and "teacher" in other and [tensor.shape for tensor in its.values()] == shapes:
             prefix = other
     others = [other for other in encoders if other != prefix]
@@ -1014,11 +1013,11 @@ def official_to_ours(path, state):
         if key:
             ours[key] = tensor
 
-    pos_embed = ours.get("pos_embed", torch.zeros(1, 2, 1))  # none: no square
+    pos_embed = ours.get("pos_embed")
     if "dist_token" in ours:  # DeiT's distillation token has a row of pos_embed
         del ours["dist_token"]
         ours["pos_embed"] = torch.cat([pos_embed[:, :1], pos_embed[:, 2:]], dim=1)
-    elif math.isqrt(pos_embed.shape[1]) ** 2 == pos_embed.shape[1]:  # CLS has no row
+    elif pos_embed is not None and math.isqrt(pos_embed.shape[1]) ** 2 == pos_embed.shape[1]:  # CLS has no row
         if "blocks.0.ls1.gamma" in ours and "register_tokens" not in ours:
             raise UserError(f"{path} holds a DeiT III, or a ViT of timm's with rotary positions: neither is supported")
         ours["pos_embed"] = F.pad(pos_embed, (0, 0, 1, 0))
@@ -1026,7 +1025,7 @@ def official_to_ours(path, state):
         ours["mask_token"] = ours["mask_token"].reshape(1, -1)  # DINOv2 (1, C), EVA-02 (1, 1, C)
 
     gated = "blocks.0.mlp.w1.weight" in ours
-    fc1, fc2 = [ours.get(f"blocks.0.mlp.fc{i}.weight", torch.zeros(1, 1)) for i in (1, 2)]  # none: 1 x 1
+    fc1, fc2 = [ours.get(f"blocks.0.mlp.fc{i}.weight", torch.zeros(1, 1)) for i in (1, 2)]  # or a stand-in
     if gated or len(fc1) == 2 * fc2.shape[1]:  # a SwiGLU under other names
         fc1_is = "w2" if gated else "w12"
         ours = {key.replace("mlp.fc1.", f"mlp.{fc1_is}.").replace("mlp.fc2.", "mlp.w3."): ours[key] for key in ours}
@@ -1043,7 +1042,7 @@ def official_to_ours(path, state):
 
 
 def infer_values(path, prefix, state, given):
-    """Constructor values of a file's encoder, from its tensors and name, and a note of guesses."""
+    """Constructor values of a file's encoder, from its tensors and name, and guesses."""
     dim, _, _, patch_size = state["patch_embed.proj.weight"].shape
     positions = state["pos_embed"].shape[1] if "pos_embed" in state else 1 + 16 * 16  # of (1, 1 + N, C)
     swiglu = "blocks.0.mlp.w3.weight" in state
