@@ -1013,11 +1013,12 @@ def official_to_ours(path, state):
         if key:
             ours[key] = tensor
 
-    pos_embed = ours.get("pos_embed")
-    if "dist_token" in ours:  # DeiT's distillation token has a row of pos_embed
+    pos_embed = ours.get("pos_embed")  # (1, 1 + N, C)
+    rows = 0 if pos_embed is None else pos_embed.shape[1]
+    if rows and "dist_token" in ours:  # DeiT's distillation token has a row of pos_embed
         del ours["dist_token"]
         ours["pos_embed"] = torch.cat([pos_embed[:, :1], pos_embed[:, 2:]], dim=1)
-    elif pos_embed is not None and math.isqrt(pos_embed.shape[1]) ** 2 == pos_embed.shape[1]:  # CLS has no row
+    elif rows and math.isqrt(rows) ** 2 == rows:  # CLS has no row
         if "blocks.0.ls1.gamma" in ours and "register_tokens" not in ours:
             raise UserError(f"{path} holds a DeiT III, or a ViT of timm's with rotary positions: neither is supported")
         ours["pos_embed"] = F.pad(pos_embed, (0, 0, 1, 0))
