@@ -23,11 +23,10 @@ import statistics
 import sys
 import threading
 import time
-import typing
 from contextlib import nullcontext
 from functools import cache, partial
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args, get_origin
 
 import torch
 import torch.distributed as dist
@@ -72,14 +71,14 @@ class Config(qsd.LossConfig):
     lr_rule: Literal["batch/512", "constant"] = "batch/512"  # official: lr x batch / 512; the paper's text: constant
     lr_min: float = 1e-5            # the cosine's end
     warmup: float = 0.0             # fraction of the budget; official 0, Proteus 5 of 100 epochs
-    weight_decay: float = 0.05      # not of 1-d parameters; of pos_embed and the tokens (official)
+    weight_decay: float = 0.05      # of matrices, pos_embed and tokens (official), not of 1-d parameters
     # running
     seed: int = 0                   # decides order, augmentation, masks and fresh weights
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # auto: bf16 on CUDA, fp32 on CPU; losses are fp32
     compile: Literal["auto", "yes", "no"] = "auto"  # torch.compile; auto: on CUDA
     log_every: int = 10             # steps
     save_minutes: float = 10.0      # between checkpoints
-    bench: Literal["no", "yes", "official"] = "no"  # yes: only time a step, of random weights; official: theirs, too
+    bench: Literal["no", "yes", "official"] = "no"  # yes: only time a step, of random weights; official: and theirs
 
 
 TOY = dict(teacher="toy_teacher", student="toy_student", size=64, patch=8, batch=16, budget="1000",
@@ -93,7 +92,7 @@ PRESETS = {
 
 
 def preset(given):
-    """The row of PRESETS for --data and --stage; a flag beats the preset, which beats the default."""
+    """The row of PRESETS for --data, its first name, and --stage; a flag beats the preset, which beats the default."""
     name = given.get("data", Config.data).split("+")[0]
     stage = given.get("stage", Config.stage)
     if stage == "auto":
@@ -109,7 +108,7 @@ class Learner(nn.Module):
         self.objective = objective
 
     def forward(self, x, t, noise):
-        """The losses, see qsd.Objective. s is its plain pass; objectives may run the student again, masked."""
+        """The losses, see qsd.Objective. s is the student's plain pass; an objective may run it again, masked."""
         s = self.student.tokens(x, layers=self.objective.layers_s) if self.objective.reads_s else None
         return self.objective(self.student, x, s, t, noise)
 
@@ -123,12 +122,13 @@ def weight_decay_groups(module, weight_decay):
 
 
 def learning_rate(cfg, fraction):
-    """Linear warm-up, then a cosine from the peak to lr_min, over the fraction of the budget that is spent."""
+    """Linear warm-up, then a cosine from the peak down to lr_min, over the fraction of the budget that is spent."""
     peak = cfg.lr * (cfg.batch / 512) if cfg.lr_rule == "batch/512" else cfg.lr
     if fraction < cfg.warmup:
         return peak * fraction / cfg.warmup
     after_warmup = (fraction - cfg.warmup) / (1 - cfg.warmup)
-    return cfg.lr_min + (peak - cfg.lr_min) * 0.5 * (1 + math.cos(math.pi * after_warmup))
+    rate = cfg.lr_min + (peak - cfg.lr_min) * 0.5 * (1 + math.cos(math.pi * after_warmup))
+    return min(rate, peak)                                          # of a tiny batch the peak lies below lr_min
 
 
 def main(argv=None):
@@ -314,7 +314,7 @@ class Run:
             self.losses[name] = self.losses.get(name, 0) + value.detach() / self.passes
 
     def finite(self):
-        """Unscales the gradients; whether all are finite. UserError after MAX_SKIPS steps whose were not."""
+        """Unscales the gradients; whether all are finite. UserError after MAX_SKIPS steps in a row with others."""
         self.scaler.unscale_(self.optimizer)
         gradients = [p.grad for p in self.learner.parameters() if p.grad is not None]
         finite = torch.nn.utils.get_total_norm(gradients).isfinite().item()
@@ -393,7 +393,7 @@ class Run:
 
 
 def check_folder(cfg):
-    """UserError if --out holds other things or another run; FREE constants may differ, unlogged ones had defaults."""
+    """UserError if --out holds other things or another run; FREE constants may differ, unlogged ones are defaults."""
     out = Path(cfg.out)
     log = out / "log.jsonl"
     if not log.exists():
@@ -432,9 +432,9 @@ def configure(Config, preset, argv=None):
     comments = comments_of(Config)
     parser = Parser(allow_abbrev=False, argument_default=argparse.SUPPRESS)
     for field in dataclasses.fields(Config):
-        parts = typing.get_args(field.type)                         # the words of a Literal; of int | None both types
+        parts = get_args(field.type)                         # the words of a Literal; of int | None both types
         takes = {}
-        if typing.get_origin(field.type) is Literal:
+        if get_origin(field.type) is Literal:
             takes = dict(choices=parts)
         elif field.type is bool:
             takes = dict(type=yes_or_no, nargs="?", const=True, metavar="yes|no")   # a flag alone means yes
@@ -555,7 +555,7 @@ def count_flops(work):
 
     Convolutions, matrix products and attention count; sampling, resizing, norms and element-wise work do not.
     """
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:   # a CPU's fused one does not count
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:   # the CPU's fused one is not counted
         work()
     return counter.get_total_flops()
 
@@ -601,7 +601,7 @@ def passes_of(batch, micro, world, pairs=True):
 # --- How fast a step is: python distill.py --bench yes --------------------------------------------------------------
 
 class OfficialLearner(Learner):
-    """The authors' step, without its average of all weights and search for unused parameters; our teacher."""
+    """The authors' step, without its average of weights and search for unused parameters; teacher as ours."""
     def forward(self, x, t, noise):
         v_t_cls, v_t, _ = t
         which = qsd.masked_images(self.objective.config)
@@ -628,7 +628,7 @@ class OfficialLearner(Learner):
 
 def bench(cfg, run, learner, teacher, losses_of, optimizer, flops):
     """Print images/s, FLOP/s and what a step's time is spent on; --bench official: beside the authors' step."""
-    usual = qsd.LossConfig(dcd_pool=cfg.dcd_pool)       # which QSD does not read and toy presets set
+    usual = qsd.LossConfig(dcd_pool=cfg.dcd_pool)       # QSD ignores it, toy presets set it
     if cfg.bench == "official" and any(getattr(cfg, name) != value for name, value in vars(usual).items()):
         raise UserError("--bench official is about the paper's objective: leave --loss and its constants alone")
     on_cuda = run.device.type == "cuda"

@@ -38,7 +38,7 @@ class LossConfig:
     """Constants of the objectives, flags of distill.py and segment.py, whose Configs inherit them."""
     loss: Literal["qsd", "mse", "cwd", "afdcd", "g2sd", "vitkd", "proteus"] = "qsd"  # a key of qsd.LOSSES
     target_norm: Literal["none", "layernorm"] = "none"  # of the teacher's final tokens, which vitkd does not read
-    dcd_pool: int = 4           # afdcd pools both maps by this first (4 wants 16x16 patches)
+    dcd_pool: int = 4           # afdcd pools both maps by this first (4 wants a grid of 16x16)
     # the paper's objective, --loss qsd; proteus reads its mask_ratio and mask_all
     alpha: float = 1.0          # weight of L_feat; 0 leaves out the term, its head and its work
     beta: float = 1.0           # weight of L_mask; likewise
@@ -88,7 +88,7 @@ class QSD(nn.Module):
         self.scale = scale
         self.varphi = projection(dim_s, dim_t)  # the paper's φ makes the queries
         self.phi = projection(dim_s, dim_t)  # the paper's ϕ makes the values
-        if attention != "learned":  # drawn all the same: phi starts alike
+        if attention != "learned":  # drawn, so that phi starts alike
             self.varphi = None
 
     def forward(self, v_s, v_t):
@@ -109,8 +109,8 @@ class QSD(nn.Module):
 class GKD(Objective):
     """The paper's objective, L_QSD: features, masked patches and CLS token, each through a QSD head of its own.
 
-    "diagonal" is no term, but the share of L_feat's attention that a patch pays to its own place: 1 / N at first, more
-    once it has become local. --layers four adds L_inner, of earlier blocks.
+    "diagonal" is no term, but the share of L_feat's attention that a patch pays to its own place: some 1 / N at
+    first, more once it has become local. --layers four adds L_inner, of earlier blocks.
     """
     def __init__(self, student, teacher, config):
         super().__init__()
@@ -257,12 +257,12 @@ class AfDCD(Objective):
         f_t = t[1].mT.unflatten(2, (h, w))
         L_fd = F.mse_loss(f_s, f_t)
 
-        distance = torch.cdist(self.vectors(f_s), self.vectors(f_t), p=1)  # (B P, 16 M, 16 M), see vectors
+        distance = torch.cdist(self.vectors(f_s), self.vectors(f_t), p=1)  # (B P, 16 M, 16 M), P patches, M groups
         index = torch.arange(distance.shape[1], device=x.device)  # M * position + group
         group = index % self.groups
         same_group = (group[:, None] == group) & (index[:, None] != index)
-        logits = (-distance / self.tau).masked_fill(same_group, float("-inf"))  # negatives: other groups
-        L_con = self.groups * F.cross_entropy(logits.mT, index.expand(len(logits), -1))  # M means: a sum
+        logits = (-distance / self.tau).masked_fill(same_group, float("-inf"))  # of its group only its own place
+        L_con = self.groups * F.cross_entropy(logits.mT, index.expand(len(logits), -1))  # of M means
         return {"L_fd": L_fd, "L_con": L_con, "loss": L_fd + self.contrast * L_con}
 
     def vectors(self, f):
@@ -287,8 +287,8 @@ class G2SD(Objective):
         self.embed = nn.Linear(student.embed_dim, self.width)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, self.width))
         self.pos_embed = nn.Parameter(0.02 * torch.randn(1, N, self.width))
-        shape = Encoder(embed_dim=self.width, depth=self.depth, num_heads=8, patch_size=1, img_size=1)
-        blocks = [Block(shape) for _ in range(self.depth)]  # see below
+        row = Encoder(embed_dim=self.width, depth=self.depth, num_heads=8, patch_size=1, img_size=1)
+        blocks = [Block(row) for _ in range(self.depth)]  # they read a row of ENCODERS
         self.decoder = nn.Sequential(*blocks, nn.LayerNorm(self.width), nn.Linear(self.width, teacher.embed_dim))
 
     def forward(self, student, x, s, t, noise):
@@ -352,7 +352,7 @@ class Proteus(Objective):
         L_cls = F.mse_loss(self.cls(s[0]).float(), t[0])
         L_feat = F.mse_loss(self.feat(tokens_s).float(), tokens_t)
         K = int(self.config.mask_ratio * hidden.shape[1])
-        places = noise[which].argsort(1)[:, :K, None]  # (M, K, 1); by the mask a GPU would wait
+        places = noise[which].argsort(1)[:, :K, None]  # (M, K, 1); for a mask GPUs wait
         L_mask = F.mse_loss(v_s_mask.take_along_dim(places, 1), t[1][which].take_along_dim(places, 1))
         return {"L_cls": L_cls, "L_feat": L_feat, "L_mask": L_mask, "loss": L_cls + L_feat + L_mask}
 
@@ -379,7 +379,7 @@ def build_objective(student, teacher, config):
 # --- Encoders: the table --------------------------------------------------------------------------------------------
 
 WEIGHTS = "weights"  # where official files are looked for first, then in torch.hub's cache
-ANTIALIAS = False  # in bicubic resizes (timm: True; load_vit: True for models with registers)
+ANTIALIAS = False  # in bicubic resizes, but load_vit's of pos_embed with registers (timm: True)
 
 IMAGENET = dict(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
 HALF = dict(mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
@@ -522,7 +522,7 @@ class SwiGLU(nn.Module):
     """A gate times a value, two thirds as wide: three matrices cost as much as mlp's two."""
     def __init__(self, e):
         super().__init__()
-        hidden = 2 * e.mlp_ratio * e.embed_dim // 3  # DINOv2 rounds up to a multiple of 8, as G's is
+        hidden = 2 * e.mlp_ratio * e.embed_dim // 3  # DINOv2 rounds up to a multiple of 8: G's 4096 is
         self.fused = not (e.sub_ln or e.rope == "dinov3")  # w12 makes gate and value
         if self.fused:
             self.w12 = nn.Linear(e.embed_dim, 2 * hidden)
@@ -983,21 +983,21 @@ def read_encoder(path, name, row, given):
 
 
 def find_encoder(path, tensors):
-    """A file's encoder: what its keys begin with, {rest: tensor}, notes."""
+    """A file's encoder, of several the student or its average: key prefix, {rest: tensor}, notes."""
     encoders = {}
     for found in filter(None, map(re.compile(PATCH_EMBED).fullmatch, tensors)):
         start = found[1]
         encoders[start] = {key.removeprefix(start): tensors[key] for key in tensors if key.startswith(start)}
-    students = [start for start in encoders if "student" in start]  # GKD's file holds the teacher, too
+    students = [start for start in encoders if "student" in start]
     prefix = next(iter(students or encoders), "")
-    state = encoders.get(prefix, tensors)
+    state = encoders.get(prefix, tensors)  # of none all: another family may be known
     for pattern, family in OTHERS.items():
         if re.search(pattern, " ".join(state)):
             raise UserError(f"{path} holds {family}")
     if not encoders:
         raise UserError(f"{path} holds no patch_embed.proj.weight, but {list(state)[:3]}: save a state dict of tensors")
     shapes = [tensor.shape for tensor in state.values()]
-    for other, its in encoders.items():  # a teacher of equal shapes, as DINO's, is the student's average
+    for other, its in encoders.items():  # of equal shapes: DINO's teacher, the student's average
         if "student" in prefix and "teacher" in other and [tensor.shape for tensor in its.values()] == shapes:
             prefix = other
     others = [other for other in encoders if other != prefix]
