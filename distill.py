@@ -51,7 +51,7 @@ class Config(qsd.LossConfig):
     root: str = "data"              # the folder that holds the data sets
     stage: Literal["auto", "proxy", "source"] = "auto"  # which preset; auto: proxy for imagenet and toy-proxy
     teacher: str = "dinov2_vitb14"  # a name of qsd.ENCODERS or a checkpoint
-    student: str = "deit_small_distilled"  # likewise; give the source stage the proxy stage's student.pt
+    student: str = "deit_small_distilled"  # likewise (official); give the source stage the proxy stage's student.pt
     pretrained: bool = True         # no: the student starts from random weights
     student_depth: int | None = None  # only the student's first k blocks
     out: str = "runs/distill"       # log.jsonl, last.pt, student.pt
@@ -61,7 +61,7 @@ class Config(qsd.LossConfig):
     hub_offset: float = 0.0         # DINOv2's interpolate_offset, for the teacher; official: proxy 0.1, source 0
     randaugment: bool = True        # official, in both stages
     erase: float = 0.25             # probability of RandomErasing
-    repeats: int = 3                # an epoch is a third of the images, each three times in a row (official); 1: none
+    repeats: int = 3                # of each image in a row; an epoch sees a third of the images (official)
     workers: int = 8                # image-loading processes per training process; 0: load in the training process
     # optimiser
     batch: int = 128                # global, whatever the number of processes (proxy 512)
@@ -78,7 +78,7 @@ class Config(qsd.LossConfig):
     compile: Literal["auto", "yes", "no"] = "auto"  # torch.compile; auto: on CUDA
     log_every: int = 10             # steps
     save_minutes: float = 10.0      # between checkpoints
-    bench: Literal["no", "yes", "official"] = "no"  # yes: only time a step, of random weights; official: and theirs
+    bench: Literal["no", "yes", "official"] = "no"  # only time a step, on random weights; official: also theirs
 
 
 TOY = dict(teacher="toy_teacher", student="toy_student", size=64, patch=8, batch=16, budget="1000",
@@ -128,7 +128,7 @@ def learning_rate(cfg, fraction):
         return peak * fraction / cfg.warmup
     after_warmup = (fraction - cfg.warmup) / (1 - cfg.warmup)
     rate = cfg.lr_min + (peak - cfg.lr_min) * 0.5 * (1 + math.cos(math.pi * after_warmup))
-    return min(rate, peak)                                          # of a tiny batch the peak lies below lr_min
+    return min(rate, peak)                                          # a tiny batch has its peak below lr_min
 
 
 def main(argv=None):
@@ -314,7 +314,7 @@ class Run:
             self.losses[name] = self.losses.get(name, 0) + value.detach() / self.passes
 
     def finite(self):
-        """Unscales the gradients; whether all are finite. UserError after MAX_SKIPS steps in a row with others."""
+        """Unscales the gradients; whether all are finite. UserError after MAX_SKIPS steps in a row where not."""
         self.scaler.unscale_(self.optimizer)
         gradients = [p.grad for p in self.learner.parameters() if p.grad is not None]
         finite = torch.nn.utils.get_total_norm(gradients).isfinite().item()
@@ -393,7 +393,7 @@ class Run:
 
 
 def check_folder(cfg):
-    """UserError if --out holds other things or another run; FREE constants may differ, unlogged ones are defaults."""
+    """UserError if --out holds other things or another run; FREE constants may differ, unknown ones had defaults."""
     out = Path(cfg.out)
     log = out / "log.jsonl"
     if not log.exists():
@@ -601,7 +601,7 @@ def passes_of(batch, micro, world, pairs=True):
 # --- How fast a step is: python distill.py --bench yes --------------------------------------------------------------
 
 class OfficialLearner(Learner):
-    """The authors' step, without its average of weights and search for unused parameters; teacher as ours."""
+    """The authors' step, without their EMA of weights and DDP's find_unused_parameters; our pass of the teacher."""
     def forward(self, x, t, noise):
         v_t_cls, v_t, _ = t
         which = qsd.masked_images(self.objective.config)

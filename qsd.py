@@ -37,8 +37,8 @@ def say(line):
 class LossConfig:
     """Constants of the objectives, flags of distill.py and segment.py, whose Configs inherit them."""
     loss: Literal["qsd", "mse", "cwd", "afdcd", "g2sd", "vitkd", "proteus"] = "qsd"  # a key of qsd.LOSSES
-    target_norm: Literal["none", "layernorm"] = "none"  # of the teacher's final tokens, which vitkd does not read
-    dcd_pool: int = 4           # afdcd pools both maps by this first (4 wants a grid of 16x16)
+    target_norm: Literal["none", "layernorm"] = "none"  # of the teacher's final tokens (paper: none)
+    dcd_pool: int = 4           # afdcd pools both maps by this first (4 needs 16x16 patches at least)
     # the paper's objective, --loss qsd; proteus reads its mask_ratio and mask_all
     alpha: float = 1.0          # weight of L_feat; 0 leaves out the term, its head and its work
     beta: float = 1.0           # weight of L_mask; likewise
@@ -88,7 +88,7 @@ class QSD(nn.Module):
         self.scale = scale
         self.varphi = projection(dim_s, dim_t)  # the paper's φ makes the queries
         self.phi = projection(dim_s, dim_t)  # the paper's ϕ makes the values
-        if attention != "learned":  # drawn, so that phi starts alike
+        if attention != "learned":  # it was made all the same, so that phi gets the same first weights
             self.varphi = None
 
     def forward(self, v_s, v_t):
@@ -96,7 +96,7 @@ class QSD(nn.Module):
         return matmul_fp32(sigma_W, self.phi(v_s)), sigma_W  # Eq. 8  (B, N, C_t)
 
     def weights(self, v_s, v_t):
-        """σ(W): what each student token takes of the value at each place; rows sum up to 1."""
+        """σ(W): row i tells how much student token i takes of the value at each place j."""
         if self.attention == "identity":  # ablation: each token keeps its own value
             return v_t.new_ones(v_t.shape[1]).diag().expand(len(v_t), -1, -1)
         query = v_t if self.attention == "teacher" else self.varphi(v_s)  # paper: φ(v_s)
@@ -175,7 +175,7 @@ class GKD(Objective):
 
 
 def masked_images(config):
-    """Which images are masked: all, or those of even draws, every second in a micro-batch of data.batches."""
+    """Which images are masked: all, or every second one, which in a micro-batch are those of even draws."""
     return slice(0, None, 1 if config.mask_all else 2)
 
 
@@ -231,7 +231,7 @@ class CWD(Objective):
 class AfDCD(Objective):
     """Augmentation-free dense contrastive distillation (Fan et al. 2023): reconstruct the teacher, then contrast.
 
-    Published weights of sums: reconstruction 1e-6 to 4e-5, contrast 1e-3 to 4e-2; for means 1 and 1e-2 are our choice.
+    The contrast is the published one (weight 1e-3 to 4e-2); the reconstruction is a mean, not a sum (1e-6 to 4e-5).
     """
     groups = 16  # the channels are cut into groups, each a vector of its own
     patch = 4    # vectors are contrasted within patches of 4x4 positions
@@ -260,9 +260,10 @@ class AfDCD(Objective):
         distance = torch.cdist(self.vectors(f_s), self.vectors(f_t), p=1)  # (B P, 16 M, 16 M), P patches, M groups
         index = torch.arange(distance.shape[1], device=x.device)  # M * position + group
         group = index % self.groups
+        # As published, negatives are other groups' vectors at all places, and the same group elsewhere is none.
         same_group = (group[:, None] == group) & (index[:, None] != index)
-        logits = (-distance / self.tau).masked_fill(same_group, float("-inf"))  # of its group only its own place
-        L_con = self.groups * F.cross_entropy(logits.mT, index.expand(len(logits), -1))  # of M means
+        logits = (-distance / self.tau).masked_fill(same_group, float("-inf"))
+        L_con = self.groups * F.cross_entropy(logits.mT, index.expand(len(logits), -1))  # a sum over groups
         return {"L_fd": L_fd, "L_con": L_con, "loss": L_fd + self.contrast * L_con}
 
     def vectors(self, f):
@@ -352,7 +353,7 @@ class Proteus(Objective):
         L_cls = F.mse_loss(self.cls(s[0]).float(), t[0])
         L_feat = F.mse_loss(self.feat(tokens_s).float(), tokens_t)
         K = int(self.config.mask_ratio * hidden.shape[1])
-        places = noise[which].argsort(1)[:, :K, None]  # (M, K, 1); for a mask GPUs wait
+        places = noise[which].argsort(1)[:, :K, None]  # (M, K, 1); indexing by a mask makes a GPU wait
         L_mask = F.mse_loss(v_s_mask.take_along_dim(places, 1), t[1][which].take_along_dim(places, 1))
         return {"L_cls": L_cls, "L_feat": L_feat, "L_mask": L_mask, "loss": L_cls + L_feat + L_mask}
 
@@ -379,7 +380,7 @@ def build_objective(student, teacher, config):
 # --- Encoders: the table --------------------------------------------------------------------------------------------
 
 WEIGHTS = "weights"  # where official files are looked for first, then in torch.hub's cache
-ANTIALIAS = False  # in bicubic resizes, but load_vit's of pos_embed with registers (timm: True)
+ANTIALIAS = False  # in bicubic resizes (timm: True); load_vit decides for pos_embed beside registers
 
 IMAGENET = dict(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
 HALF = dict(mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
@@ -430,39 +431,38 @@ V3 = dict(url=ON_REQUEST, layerscale=True, registers=4, rope="dinov3", eps=1e-5)
 V3PLUS = dict(mlp_ratio=6, **GLU, **V3)
 
 ENCODERS = {  # size, patch, image, official file, its SHA-256, what differs from DeiT
-    "deit_tiny":            Encoder(*TI, 16, 224, DEIT + "deit_tiny_patch16_224-a1311bcf.pth", "a1311bcf"),
-    "deit_small":           Encoder(*S, 16, 224, DEIT + "deit_small_patch16_224-cd65a155.pth", "cd65a155"),
-    "deit_base":            Encoder(*B, 16, 224, DEIT + "deit_base_patch16_224-b5f2ef4d.pth", "b5f2ef4d"),
-    "deit_tiny_distilled":  Encoder(*TI, 16, 224, DEIT + "deit_tiny_distilled_patch16_224-b40b3cf7.pth", "b40b3cf7"),
+    "deit_tiny": Encoder(*TI, 16, 224, DEIT + "deit_tiny_patch16_224-a1311bcf.pth", "a1311bcf"),
+    "deit_small": Encoder(*S, 16, 224, DEIT + "deit_small_patch16_224-cd65a155.pth", "cd65a155"),
+    "deit_base": Encoder(*B, 16, 224, DEIT + "deit_base_patch16_224-b5f2ef4d.pth", "b5f2ef4d"),
+    "deit_tiny_distilled": Encoder(*TI, 16, 224, DEIT + "deit_tiny_distilled_patch16_224-b40b3cf7.pth", "b40b3cf7"),
     "deit_small_distilled": Encoder(*S, 16, 224, DEIT + "deit_small_distilled_patch16_224-649709d9.pth", "649709d9"),
-    "deit_base_distilled":  Encoder(*B, 16, 224, DEIT + "deit_base_distilled_patch16_224-df68dfff.pth", "df68dfff"),
-    "vit_tiny_augreg":      Encoder(*TI, 16, 224, TIMM + "/resolve/main/pytorch_model.bin",
-                                    file="vit_tiny_patch16_224.augreg_in21k_ft_in1k.pth", **HALF),
-    "dino_vits16":          Encoder(*S, 16, 224, DINO + "dino_deitsmall16_pretrain/dino_deitsmall16_pretrain.pth"),
-    "dino_vitb16":          Encoder(*B, 16, 224, DINO + "dino_vitbase16_pretrain/dino_vitbase16_pretrain.pth"),
-    "dinov2_vits14":        Encoder(*S, 14, 518, V2 + "vits14/dinov2_vits14_pretrain.pth", "b938bf1b", **LS),
-    "dinov2_vitb14":        Encoder(*B, 14, 518, V2 + "vitb14/dinov2_vitb14_pretrain.pth", "0b8b82f8", **LS),
-    "dinov2_vitl14":        Encoder(*L, 14, 518, V2 + "vitl14/dinov2_vitl14_pretrain.pth", "d5383ea8", **LS),
-    "dinov2_vitg14":        Encoder(*G, 14, 518, V2 + "vitg14/dinov2_vitg14_pretrain.pth", "baf8467e", **LS, **GLU),
-    "dinov2_vits14_reg":    Encoder(*S, 14, 518, V2 + "vits14/dinov2_vits14_reg4_pretrain.pth", "f4331770", **REG),
-    "dinov2_vitb14_reg":    Encoder(*B, 14, 518, V2 + "vitb14/dinov2_vitb14_reg4_pretrain.pth", "73182a08", **REG),
-    "dinov2_vitl14_reg":    Encoder(*L, 14, 518, V2 + "vitl14/dinov2_vitl14_reg4_pretrain.pth", "36e4deff", **REG),
-    "dinov2_vitg14_reg":    Encoder(*G, 14, 518, V2 + "vitg14/dinov2_vitg14_reg4_pretrain.pth", "746ecb8c",
-                                    **REG, **GLU),
-    "dinov3_vits16":        Encoder(*S, 16, 256, file="dinov3_vits16_pretrain_lvd1689m-08c60483.pth", **V3),
-    "dinov3_vits16plus":    Encoder(*S, 16, 256, file="dinov3_vits16plus_pretrain_lvd1689m-4057cbaa.pth", **V3PLUS),
-    "dinov3_vitb16":        Encoder(*B, 16, 256, file="dinov3_vitb16_pretrain_lvd1689m-73cec8be.pth", **V3),
-    "dinov3_vitl16":        Encoder(*L, 16, 256, file="dinov3_vitl16_pretrain_lvd1689m-8aa4cbdd.pth", **V3),
-    "dinov3_vitl16_sat":    Encoder(*L, 16, 256, file="dinov3_vitl16_pretrain_sat493m-eadcf0ff.pth", **V3, **SATELLITE),
-    "dinov3_vith16plus":    Encoder(*H, 16, 256, file="dinov3_vith16plus_pretrain_lvd1689m-7c1da9a5.pth", **V3PLUS),
-    "eva02_tiny":           Encoder(*TI, 14, 224, EVA + "eva02_Ti_pt_in21k_p14.pt", **EVA02),
-    "eva02_small":          Encoder(*S, 14, 224, EVA + "eva02_S_pt_in21k_p14.pt", **EVA02),
-    "eva02_base":           Encoder(*B, 14, 224, EVA + "eva02_B_pt_in21k_p14.pt", sub_ln=True, **EVA02),
-    "eva02_large":          Encoder(*L, 14, 224, EVA + "eva02_L_pt_m38m_p14.pt", sub_ln=True, **EVA02),
-    "toy_small":            Encoder(64, 4, 2, 8, 64),  # for the built-in toy world: no official file
-    "toy_base":             Encoder(128, 4, 4, 8, 64),
-    "toy_student":          Encoder(64, 4, 2, 8, 64, "assets/toy_student.pt"),  # shipped; trained on image labels
-    "toy_teacher":          Encoder(128, 4, 4, 8, 64, "assets/toy_teacher.pt"),  # shipped
+    "deit_base_distilled": Encoder(*B, 16, 224, DEIT + "deit_base_distilled_patch16_224-df68dfff.pth", "df68dfff"),
+    "vit_tiny_augreg": Encoder(*TI, 16, 224, TIMM + "/resolve/main/pytorch_model.bin",
+        file="vit_tiny_patch16_224.augreg_in21k_ft_in1k.pth", **HALF),
+    "dino_vits16": Encoder(*S, 16, 224, DINO + "dino_deitsmall16_pretrain/dino_deitsmall16_pretrain.pth"),
+    "dino_vitb16": Encoder(*B, 16, 224, DINO + "dino_vitbase16_pretrain/dino_vitbase16_pretrain.pth"),
+    "dinov2_vits14": Encoder(*S, 14, 518, V2 + "vits14/dinov2_vits14_pretrain.pth", "b938bf1b", **LS),
+    "dinov2_vitb14": Encoder(*B, 14, 518, V2 + "vitb14/dinov2_vitb14_pretrain.pth", "0b8b82f8", **LS),
+    "dinov2_vitl14": Encoder(*L, 14, 518, V2 + "vitl14/dinov2_vitl14_pretrain.pth", "d5383ea8", **LS),
+    "dinov2_vitg14": Encoder(*G, 14, 518, V2 + "vitg14/dinov2_vitg14_pretrain.pth", "baf8467e", **LS, **GLU),
+    "dinov2_vits14_reg": Encoder(*S, 14, 518, V2 + "vits14/dinov2_vits14_reg4_pretrain.pth", "f4331770", **REG),
+    "dinov2_vitb14_reg": Encoder(*B, 14, 518, V2 + "vitb14/dinov2_vitb14_reg4_pretrain.pth", "73182a08", **REG),
+    "dinov2_vitl14_reg": Encoder(*L, 14, 518, V2 + "vitl14/dinov2_vitl14_reg4_pretrain.pth", "36e4deff", **REG),
+    "dinov2_vitg14_reg": Encoder(*G, 14, 518, V2 + "vitg14/dinov2_vitg14_reg4_pretrain.pth", "746ecb8c", **REG, **GLU),
+    "dinov3_vits16": Encoder(*S, 16, 256, file="dinov3_vits16_pretrain_lvd1689m-08c60483.pth", **V3),
+    "dinov3_vits16plus": Encoder(*S, 16, 256, file="dinov3_vits16plus_pretrain_lvd1689m-4057cbaa.pth", **V3PLUS),
+    "dinov3_vitb16": Encoder(*B, 16, 256, file="dinov3_vitb16_pretrain_lvd1689m-73cec8be.pth", **V3),
+    "dinov3_vitl16": Encoder(*L, 16, 256, file="dinov3_vitl16_pretrain_lvd1689m-8aa4cbdd.pth", **V3),
+    "dinov3_vitl16_sat": Encoder(*L, 16, 256, file="dinov3_vitl16_pretrain_sat493m-eadcf0ff.pth", **V3, **SATELLITE),
+    "dinov3_vith16plus": Encoder(*H, 16, 256, file="dinov3_vith16plus_pretrain_lvd1689m-7c1da9a5.pth", **V3PLUS),
+    "eva02_tiny": Encoder(*TI, 14, 224, EVA + "eva02_Ti_pt_in21k_p14.pt", **EVA02),
+    "eva02_small": Encoder(*S, 14, 224, EVA + "eva02_S_pt_in21k_p14.pt", **EVA02),
+    "eva02_base": Encoder(*B, 14, 224, EVA + "eva02_B_pt_in21k_p14.pt", sub_ln=True, **EVA02),
+    "eva02_large": Encoder(*L, 14, 224, EVA + "eva02_L_pt_m38m_p14.pt", sub_ln=True, **EVA02),
+    "toy_small": Encoder(64, 4, 2, 8, 64),  # for the built-in toy world: no official file
+    "toy_base": Encoder(128, 4, 4, 8, 64),
+    "toy_student": Encoder(64, 4, 2, 8, 64, "assets/toy_student.pt"),  # shipped; trained on image labels
+    "toy_teacher": Encoder(128, 4, 4, 8, 64, "assets/toy_teacher.pt"),  # shipped
 }
 
 
@@ -522,7 +522,7 @@ class SwiGLU(nn.Module):
     """A gate times a value, two thirds as wide: three matrices cost as much as mlp's two."""
     def __init__(self, e):
         super().__init__()
-        hidden = 2 * e.mlp_ratio * e.embed_dim // 3  # DINOv2 rounds up to a multiple of 8: G's 4096 is
+        hidden = 2 * e.mlp_ratio * e.embed_dim // 3  # DINOv2 rounds up to a multiple of 8, which G's 4096 is
         self.fused = not (e.sub_ln or e.rope == "dinov3")  # w12 makes gate and value
         if self.fused:
             self.w12 = nn.Linear(e.embed_dim, 2 * hidden)
@@ -732,12 +732,12 @@ def load_vit(name_or_path, img_size=None, patch_size=None, depth=None, pretraine
     path = find_file(name, row)
     state, values, notes = read_encoder(path, name, row, given)
     with torch.device("meta"):  # shapes only: no memory, no draws
-        stored = ViT(**values)
-        vit = ViT(**resized(values, img_size, patch_size, depth))
+        stored = ViT(**values)  # as in the file, which is checked by it
+        vit = ViT(**resized(values, img_size, patch_size, depth))  # as asked for
     load_strictly(stored, state, f"{path} does not fit the encoder", assign=True)
     if vit.pos_embed is not None and vit.grid != stored.grid:
         antialias = ANTIALIAS or values["registers"] > 0  # as in DINOv2's hub models
-        offset = offset if values["layerscale"] and not values["registers"] else 0.0  # only DINOv2's have it
+        offset = offset if values["layerscale"] and not values["registers"] else 0.0  # DINOv2 without them
         state["pos_embed"] = resize_pos_embed(state["pos_embed"], stored.grid, vit.grid, offset, antialias)
         how = "antialiased" if antialias else f"offset {offset:g}"
         notes.append("pos_embed {}x{} -> {}x{} (bicubic, {})".format(*stored.grid, *vit.grid, how))
@@ -820,13 +820,13 @@ def find_file(name, row):
     cached.parent.mkdir(parents=True, exist_ok=True)
     try:
         torch.hub.download_url_to_file(row.url, str(cached), hash_prefix=row.sha256)
-    except (OSError, RuntimeError) as error:  # no network; RuntimeError: a wrong hash
+    except (OSError, RuntimeError, ValueError) as error:  # no network, a wrong hash, a shipped file gone
         raise UserError(f"{name}: {row.url} cannot be had ({error}): download it and put it at {place}") from None
     return cached
 
 
 def bare(path):
-    """A file's name without its ending and the hash in names of DeiT's and DINOv3's."""
+    """A file's name without its ending and the hash that DeiT's and DINOv3's end with."""
     return re.sub(r"(-[0-9a-f]{8})?\.(pth|pt|bin|safetensors)$", "", Path(path).name)
 
 
@@ -990,16 +990,16 @@ def find_encoder(path, tensors):
         encoders[start] = {key.removeprefix(start): tensors[key] for key in tensors if key.startswith(start)}
     students = [start for start in encoders if "student" in start]
     prefix = next(iter(students or encoders), "")
-    state = encoders.get(prefix, tensors)  # of none all: another family may be known
+    state = encoders.get(prefix, tensors)  # without one, all: the keys may name another family
     for pattern, family in OTHERS.items():
         if re.search(pattern, " ".join(state)):
             raise UserError(f"{path} holds {family}")
     if not encoders:
         raise UserError(f"{path} holds no patch_embed.proj.weight, but {list(state)[:3]}: save a state dict of tensors")
     shapes = [tensor.shape for tensor in state.values()]
-    for other, its in encoders.items():  # of equal shapes: DINO's teacher, the student's average
+    for other, its in encoders.items():
         if "student" in prefix and "teacher" in other and [tensor.shape for tensor in its.values()] == shapes:
-            prefix = other
+            prefix = other  # DINO's teacher has the student's shapes, as it is the average of its weights
     others = [other for other in encoders if other != prefix]
     return prefix, encoders[prefix], [f"keys under {prefix} only, not {', '.join(others)}"] if others else []
 
@@ -1026,18 +1026,18 @@ def official_to_ours(path, state):
         ours["mask_token"] = ours["mask_token"].reshape(1, -1)  # DINOv2 (1, C), EVA-02 (1, 1, C)
 
     gated = "blocks.0.mlp.w1.weight" in ours
-    fc1, fc2 = [ours.get(f"blocks.0.mlp.fc{i}.weight", torch.zeros(1, 1)) for i in (1, 2)]  # or a stand-in
+    fc1, fc2 = [ours.get(f"blocks.0.mlp.fc{i}.weight", torch.zeros(1, 1)) for i in (1, 2)]  # (1, 1) if there is none
     if gated or len(fc1) == 2 * fc2.shape[1]:  # a SwiGLU under other names
         fc1_is = "w2" if gated else "w12"
         ours = {key.replace("mlp.fc1.", f"mlp.{fc1_is}.").replace("mlp.fc2.", "mlp.w3."): ours[key] for key in ours}
     for key in [key for key in ours if key.endswith((".attn.k.weight", ".attn.k_bias"))]:
-        parts = [key.replace(".attn.k", f".attn.{part}") for part in "qkv"]
+        parts = [key.replace(".attn.k", f".attn.{part}") for part in "qkv"]  # transformers' are apart
         ours[re.sub(r"\.k[._]", ".qkv.", key)] = torch.cat([ours.pop(part) for part in parts])
     if "pos_embed" not in ours and "register_tokens" in ours:  # DINOv3: the bias of keys is masked or none
         for key in [key for key in ours if key.endswith("attn.qkv.weight")]:
             bias = ours.pop(key.replace("weight", "bias"), torch.zeros(len(ours[key])))
             q_bias, _, v_bias = bias.chunk(3)
-            ours.setdefault(key.replace("qkv.weight", "q_bias"), q_bias.clone())
+            ours.setdefault(key.replace("qkv.weight", "q_bias"), q_bias.clone())  # unless it is transformers'
             ours.setdefault(key.replace("qkv.weight", "v_bias"), v_bias.clone())
     return ours
 
