@@ -496,8 +496,8 @@ class BoxDecoder(nn.Module):
     """
     def __init__(self, dim, num_classes, patch=16, width=256, ffn=1024, rois=512, proposals=1000):
         super().__init__()
-        if patch not in (4, 8, 16, 32):  # torchvision takes strides for powers of two
-            raise UserError(f"--decoder boxes wants a --patch of 4, 8, 16 or 32, not {patch}")
+        if patch not in (4, 8, 16, 32) or width % 32:  # torchvision takes strides for powers of two
+            raise UserError("--decoder boxes wants a --patch of 4, 8, 16 or 32, and a multiple of 32 as --width")
         self.patch = patch
         self.lateral = with_norm(nn.Conv2d(dim, width, 1))
         twice = partial(nn.ConvTranspose2d, width, width, kernel_size=2, stride=2)

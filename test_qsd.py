@@ -2275,6 +2275,7 @@ BAD_EVALUATIONS = {
     "segment.py --data toy-boxes --decoder linear": "--data toy-boxes has other labels than",
     "segment.py --data toy-boxes --kd_logits 1 --freeze no --teacher {teacher}": "was trained on other classes",
     "segment.py --data toy-boxes --patch 14 --size 56": "wants a --patch of 4, 8, 16 or 32",
+    "segment.py --data toy-boxes --width 40": "and a multiple of 32 as --width",
 }
 
 
