@@ -323,7 +323,7 @@ class MaskDecoder(nn.Module):
 
     @torch.no_grad()
     def matching_cost(self, logits, embed, pixels, classes, masks, generator):
-        """The loss of each query with each mask, (R, B, S, Q), on points that an image's masks share."""
+        """The loss of each query with each mask, (R, B, S, Q), on points that masks share."""
         B, _, h, w = pixels.shape
         R, _, Q, _ = logits.shape
         if self.points >= h * w:  # a mask knows no more than its own pixels
@@ -459,7 +459,7 @@ class Linear(PixelClassifier):
 
 
 class SemFPN(PixelClassifier):
-    """Panoptic FPN's semantic branch (Kirillov et al., 2019), as in the supplement's Table 7."""
+    """Panoptic FPN's semantic branch (Kirillov et al., 2019), as in Table 7."""
     def __init__(self, dim, num_classes, width=384, channels=256):  # the paper's 11.2 M parameters on ViT-S
         super().__init__()
         self.laterals = nn.ModuleList(nn.Conv2d(dim, width, 1) for _ in range(4))
@@ -490,7 +490,7 @@ class SemFPN(PixelClassifier):
 # --- Boxes for pixels, the same interface: all that changes with the task (Table 10) ---------------------------------
 
 class BoxDecoder(nn.Module):
-    """torchvision's Faster R-CNN (Ren et al., 2015) on the simple feature pyramid of ViTDet (Li et al., 2022).
+    """torchvision's Faster R-CNN (Ren et al., 2015) on the feature pyramid of ViTDet (Li et al., 2022).
 
     It reads one map, of the token grid's size -> 5 maps (B, width, ., .) of 4, 2, 1, 0.5, 0.25 times it.
     """
