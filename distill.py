@@ -45,7 +45,7 @@ from qsd import UserError, say
 
 @dataclasses.dataclass
 class Config(qsd.LossConfig):
-    """Every constant of stage 1; those of the objective itself are in qsd.LossConfig."""
+    """Every constant of stage 1, official where no remark differs; those of the objective are in qsd.LossConfig."""
     # who learns what from whom
     data: str = "toy"               # a name of data.DATASETS, or several joined with +
     root: str = "data"              # the folder that holds the data sets
@@ -78,7 +78,7 @@ class Config(qsd.LossConfig):
     compile: Literal["auto", "yes", "no"] = "auto"  # torch.compile; auto: on CUDA
     log_every: int = 10             # steps
     save_minutes: float = 10.0      # between checkpoints
-    bench: Literal["no", "yes", "official"] = "no"  # only time a step, on random weights; official: also theirs
+    bench: Literal["no", "yes", "official"] = "no"  # only time a step, on random weights; official: theirs, too
 
 
 TOY = dict(teacher="toy_teacher", student="toy_student", size=64, patch=8, batch=16, budget="1000",
@@ -92,7 +92,7 @@ PRESETS = {
 
 
 def preset(given):
-    """The row of PRESETS for --data, its first name, and --stage; a flag beats the preset, which beats the default."""
+    """The row of PRESETS for --stage and the first name of --data; a flag beats the preset, which beats the default."""
     name = given.get("data", Config.data).split("+")[0]
     stage = given.get("stage", Config.stage)
     if stage == "auto":
@@ -197,7 +197,7 @@ def main(argv=None):
             run.after()                                             # ledger, log, checkpoint, signals
 
         ledger = ancestors + [dict(script="distill", data=cfg.data, **run.ledger)]
-        checkpoint = qsd.student_checkpoint(student)                # timm's keys; the heads are for figure 7b
+        checkpoint = qsd.student_checkpoint(student)                # timm's keys; the heads serve figure 7b
         run.finish(checkpoint | dict(objective=objective.state_dict(), config=dataclasses.asdict(cfg), ledger=ledger))
 
 
@@ -236,7 +236,7 @@ class Run:
     def start(self, learner, optimizer, dataset, flops, tokens, repeats=1, pairs=True):
         """Continue where last.pt ends, or begin; flops and tokens are those of one image.
 
-        pairs: a micro-batch holds an even number of images, as masking every second one wants it.
+        pairs: a micro-batch holds an even number of images, so that masking every second one masks the same.
         """
         cfg = self.cfg
         self.learner = learner
@@ -498,7 +498,7 @@ def launch():
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")      # fp32 products are TF32, precise enough for QSD's logits
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
-        patience = datetime.timedelta(hours=1)                      # with a process that downloads or lists a slow disk
+        patience = datetime.timedelta(hours=1)                      # while a process downloads or lists a slow disk
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=patience)
     return device
 

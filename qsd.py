@@ -45,7 +45,7 @@ class LossConfig:
     gamma: float = 1.0          # weight of L_cls; 0 leaves the CLS token out of every term
     feat_with_cls: bool = True  # official: L_feat is the mean over [CLS; patches]; paper: patches
     mask_ratio: float = 0.5     # share of the patches hidden in a masked image: int(mask_ratio N)
-    mask_all: bool = False      # no: every second image is masked (official: half of them); yes: all (paper)
+    mask_all: bool = False      # no: every second image of L_mask is masked (official: half); yes: all (paper)
     attention: Literal["learned", "identity", "teacher"] = "learned"  # who queries: v_s (paper), none (σ(W) = I), v_t
     scale: Literal["one", "sqrt"] = "one"  # of the logits: 1 (paper) or C_t^-1/2
     layers: Literal["last", "four"] = "last"  # paper: the last; four: all that a decoder reads
@@ -166,7 +166,7 @@ class GKD(Objective):
         return L_inner
 
     def masked_pass(self, student, x, v_s, noise):
-        """The student's patches (B, N, C_s) where some images are masked; the others keep those of v_s."""
+        """Patches (B, N, C_s) for L_mask; the images not masked, officially half, count in it with their v_s."""
         which = masked_images(self.config)
         hidden = random_mask(noise[which], self.config.mask_ratio)  # (M, N), for the M masked images
         v_s_mask = v_s.clone()
@@ -231,7 +231,7 @@ class CWD(Objective):
 class AfDCD(Objective):
     """Augmentation-free dense contrastive distillation (Fan et al. 2023): reconstruct the teacher, then contrast.
 
-    The contrast is the published one (weight 1e-3 to 4e-2); the reconstruction is a mean, not a sum (1e-6 to 4e-5).
+    Weight 1 of a mean is 1.3e-6 of the sum of 1024 x 768 numbers (published: 1e-6 to 4e-5; contrast: 1e-3 to 4e-2).
     """
     groups = 16  # the channels are cut into groups, each a vector of its own
     patch = 4    # vectors are contrasted within patches of 4x4 positions
@@ -260,7 +260,7 @@ class AfDCD(Objective):
         distance = torch.cdist(self.vectors(f_s), self.vectors(f_t), p=1)  # (B P, 16 M, 16 M), P patches, M groups
         index = torch.arange(distance.shape[1], device=x.device)  # M * position + group
         group = index % self.groups
-        # As published, negatives are other groups' vectors at all places, and the same group elsewhere is none.
+        # As published, negatives are other groups' vectors at all places; the same group elsewhere is not among them.
         same_group = (group[:, None] == group) & (index[:, None] != index)
         logits = (-distance / self.tau).masked_fill(same_group, float("-inf"))
         L_con = self.groups * F.cross_entropy(logits.mT, index.expand(len(logits), -1))  # a sum over groups
@@ -288,8 +288,8 @@ class G2SD(Objective):
         self.embed = nn.Linear(student.embed_dim, self.width)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, self.width))
         self.pos_embed = nn.Parameter(0.02 * torch.randn(1, N, self.width))
-        row = Encoder(embed_dim=self.width, depth=self.depth, num_heads=8, patch_size=1, img_size=1)
-        blocks = [Block(row) for _ in range(self.depth)]  # they read a row of ENCODERS
+        sizes = Encoder(self.width, self.depth, num_heads=8, patch_size=1, img_size=1)  # a record, no network
+        blocks = [Block(sizes) for _ in range(self.depth)]
         self.decoder = nn.Sequential(*blocks, nn.LayerNorm(self.width), nn.Linear(self.width, teacher.embed_dim))
 
     def forward(self, student, x, s, t, noise):
@@ -380,7 +380,7 @@ def build_objective(student, teacher, config):
 # --- Encoders: the table --------------------------------------------------------------------------------------------
 
 WEIGHTS = "weights"  # where official files are looked for first, then in torch.hub's cache
-ANTIALIAS = False  # in bicubic resizes (timm: True); load_vit decides for pos_embed beside registers
+ANTIALIAS = False  # official, of bicubic resizes; True in timm, and for pos_embed of models with registers
 
 IMAGENET = dict(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
 HALF = dict(mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
@@ -732,7 +732,7 @@ def load_vit(name_or_path, img_size=None, patch_size=None, depth=None, pretraine
     path = find_file(name, row)
     state, values, notes = read_encoder(path, name, row, given)
     with torch.device("meta"):  # shapes only: no memory, no draws
-        stored = ViT(**values)  # as in the file, which is checked by it
+        stored = ViT(**values)  # as stored: the file is checked by it
         vit = ViT(**resized(values, img_size, patch_size, depth))  # as asked for
     load_strictly(stored, state, f"{path} does not fit the encoder", assign=True)
     if vit.pos_embed is not None and vit.grid != stored.grid:
@@ -835,7 +835,7 @@ def bare(path):
 # tensors are made of and nothing else: whatever class or function a file names, none is imported or called.
 
 class Inert(dict):
-    """Stands for every other class and function of a file: does nothing when called and filled."""
+    """Stands for every other class and function of a file: does nothing when called."""
     def __init__(self, *args, **kwargs):
         pass
 
@@ -997,8 +997,8 @@ def find_encoder(path, tensors):
     if not encoders:
         raise UserError(f"{path} holds no patch_embed.proj.weight, but {list(state)[:3]}: save a state dict of tensors")
     shapes = [tensor.shape for tensor in state.values()]
-    for other, its in encoders.items():
-        if "student" in prefix and "teacher" in other and [tensor.shape for tensor in its.values()] == shapes:
+    for other, parts in encoders.items():
+        if "student" in prefix and "teacher" in other and [tensor.shape for tensor in parts.values()] == shapes:
             prefix = other  # DINO's teacher has the student's shapes, as it is the average of its weights
     others = [other for other in encoders if other != prefix]
     return prefix, encoders[prefix], [f"keys under {prefix} only, not {', '.join(others)}"] if others else []
@@ -1030,10 +1030,10 @@ def official_to_ours(path, state):
     if gated or len(fc1) == 2 * fc2.shape[1]:  # a SwiGLU under other names
         fc1_is = "w2" if gated else "w12"
         ours = {key.replace("mlp.fc1.", f"mlp.{fc1_is}.").replace("mlp.fc2.", "mlp.w3."): ours[key] for key in ours}
-    for key in [key for key in ours if key.endswith((".attn.k.weight", ".attn.k_bias"))]:
-        parts = [key.replace(".attn.k", f".attn.{part}") for part in "qkv"]  # transformers' are apart
+    for key in [key for key in ours if key.endswith((".attn.k.weight", ".attn.k_bias"))]:  # transformers: apart
+        parts = [key.replace(".attn.k", f".attn.{part}") for part in "qkv"]
         ours[re.sub(r"\.k[._]", ".qkv.", key)] = torch.cat([ours.pop(part) for part in parts])
-    if "pos_embed" not in ours and "register_tokens" in ours:  # DINOv3: the bias of keys is masked or none
+    if "pos_embed" not in ours and "register_tokens" in ours:  # DINOv3, whose keys have no bias here
         for key in [key for key in ours if key.endswith("attn.qkv.weight")]:
             bias = ours.pop(key.replace("weight", "bias"), torch.zeros(len(ours[key])))
             q_bias, _, v_bias = bias.chunk(3)
