@@ -51,7 +51,7 @@ class Config(qsd.LossConfig):
     root: str = "data"              # the folder that holds the data sets
     stage: Literal["auto", "proxy", "source"] = "auto"  # which preset; auto: proxy for imagenet and toy-proxy
     teacher: str = "dinov2_vitb14"  # a name of qsd.ENCODERS or a checkpoint
-    student: str = "deit_small_distilled"  # likewise (official); give the source stage the proxy stage's student.pt
+    student: str = "deit_small_distilled"  # likewise; in the source stage the proxy stage's student.pt
     pretrained: bool = True         # no: the student starts from random weights
     student_depth: int | None = None  # only the student's first k blocks
     out: str = "runs/distill"       # log.jsonl, last.pt, student.pt
@@ -61,11 +61,11 @@ class Config(qsd.LossConfig):
     hub_offset: float = 0.0         # DINOv2's interpolate_offset, for the teacher; official: proxy 0.1, source 0
     randaugment: bool = True        # official, in both stages
     erase: float = 0.25             # probability of RandomErasing
-    repeats: int = 3                # of each image in a row; an epoch sees a third of the images (official)
+    repeats: int = 3                # of each image in a row, so that 3 means an epoch of a third of them
     workers: int = 8                # image-loading processes per training process; 0: load in the training process
     # optimiser
     batch: int = 128                # global, whatever the number of processes (proxy 512)
-    micro: int = 64                 # at most so many images a forward pass; gradients of more are accumulated
+    micro: int = 64                 # most images of a process at once; gradients of more are accumulated
     budget: str = "300ep"           # 600 (steps), 300ep, 2h, 3e18flop; the schedule follows the fraction spent
     lr: float = 5e-4                # peak, before lr_rule
     lr_rule: Literal["batch/512", "constant"] = "batch/512"  # official: lr x batch / 512; the paper's text: constant
@@ -156,7 +156,7 @@ def main(argv=None):
     def losses_of(model, images, draws):
         """The losses on uint8 images (B, 3, H, W) and their draws (B).
 
-        An image's draw is its number in the endless order in which a run draws images. With the seed it decides all
+        A draw is an image's running number, 0, 1, 2, .. in a run. With the seed it decides which image this is and all
         that is random about it, on any number of processes.
         """
         x = data.normalize(images.to(run.device, non_blocking=True), student.mean, student.std)
@@ -236,7 +236,7 @@ class Run:
     def start(self, learner, optimizer, dataset, flops, tokens, repeats=1, pairs=True):
         """Continue where last.pt ends, or begin; flops and tokens are those of one image.
 
-        pairs: a micro-batch holds an even number of images, so that masking every second one masks the same.
+        pairs: micro-batches have even sizes, so that every second image of one, the masked, has an even draw.
         """
         cfg = self.cfg
         self.learner = learner

@@ -1,7 +1,7 @@
 """The method of GKD: the distillation losses, and the encoders (ViTs that load the official weights).
 
 Read it from the top: QSD and GKD as the paper writes them, their rivals, the encoders' table, the ViT, and last, of
-interest to few, how checkpoints of any origin are read. "Official" is what the authors' released code does.
+interest to few, how files are read. "Official" is what the code of GKD's authors does, an "official file" a release.
 """
 import json
 import math
@@ -71,7 +71,7 @@ def projection(dim_s, dim_t):
 
 
 def matmul_fp32(a, b):
-    """a @ b in fp32 (CUDA: TF32) or fp64, also under autocast: unscaled logits do not bear bf16."""
+    """a @ b in fp32 (CUDA: TF32) or fp64, also under autocast: bf16 would round logits by 0.1 and more."""
     dtype = torch.promote_types(b.dtype, torch.float32)
     with torch.autocast(a.device.type, enabled=False):
         return a.to(dtype) @ b.to(dtype)
@@ -109,8 +109,8 @@ class QSD(nn.Module):
 class GKD(Objective):
     """The paper's objective, L_QSD: features, masked patches and CLS token, each through a QSD head of its own.
 
-    "diagonal" is no term, but the share of L_feat's attention that a patch pays to its own place: some 1 / N at
-    first, more once it has become local. --layers four adds L_inner, of earlier blocks.
+    "diagonal" is no term, but the share of L_feat's attention that a patch pays to its own place: of learned queries
+    some 1 / N at first, more once it has become local. --layers four adds L_inner, of earlier blocks.
     """
     def __init__(self, student, teacher, config):
         super().__init__()
@@ -185,7 +185,7 @@ def random_mask(noise, ratio):
 
 
 def normalize_targets(t, how):
-    """The pass t = (cls, patches, outs) in fp32, its final tokens under --target_norm."""
+    """The pass t = (cls, patches, outs) in fp32; --target_norm is of cls and patches."""
     cls, patches, outs = t
     cls = cls.float()
     patches = patches.float()
@@ -231,7 +231,7 @@ class CWD(Objective):
 class AfDCD(Objective):
     """Augmentation-free dense contrastive distillation (Fan et al. 2023): reconstruct the teacher, then contrast.
 
-    Weight 1 of a mean is 1.3e-6 of the sum of 1024 x 768 numbers (published: 1e-6 to 4e-5; contrast: 1e-3 to 4e-2).
+    Published weights: 1e-6 to 4e-5 of a sum, where 1.3e-6 is 1 of the mean of 1024 x 768 terms; contrast 1e-3 to 4e-2.
     """
     groups = 16  # the channels are cut into groups, each a vector of its own
     patch = 4    # vectors are contrasted within patches of 4x4 positions
@@ -288,7 +288,7 @@ class G2SD(Objective):
         self.embed = nn.Linear(student.embed_dim, self.width)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, self.width))
         self.pos_embed = nn.Parameter(0.02 * torch.randn(1, N, self.width))
-        sizes = Encoder(self.width, self.depth, num_heads=8, patch_size=1, img_size=1)  # a record, no network
+        sizes = Encoder(self.width, self.depth, num_heads=8, patch_size=1, img_size=1)  # for Block, see ENCODERS
         blocks = [Block(sizes) for _ in range(self.depth)]
         self.decoder = nn.Sequential(*blocks, nn.LayerNorm(self.width), nn.Linear(self.width, teacher.embed_dim))
 
@@ -593,7 +593,7 @@ def rotate(x, cos, sin, rope):
 
 
 class ViT(nn.Module):
-    """A vision transformer: ViT(name, **values), the values being Encoder's but for its file.
+    """A vision transformer: ViT(name, **values), values being Encoder's fields without its file.
 
     `cls, patches = vit(x)`: x (B, 3, H, W), normalised by vit.mean and vit.std, H and W multiples of the patch;
     cls (B, C) and patches (B, N, C), both after the final norm.
@@ -915,8 +915,8 @@ def tensors_in(contents, prefix=""):
     return found
 
 
+PATCH_EMBED = r"(.*?)(patch_embed\.proj|embeddings\.patch_embeddings(\.projection)?)\.weight"  # all have it
 # What files call a part of a tensor's name, and its name here, in this order. A name that becomes "" is left out.
-PATCH_EMBED = r"(.*?)(patch_embed\.proj|embeddings\.patch_embeddings(\.projection)?)\.weight"
 KEYS = [
     # transformers: Dinov2, Dinov2WithRegisters, DINOv3ViT, ViT and DeiT
     (r"^embeddings\.patch_embeddings\.(projection\.)?", "patch_embed.proj."),
@@ -998,8 +998,8 @@ def find_encoder(path, tensors):
         raise UserError(f"{path} holds no patch_embed.proj.weight, but {list(state)[:3]}: save a state dict of tensors")
     shapes = [tensor.shape for tensor in state.values()]
     for other, parts in encoders.items():
-        if "student" in prefix and "teacher" in other and [tensor.shape for tensor in parts.values()] == shapes:
-            prefix = other  # DINO's teacher has the student's shapes, as it is the average of its weights
+        if students and "teacher" in other and [tensor.shape for tensor in parts.values()] == shapes:
+            prefix = other  # DINO's, the average of its student: better
     others = [other for other in encoders if other != prefix]
     return prefix, encoders[prefix], [f"keys under {prefix} only, not {', '.join(others)}"] if others else []
 
@@ -1027,7 +1027,7 @@ def official_to_ours(path, state):
 
     gated = "blocks.0.mlp.w1.weight" in ours
     fc1, fc2 = [ours.get(f"blocks.0.mlp.fc{i}.weight", torch.zeros(1, 1)) for i in (1, 2)]  # (1, 1) if there is none
-    if gated or len(fc1) == 2 * fc2.shape[1]:  # a SwiGLU under other names
+    if gated or len(fc1) == 2 * fc2.shape[1]:  # a SwiGLU, whose fc1 is the value or both
         fc1_is = "w2" if gated else "w12"
         ours = {key.replace("mlp.fc1.", f"mlp.{fc1_is}.").replace("mlp.fc2.", "mlp.w3."): ours[key] for key in ours}
     for key in [key for key in ours if key.endswith((".attn.k.weight", ".attn.k_bias"))]:  # transformers: apart
@@ -1049,7 +1049,7 @@ def infer_values(path, prefix, state, given):
     swiglu = "blocks.0.mlp.w3.weight" in state
     rope = ""
     if "blocks.0.attn.q_bias" in state:  # a v_bias, too, but no bias of keys
-        rope = "dinov3" if "pos_embed" not in state else "eva02" if swiglu else ""  # last: EVA-01
+        rope = "dinov3" if "pos_embed" not in state else "eva02" if swiglu else ""  # EVA-01 then does not fit
     heads = dim // 64 if dim % 64 == 0 else 0
     heads = {(1280, ""): 16, (4096, "dinov3"): 32}.get((dim, rope), heads)  # ViT-H, DINOv3-7B
     if re.search("(base|momentum)_encoder", prefix):  # MoCo v3, whose ViT-S has narrow heads
