@@ -45,7 +45,7 @@ from qsd import UserError, say
 
 @dataclasses.dataclass
 class Config(qsd.LossConfig):
-    """Every constant of stage 1, official where no remark differs; those of the objective are in qsd.LossConfig."""
+    """Every constant of stage 1, official unless said; the objective's: qsd.LossConfig. Their EMA, never used, is left out."""
     # who learns what from whom
     data: str = "toy"               # a name of data.DATASETS, or several joined with +
     root: str = "data"              # the folder that holds the data sets
@@ -61,7 +61,7 @@ class Config(qsd.LossConfig):
     hub_offset: float = 0.0         # DINOv2's interpolate_offset, for the teacher; official: proxy 0.1, source 0
     randaugment: bool = True        # official, in both stages
     erase: float = 0.25             # probability of RandomErasing
-    repeats: int = 3                # of each image in a row, so that 3 means an epoch of a third of them
+    repeats: int = 3                # of each image in a row; with 3 an epoch, N draws, shows a third of N images
     workers: int = 8                # image-loading processes per training process; 0: load in the training process
     # optimiser
     batch: int = 128                # global, whatever the number of processes (proxy 512)
@@ -135,7 +135,7 @@ def main(argv=None):
     cfg = configure(Config, preset, argv)
     only_timed = cfg.bench != "no"
     if only_timed:
-        cfg = dataclasses.replace(cfg, pretrained=False, out=os.devnull)    # Run finds nothing there, writes nothing
+        cfg = dataclasses.replace(cfg, pretrained=False, out=os.devnull)    # nothing is found there or written
     run = Run(cfg, "student.pt")                                    # joins the processes, looks at --out
     if run.finished:
         return
@@ -168,7 +168,7 @@ def main(argv=None):
                 t = qsd.normalize_targets(t, cfg.target_norm)       # cls (B, C_t), patches (B, N, C_t), outs
             return model(x, t, noise)
 
-    # two black images through one step: its cost per image; freezes parameters that no loss reaches
+    # two black images through one step: its cost per image; shows which parameters no loss reaches: those freeze
     flops = dry_run(learner, partial(losses_of, learner, *two_images(cfg.size)))
     if cfg.compile == "yes" or (cfg.compile == "auto" and run.device.type == "cuda"):
         if "CC" not in os.environ and not any(map(shutil.which, ("cc", "gcc", "clang"))):
@@ -236,7 +236,7 @@ class Run:
     def start(self, learner, optimizer, dataset, flops, tokens, repeats=1, pairs=True):
         """Continue where last.pt ends, or begin; flops and tokens are those of one image.
 
-        pairs: micro-batches have even sizes, so that every second image of one, the masked, has an even draw.
+        pairs: of even sizes, as QSD masks every second image, so that --micro does not change which images these are.
         """
         cfg = self.cfg
         self.learner = learner
@@ -314,7 +314,7 @@ class Run:
             self.losses[name] = self.losses.get(name, 0) + value.detach() / self.passes
 
     def finite(self):
-        """Unscales the gradients; whether all are finite. UserError after MAX_SKIPS steps in a row where not."""
+        """Unscales the gradients, tells whether all are finite; UserError after MAX_SKIPS steps in a row if not."""
         self.scaler.unscale_(self.optimizer)
         gradients = [p.grad for p in self.learner.parameters() if p.grad is not None]
         finite = torch.nn.utils.get_total_norm(gradients).isfinite().item()
@@ -338,7 +338,7 @@ class Run:
         if stop or time.monotonic() - self.saved_at > 60 * self.cfg.save_minutes:
             self.save()
         if stop:
-            largest(0)                      # all wait for the first, which saves: torchrun ends all when one ends
+            largest(0)                      # all wait until process 0 has saved: torchrun ends all once one ends
             if rank() == 0:
                 told = f"stopped by signal {stop:.0f} after step {self.ledger['steps']}"
                 self.bar.write(f"{told}; the same command goes on", file=sys.stderr)
@@ -393,7 +393,7 @@ class Run:
 
 
 def check_folder(cfg):
-    """UserError if --out holds other things or another run; FREE constants may differ, unknown ones had defaults."""
+    """UserError if --out holds other things or another run; FREE constants may differ, unlogged ones had defaults."""
     out = Path(cfg.out)
     log = out / "log.jsonl"
     if not log.exists():

@@ -1,7 +1,7 @@
 """The method of GKD: the distillation losses, and the encoders (ViTs that load the official weights).
 
 Read it from the top: QSD and GKD as the paper writes them, their rivals, the encoders' table, the ViT, and last, of
-interest to few, how files are read. "Official" is what the code of GKD's authors does, an "official file" a release.
+interest to few, how files are read. "Official" is the code of GKD's authors, "official files" are released weights.
 """
 import json
 import math
@@ -88,7 +88,7 @@ class QSD(nn.Module):
         self.scale = scale
         self.varphi = projection(dim_s, dim_t)  # the paper's φ makes the queries
         self.phi = projection(dim_s, dim_t)  # the paper's ϕ makes the values
-        if attention != "learned":  # it was made all the same, so that phi gets the same first weights
+        if attention != "learned":  # it was drawn and is dropped, so that phi starts the same
             self.varphi = None
 
     def forward(self, v_s, v_t):
@@ -109,8 +109,8 @@ class QSD(nn.Module):
 class GKD(Objective):
     """The paper's objective, L_QSD: features, masked patches and CLS token, each through a QSD head of its own.
 
-    "diagonal" is no term, but the share of L_feat's attention that a patch pays to its own place: of learned queries
-    some 1 / N at first, more once it has become local. --layers four adds L_inner, of earlier blocks.
+    "diagonal" is no term, but the share of L_feat's attention that a patch pays to its own place: with
+    learned queries some 1 / N at first, more as it becomes local. --layers four adds L_inner, of earlier blocks.
     """
     def __init__(self, student, teacher, config):
         super().__init__()
@@ -175,7 +175,7 @@ class GKD(Objective):
 
 
 def masked_images(config):
-    """Which images are masked: all, or every second one, which in a micro-batch are those of even draws."""
+    """Which images are masked: all, or every second one: even draws, as each micro-batch begins with one."""
     return slice(0, None, 1 if config.mask_all else 2)
 
 
@@ -185,7 +185,7 @@ def random_mask(noise, ratio):
 
 
 def normalize_targets(t, how):
-    """The pass t = (cls, patches, outs) in fp32; --target_norm is of cls and patches."""
+    """The pass t = (cls, patches, outs) in fp32; --target_norm applies to cls and patches."""
     cls, patches, outs = t
     cls = cls.float()
     patches = patches.float()
@@ -214,7 +214,7 @@ class MSE(Objective):
 
 class CWD(Objective):
     """Channel-wise distillation (Shu et al. 2021): KL of each channel's softmax over space."""
-    weight = 50.0  # CIRKD's weight of CWD on features, for this very reduction
+    weight = 50.0  # CIRKD's weight of CWD on features, so reduced
     T = 4.0        # temperature
 
     def __init__(self, student, teacher, config):
@@ -231,7 +231,7 @@ class CWD(Objective):
 class AfDCD(Objective):
     """Augmentation-free dense contrastive distillation (Fan et al. 2023): reconstruct the teacher, then contrast.
 
-    Published weights: 1e-6 to 4e-5 of a sum, where 1.3e-6 is 1 of the mean of 1024 x 768 terms; contrast 1e-3 to 4e-2.
+    L_fd: published 1e-6 to 4e-5 of a sum, here 1 of the mean: 1.3e-6 if of 1024 x 768. L_con: published 1e-3 to 4e-2.
     """
     groups = 16  # the channels are cut into groups, each a vector of its own
     patch = 4    # vectors are contrasted within patches of 4x4 positions
@@ -257,13 +257,13 @@ class AfDCD(Objective):
         f_t = t[1].mT.unflatten(2, (h, w))
         L_fd = F.mse_loss(f_s, f_t)
 
-        distance = torch.cdist(self.vectors(f_s), self.vectors(f_t), p=1)  # (B P, 16 M, 16 M), P patches, M groups
+        distance = torch.cdist(self.vectors(f_s), self.vectors(f_t), p=1)  # (B P, 16 M of s, 16 M of t)
         index = torch.arange(distance.shape[1], device=x.device)  # M * position + group
         group = index % self.groups
         # As published, negatives are other groups' vectors at all places; the same group elsewhere is not among them.
         same_group = (group[:, None] == group) & (index[:, None] != index)
         logits = (-distance / self.tau).masked_fill(same_group, float("-inf"))
-        L_con = self.groups * F.cross_entropy(logits.mT, index.expand(len(logits), -1))  # a sum over groups
+        L_con = self.groups * F.cross_entropy(logits.mT, index.expand(len(logits), -1))  # over t; a sum over groups
         return {"L_fd": L_fd, "L_con": L_con, "loss": L_fd + self.contrast * L_con}
 
     def vectors(self, f):
@@ -288,8 +288,8 @@ class G2SD(Objective):
         self.embed = nn.Linear(student.embed_dim, self.width)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, self.width))
         self.pos_embed = nn.Parameter(0.02 * torch.randn(1, N, self.width))
-        sizes = Encoder(self.width, self.depth, num_heads=8, patch_size=1, img_size=1)  # for Block, see ENCODERS
-        blocks = [Block(sizes) for _ in range(self.depth)]
+        spec = Spec(self.width, self.depth, num_heads=8, patch_size=1, img_size=1)  # Block reads no patch or image
+        blocks = [Block(spec) for _ in range(self.depth)]
         self.decoder = nn.Sequential(*blocks, nn.LayerNorm(self.width), nn.Linear(self.width, teacher.embed_dim))
 
     def forward(self, student, x, s, t, noise):
@@ -380,7 +380,7 @@ def build_objective(student, teacher, config):
 # --- Encoders: the table --------------------------------------------------------------------------------------------
 
 WEIGHTS = "weights"  # where official files are looked for first, then in torch.hub's cache
-ANTIALIAS = False  # official, of bicubic resizes; True in timm, and for pos_embed of models with registers
+ANTIALIAS = False  # official, of bicubic resizes (timm: True); load_vit: pos_embed with registers has it
 
 IMAGENET = dict(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
 HALF = dict(mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
@@ -389,7 +389,7 @@ SATELLITE = dict(mean=(0.430, 0.411, 0.296), std=(0.213, 0.156, 0.143))
 STATISTICS = dict(imagenet=IMAGENET, half=HALF, clip=CLIP, satellite=SATELLITE)
 
 
-class Encoder(NamedTuple):
+class Spec(NamedTuple):
     """A row of ENCODERS: the architecture, what images are normalised with, the official file."""
     embed_dim: int
     depth: int
@@ -431,38 +431,38 @@ V3 = dict(url=ON_REQUEST, layerscale=True, registers=4, rope="dinov3", eps=1e-5)
 V3PLUS = dict(mlp_ratio=6, **GLU, **V3)
 
 ENCODERS = {  # size, patch, image, official file, its SHA-256, what differs from DeiT
-    "deit_tiny": Encoder(*TI, 16, 224, DEIT + "deit_tiny_patch16_224-a1311bcf.pth", "a1311bcf"),
-    "deit_small": Encoder(*S, 16, 224, DEIT + "deit_small_patch16_224-cd65a155.pth", "cd65a155"),
-    "deit_base": Encoder(*B, 16, 224, DEIT + "deit_base_patch16_224-b5f2ef4d.pth", "b5f2ef4d"),
-    "deit_tiny_distilled": Encoder(*TI, 16, 224, DEIT + "deit_tiny_distilled_patch16_224-b40b3cf7.pth", "b40b3cf7"),
-    "deit_small_distilled": Encoder(*S, 16, 224, DEIT + "deit_small_distilled_patch16_224-649709d9.pth", "649709d9"),
-    "deit_base_distilled": Encoder(*B, 16, 224, DEIT + "deit_base_distilled_patch16_224-df68dfff.pth", "df68dfff"),
-    "vit_tiny_augreg": Encoder(*TI, 16, 224, TIMM + "/resolve/main/pytorch_model.bin",
+    "deit_tiny": Spec(*TI, 16, 224, DEIT + "deit_tiny_patch16_224-a1311bcf.pth", "a1311bcf"),
+    "deit_small": Spec(*S, 16, 224, DEIT + "deit_small_patch16_224-cd65a155.pth", "cd65a155"),
+    "deit_base": Spec(*B, 16, 224, DEIT + "deit_base_patch16_224-b5f2ef4d.pth", "b5f2ef4d"),
+    "deit_tiny_distilled": Spec(*TI, 16, 224, DEIT + "deit_tiny_distilled_patch16_224-b40b3cf7.pth", "b40b3cf7"),
+    "deit_small_distilled": Spec(*S, 16, 224, DEIT + "deit_small_distilled_patch16_224-649709d9.pth", "649709d9"),
+    "deit_base_distilled": Spec(*B, 16, 224, DEIT + "deit_base_distilled_patch16_224-df68dfff.pth", "df68dfff"),
+    "vit_tiny_augreg": Spec(*TI, 16, 224, TIMM + "/resolve/main/pytorch_model.bin",
         file="vit_tiny_patch16_224.augreg_in21k_ft_in1k.pth", **HALF),
-    "dino_vits16": Encoder(*S, 16, 224, DINO + "dino_deitsmall16_pretrain/dino_deitsmall16_pretrain.pth"),
-    "dino_vitb16": Encoder(*B, 16, 224, DINO + "dino_vitbase16_pretrain/dino_vitbase16_pretrain.pth"),
-    "dinov2_vits14": Encoder(*S, 14, 518, V2 + "vits14/dinov2_vits14_pretrain.pth", "b938bf1b", **LS),
-    "dinov2_vitb14": Encoder(*B, 14, 518, V2 + "vitb14/dinov2_vitb14_pretrain.pth", "0b8b82f8", **LS),
-    "dinov2_vitl14": Encoder(*L, 14, 518, V2 + "vitl14/dinov2_vitl14_pretrain.pth", "d5383ea8", **LS),
-    "dinov2_vitg14": Encoder(*G, 14, 518, V2 + "vitg14/dinov2_vitg14_pretrain.pth", "baf8467e", **LS, **GLU),
-    "dinov2_vits14_reg": Encoder(*S, 14, 518, V2 + "vits14/dinov2_vits14_reg4_pretrain.pth", "f4331770", **REG),
-    "dinov2_vitb14_reg": Encoder(*B, 14, 518, V2 + "vitb14/dinov2_vitb14_reg4_pretrain.pth", "73182a08", **REG),
-    "dinov2_vitl14_reg": Encoder(*L, 14, 518, V2 + "vitl14/dinov2_vitl14_reg4_pretrain.pth", "36e4deff", **REG),
-    "dinov2_vitg14_reg": Encoder(*G, 14, 518, V2 + "vitg14/dinov2_vitg14_reg4_pretrain.pth", "746ecb8c", **REG, **GLU),
-    "dinov3_vits16": Encoder(*S, 16, 256, file="dinov3_vits16_pretrain_lvd1689m-08c60483.pth", **V3),
-    "dinov3_vits16plus": Encoder(*S, 16, 256, file="dinov3_vits16plus_pretrain_lvd1689m-4057cbaa.pth", **V3PLUS),
-    "dinov3_vitb16": Encoder(*B, 16, 256, file="dinov3_vitb16_pretrain_lvd1689m-73cec8be.pth", **V3),
-    "dinov3_vitl16": Encoder(*L, 16, 256, file="dinov3_vitl16_pretrain_lvd1689m-8aa4cbdd.pth", **V3),
-    "dinov3_vitl16_sat": Encoder(*L, 16, 256, file="dinov3_vitl16_pretrain_sat493m-eadcf0ff.pth", **V3, **SATELLITE),
-    "dinov3_vith16plus": Encoder(*H, 16, 256, file="dinov3_vith16plus_pretrain_lvd1689m-7c1da9a5.pth", **V3PLUS),
-    "eva02_tiny": Encoder(*TI, 14, 224, EVA + "eva02_Ti_pt_in21k_p14.pt", **EVA02),
-    "eva02_small": Encoder(*S, 14, 224, EVA + "eva02_S_pt_in21k_p14.pt", **EVA02),
-    "eva02_base": Encoder(*B, 14, 224, EVA + "eva02_B_pt_in21k_p14.pt", sub_ln=True, **EVA02),
-    "eva02_large": Encoder(*L, 14, 224, EVA + "eva02_L_pt_m38m_p14.pt", sub_ln=True, **EVA02),
-    "toy_small": Encoder(64, 4, 2, 8, 64),  # for the built-in toy world: no official file
-    "toy_base": Encoder(128, 4, 4, 8, 64),
-    "toy_student": Encoder(64, 4, 2, 8, 64, "assets/toy_student.pt"),  # shipped; trained on image labels
-    "toy_teacher": Encoder(128, 4, 4, 8, 64, "assets/toy_teacher.pt"),  # shipped
+    "dino_vits16": Spec(*S, 16, 224, DINO + "dino_deitsmall16_pretrain/dino_deitsmall16_pretrain.pth"),
+    "dino_vitb16": Spec(*B, 16, 224, DINO + "dino_vitbase16_pretrain/dino_vitbase16_pretrain.pth"),
+    "dinov2_vits14": Spec(*S, 14, 518, V2 + "vits14/dinov2_vits14_pretrain.pth", "b938bf1b", **LS),
+    "dinov2_vitb14": Spec(*B, 14, 518, V2 + "vitb14/dinov2_vitb14_pretrain.pth", "0b8b82f8", **LS),
+    "dinov2_vitl14": Spec(*L, 14, 518, V2 + "vitl14/dinov2_vitl14_pretrain.pth", "d5383ea8", **LS),
+    "dinov2_vitg14": Spec(*G, 14, 518, V2 + "vitg14/dinov2_vitg14_pretrain.pth", "baf8467e", **LS, **GLU),
+    "dinov2_vits14_reg": Spec(*S, 14, 518, V2 + "vits14/dinov2_vits14_reg4_pretrain.pth", "f4331770", **REG),
+    "dinov2_vitb14_reg": Spec(*B, 14, 518, V2 + "vitb14/dinov2_vitb14_reg4_pretrain.pth", "73182a08", **REG),
+    "dinov2_vitl14_reg": Spec(*L, 14, 518, V2 + "vitl14/dinov2_vitl14_reg4_pretrain.pth", "36e4deff", **REG),
+    "dinov2_vitg14_reg": Spec(*G, 14, 518, V2 + "vitg14/dinov2_vitg14_reg4_pretrain.pth", "746ecb8c", **REG, **GLU),
+    "dinov3_vits16": Spec(*S, 16, 256, file="dinov3_vits16_pretrain_lvd1689m-08c60483.pth", **V3),
+    "dinov3_vits16plus": Spec(*S, 16, 256, file="dinov3_vits16plus_pretrain_lvd1689m-4057cbaa.pth", **V3PLUS),
+    "dinov3_vitb16": Spec(*B, 16, 256, file="dinov3_vitb16_pretrain_lvd1689m-73cec8be.pth", **V3),
+    "dinov3_vitl16": Spec(*L, 16, 256, file="dinov3_vitl16_pretrain_lvd1689m-8aa4cbdd.pth", **V3),
+    "dinov3_vitl16_sat": Spec(*L, 16, 256, file="dinov3_vitl16_pretrain_sat493m-eadcf0ff.pth", **V3, **SATELLITE),
+    "dinov3_vith16plus": Spec(*H, 16, 256, file="dinov3_vith16plus_pretrain_lvd1689m-7c1da9a5.pth", **V3PLUS),
+    "eva02_tiny": Spec(*TI, 14, 224, EVA + "eva02_Ti_pt_in21k_p14.pt", **EVA02),
+    "eva02_small": Spec(*S, 14, 224, EVA + "eva02_S_pt_in21k_p14.pt", **EVA02),
+    "eva02_base": Spec(*B, 14, 224, EVA + "eva02_B_pt_in21k_p14.pt", sub_ln=True, **EVA02),
+    "eva02_large": Spec(*L, 14, 224, EVA + "eva02_L_pt_m38m_p14.pt", sub_ln=True, **EVA02),
+    "toy_small": Spec(64, 4, 2, 8, 64),  # for the built-in toy world: no official file
+    "toy_base": Spec(128, 4, 4, 8, 64),
+    "toy_student": Spec(64, 4, 2, 8, 64, "assets/toy_student.pt"),  # shipped; trained on image labels
+    "toy_teacher": Spec(128, 4, 4, 8, 64, "assets/toy_teacher.pt"),  # shipped
 }
 
 
@@ -593,14 +593,14 @@ def rotate(x, cos, sin, rope):
 
 
 class ViT(nn.Module):
-    """A vision transformer: ViT(name, **values), values being Encoder's fields without its file.
+    """A vision transformer: ViT(name, **values), values being Spec's fields without its file.
 
     `cls, patches = vit(x)`: x (B, 3, H, W), normalised by vit.mean and vit.std, H and W multiples of the patch;
     cls (B, C) and patches (B, N, C), both after the final norm.
     """
     def __init__(self, name, **values):
         super().__init__()
-        e = Encoder(**values)
+        e = Spec(**values)
         self.config = constructor_values(name, e)
         self.name = name
         self.mean = e.mean
@@ -1026,8 +1026,8 @@ def official_to_ours(path, state):
         ours["mask_token"] = ours["mask_token"].reshape(1, -1)  # DINOv2 (1, C), EVA-02 (1, 1, C)
 
     gated = "blocks.0.mlp.w1.weight" in ours
-    fc1, fc2 = [ours.get(f"blocks.0.mlp.fc{i}.weight", torch.zeros(1, 1)) for i in (1, 2)]  # (1, 1) if there is none
-    if gated or len(fc1) == 2 * fc2.shape[1]:  # a SwiGLU, whose fc1 is the value or both
+    fc1, fc2 = [ours.get(f"blocks.0.mlp.fc{i}.weight", torch.zeros(1, 1)) for i in (1, 2)]  # stand-ins if none
+    if gated or len(fc1) == 2 * fc2.shape[1]:  # a SwiGLU: fc1 is the value, or gate and value
         fc1_is = "w2" if gated else "w12"
         ours = {key.replace("mlp.fc1.", f"mlp.{fc1_is}.").replace("mlp.fc2.", "mlp.w3."): ours[key] for key in ours}
     for key in [key for key in ours if key.endswith((".attn.k.weight", ".attn.k_bias"))]:  # transformers: apart

@@ -540,7 +540,7 @@ def test_a_named_encoders_file_is_found_or_downloaded_or_its_address_and_place_a
     url = "https://host/small-01234567.pth"
     cached = Path("cache/checkpoints/small-01234567.pth")
     download = Mock(side_effect=lambda *request, hash_prefix: Path("small.pth").rename(cached))
-    monkeypatch.setitem(qsd.ENCODERS, "little", qsd.Encoder(64, 2, 1, 8, 32, url, "01234567"))
+    monkeypatch.setitem(qsd.ENCODERS, "little", qsd.Spec(64, 2, 1, 8, 32, url, "01234567"))
     monkeypatch.setattr(torch.hub, "get_dir", lambda: "cache")
     monkeypatch.setattr(torch.hub, "download_url_to_file", download)
     for _ in range(2):  # the second time it lies in the cache
