@@ -45,7 +45,7 @@ from qsd import UserError, say
 
 @dataclasses.dataclass
 class Config(qsd.LossConfig):
-    """Every constant of stage 1, official unless said; the objective's: qsd.LossConfig. Their EMA, never used, is left out."""
+    """Every constant of stage 1, official unless said, less their unused EMA; the objective's are in qsd.LossConfig."""
     # who learns what from whom
     data: str = "toy"               # a name of data.DATASETS, or several joined with +
     root: str = "data"              # the folder that holds the data sets

@@ -1026,7 +1026,7 @@ def official_to_ours(path, state):
         ours["mask_token"] = ours["mask_token"].reshape(1, -1)  # DINOv2 (1, C), EVA-02 (1, 1, C)
 
     gated = "blocks.0.mlp.w1.weight" in ours
-    fc1, fc2 = [ours.get(f"blocks.0.mlp.fc{i}.weight", torch.zeros(1, 1)) for i in (1, 2)]  # stand-ins if none
+    fc1, fc2 = [ours.get(f"blocks.0.mlp.fc{i}.weight", torch.zeros(1, 1)) for i in (1, 2)]  # (1, 1) stands for none
     if gated or len(fc1) == 2 * fc2.shape[1]:  # a SwiGLU: fc1 is the value, or gate and value
         fc1_is = "w2" if gated else "w12"
         ours = {key.replace("mlp.fc1.", f"mlp.{fc1_is}.").replace("mlp.fc2.", "mlp.w3."): ours[key] for key in ours}
@@ -1049,7 +1049,7 @@ def infer_values(path, prefix, state, given):
     swiglu = "blocks.0.mlp.w3.weight" in state
     rope = ""
     if "blocks.0.attn.q_bias" in state:  # a v_bias, too, but no bias of keys
-        rope = "dinov3" if "pos_embed" not in state else "eva02" if swiglu else ""  # EVA-01 then does not fit
+        rope = "dinov3" if "pos_embed" not in state else "eva02" if swiglu else ""  # EVA-01, refused later
     heads = dim // 64 if dim % 64 == 0 else 0
     heads = {(1280, ""): 16, (4096, "dinov3"): 32}.get((dim, rope), heads)  # ViT-H, DINOv3-7B
     if re.search("(base|momentum)_encoder", prefix):  # MoCo v3, whose ViT-S has narrow heads
@@ -1074,7 +1074,7 @@ def infer_values(path, prefix, state, given):
         if row.url and bare(path) in (name, bare(row.file or row.url)):
             return values | dict(name=name, mean=row.mean, std=row.std), []
     mean = "half" if "augreg" in path.name.lower() else "imagenet"
-    if rope == "eva02" and not prefix.endswith("backbone."):  # in official GKD's files all are IMAGENET's
+    if rope == "eva02" and not prefix.endswith("backbone."):  # those of official GKD's files have IMAGENET's
         mean = "clip"
     values |= STATISTICS[mean] | given
     return values, [f"taken to be {heads} heads and mean {values['mean'][0]:g} (else: {path}:heads=NUMBER,mean=NAME)"]
