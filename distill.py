@@ -45,7 +45,7 @@ from qsd import UserError, say
 
 @dataclasses.dataclass
 class Config(qsd.LossConfig):
-    """Every constant of stage 1, official unless said, less their unused EMA; the objective's are in qsd.LossConfig."""
+    """Every constant of stage 1, official unless said, without their unused EMA; the objective's: LossConfig."""
     # who learns what from whom
     data: str = "toy"               # a name of data.DATASETS, or several joined with +
     root: str = "data"              # the folder that holds the data sets
@@ -61,7 +61,7 @@ class Config(qsd.LossConfig):
     hub_offset: float = 0.0         # DINOv2's interpolate_offset, for the teacher; official: proxy 0.1, source 0
     randaugment: bool = True        # official, in both stages
     erase: float = 0.25             # probability of RandomErasing
-    repeats: int = 3                # of each image in a row; with 3 an epoch, N draws, shows a third of N images
+    repeats: int = 3                # of an image in a row; an epoch, as many draws as images, shows 1 / repeats
     workers: int = 8                # image-loading processes per training process; 0: load in the training process
     # optimiser
     batch: int = 128                # global, whatever the number of processes (proxy 512)
@@ -236,7 +236,7 @@ class Run:
     def start(self, learner, optimizer, dataset, flops, tokens, repeats=1, pairs=True):
         """Continue where last.pt ends, or begin; flops and tokens are those of one image.
 
-        pairs: of even sizes, as QSD masks every second image, so that --micro does not change which images these are.
+        pairs: passes have even sizes. QSD masks every second image, and so --micro does not change which.
         """
         cfg = self.cfg
         self.learner = learner
@@ -244,8 +244,8 @@ class Run:
         self.parts = dict(learner=learner, optimizer=optimizer, scaler=self.scaler)     # whose states last.pt holds
         self.per_step = dict(steps=1, images=cfg.batch, tokens=cfg.batch * tokens, flops=cfg.batch * flops)
         self.ledger = dict(steps=0, images=0, tokens=0, flops=0.0, seconds=0.0, skipped=0, waited=0.0)
-        self.unit, self.budget = parse_budget(cfg.budget, len(dataset) / cfg.batch)
         self.passes = passes_of(cfg.batch, cfg.micro, world_size(), pairs)      # micro-batches of a step
+        self.unit, self.budget = parse_budget(cfg.budget, len(dataset) / cfg.batch)
         self.skips = 0                                              # non-finite steps in a row
         self.resume_or_begin(flops)
         self.model = DistributedDataParallel(learner) if dist.is_initialized() else learner
@@ -667,7 +667,7 @@ def bench(cfg, run, learner, teacher, losses_of, optimizer, flops):
 
     official = OfficialLearner(learner.student, learner.objective)      # never compiled
     groups = weight_decay_groups(learner, cfg.weight_decay)
-    theirs = torch.optim.AdamW(groups, betas=(0.9, 0.999), foreach=False)       # one parameter after the other
+    theirs = torch.optim.AdamW(groups, betas=(0.9, 0.999))
     seconds(step, official, theirs)
     ratios = []
     for _ in range(7):                                  # by turns, so that a busy machine harms both

@@ -175,7 +175,7 @@ class GKD(Objective):
 
 
 def masked_images(config):
-    """Which images are masked: all, or every second one: even draws, as each micro-batch begins with one."""
+    """Which images are masked: all, or every second one: even draws, as passes begin with one."""
     return slice(0, None, 1 if config.mask_all else 2)
 
 
@@ -214,7 +214,7 @@ class MSE(Objective):
 
 class CWD(Objective):
     """Channel-wise distillation (Shu et al. 2021): KL of each channel's softmax over space."""
-    weight = 50.0  # CIRKD's weight of CWD on features, so reduced
+    weight = 50.0  # CIRKD's, for a KL that is summed over space and averaged over channels
     T = 4.0        # temperature
 
     def __init__(self, student, teacher, config):
@@ -231,7 +231,7 @@ class CWD(Objective):
 class AfDCD(Objective):
     """Augmentation-free dense contrastive distillation (Fan et al. 2023): reconstruct the teacher, then contrast.
 
-    L_fd: published 1e-6 to 4e-5 of a sum, here 1 of the mean: 1.3e-6 if of 1024 x 768. L_con: published 1e-3 to 4e-2.
+    L_fd: published 1e-6 to 4e-5 times a sum; 1 times the mean is 1.3e-6 times that of 1024 x 768. L_con: 1e-3 to 4e-2.
     """
     groups = 16  # the channels are cut into groups, each a vector of its own
     patch = 4    # vectors are contrasted within patches of 4x4 positions
@@ -246,6 +246,13 @@ class AfDCD(Objective):
         self.align = nn.Linear(student.embed_dim, dim)
         self.project = nn.Sequential(nn.Conv2d(dim, dim, 3, padding=1), nn.ReLU(), nn.Conv2d(dim, dim, 3, padding=1))
 
+    def vectors(self, f):
+        """Map (B, C, h, w), pooled, in P patches of 4x4 -> vectors (B P, 16 M, C / M), at M * position + group."""
+        f = F.max_pool2d(f, self.pool)
+        cut = F.unfold(f, self.patch, stride=self.patch)               # (B, C * 16, P)
+        cut = cut.unflatten(1, (self.groups, -1, self.patch ** 2))     # (B, M, C / M, 16, P)
+        return cut.permute(0, 4, 3, 1, 2).flatten(2, 3).flatten(0, 1)  # (B P, 16 M, C / M)
+
     def forward(self, student, x, s, t, noise):
         h, w = grid_of(x.shape[2:], student.patch_size)
         if min(h, w) < self.pool * self.patch:
@@ -258,20 +265,13 @@ class AfDCD(Objective):
         L_fd = F.mse_loss(f_s, f_t)
 
         distance = torch.cdist(self.vectors(f_s), self.vectors(f_t), p=1)  # (B P, 16 M of s, 16 M of t)
-        index = torch.arange(distance.shape[1], device=x.device)  # M * position + group
+        index = torch.arange(distance.shape[1], device=x.device)
         group = index % self.groups
         # As published, negatives are other groups' vectors at all places; the same group elsewhere is not among them.
         same_group = (group[:, None] == group) & (index[:, None] != index)
         logits = (-distance / self.tau).masked_fill(same_group, float("-inf"))
-        L_con = self.groups * F.cross_entropy(logits.mT, index.expand(len(logits), -1))  # over t; a sum over groups
+        L_con = self.groups * F.cross_entropy(logits.mT, index.expand(len(logits), -1))  # s finds its t; summed groups
         return {"L_fd": L_fd, "L_con": L_con, "loss": L_fd + self.contrast * L_con}
-
-    def vectors(self, f):
-        """Map (B, C, h, w), pooled, in P patches of 4x4 -> vectors (B P, 16 positions x M groups, C / M)."""
-        f = F.max_pool2d(f, self.pool)
-        cut = F.unfold(f, self.patch, stride=self.patch)               # (B, C * 16, P)
-        cut = cut.unflatten(1, (self.groups, -1, self.patch ** 2))     # (B, M, C / M, 16, P)
-        return cut.permute(0, 4, 3, 1, 2).flatten(2, 3).flatten(0, 1)  # (B P, 16 M, C / M)
 
 
 class G2SD(Objective):
@@ -306,7 +306,7 @@ class G2SD(Objective):
 class ViTKD(Objective):
     """ViTKD (Yang et al. 2024): mimic the first two blocks, generate the last one from half of its positions.
 
-    The published weights 3e-5 and 3e-6 / 0.5 of sums are about 4.5 and 0.23 of means, at 196 tokens of width 384.
+    Published: 3e-5 of a sum over both blocks, 4.5 of their mean; 6e-6 of one over hidden places, 0.23, of 196 x 384.
     """
     mimic = 4.5
     generate = 0.23
@@ -380,7 +380,7 @@ def build_objective(student, teacher, config):
 # --- Encoders: the table --------------------------------------------------------------------------------------------
 
 WEIGHTS = "weights"  # where official files are looked for first, then in torch.hub's cache
-ANTIALIAS = False  # official, of bicubic resizes (timm: True); load_vit: pos_embed with registers has it
+ANTIALIAS = False  # bicubic resizes: not official; timm does, and load_vit for pos_embed beside registers
 
 IMAGENET = dict(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
 HALF = dict(mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
@@ -997,9 +997,9 @@ def find_encoder(path, tensors):
     if not encoders:
         raise UserError(f"{path} holds no patch_embed.proj.weight, but {list(state)[:3]}: save a state dict of tensors")
     shapes = [tensor.shape for tensor in state.values()]
-    for other, parts in encoders.items():
+    for other, parts in encoders.items():  # DINO calls the student's running average, of its shapes, teacher
         if students and "teacher" in other and [tensor.shape for tensor in parts.values()] == shapes:
-            prefix = other  # DINO's, the average of its student: better
+            prefix = other
     others = [other for other in encoders if other != prefix]
     return prefix, encoders[prefix], [f"keys under {prefix} only, not {', '.join(others)}"] if others else []
 
@@ -1045,7 +1045,7 @@ def official_to_ours(path, state):
 def infer_values(path, prefix, state, given):
     """Constructor values of a file's encoder, from its tensors and name, and guesses."""
     dim, _, _, patch_size = state["patch_embed.proj.weight"].shape
-    positions = state["pos_embed"].shape[1] if "pos_embed" in state else 1 + 16 * 16  # of (1, 1 + N, C)
+    positions = state["pos_embed"].shape[1] if "pos_embed" in state else 1 + 16 * 16  # DINOv3 stores none
     swiglu = "blocks.0.mlp.w3.weight" in state
     rope = ""
     if "blocks.0.attn.q_bias" in state:  # a v_bias, too, but no bias of keys

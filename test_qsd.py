@@ -1499,6 +1499,7 @@ MISTAKES = {    # a command as typed, and what its one line says
     f"{S} --freeze maybe": "argument --freeze: yes or no was expected, not maybe",
     f"{D} --seed -1": "argument --seed: a number (int) of 0 or more was expected, not -1",
     f"{D} --budget 300epochs": "--budget 300epochs is not one of",
+    f"{D} --batch 0": "--batch 0 does not divide into pairs",
     f"{D} --batch 3": "--batch 3 does not divide into pairs of images over 1 processes",
     "data.py --data gtva": "--data gtva: not one of",
     f"{D} --data gtav --root {{teacher}}/nowhere": "nowhere: no such folder",
