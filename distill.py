@@ -236,7 +236,7 @@ class Run:
     def start(self, learner, optimizer, dataset, flops, tokens, repeats=1, pairs=True):
         """Continue where last.pt ends, or begin; flops and tokens are those of one image.
 
-        pairs: passes have even sizes. QSD masks every second image, and so --micro does not change which.
+        pairs: of even sizes, so that --micro does not change which images QSD masks, every second one.
         """
         cfg = self.cfg
         self.learner = learner
@@ -338,7 +338,7 @@ class Run:
         if stop or time.monotonic() - self.saved_at > 60 * self.cfg.save_minutes:
             self.save()
         if stop:
-            largest(0)                      # all wait until process 0 has saved: torchrun ends all once one ends
+            largest(0)                      # process 0 must have saved: torchrun ends all after an exit like this
             if rank() == 0:
                 told = f"stopped by signal {stop:.0f} after step {self.ledger['steps']}"
                 self.bar.write(f"{told}; the same command goes on", file=sys.stderr)
@@ -393,7 +393,7 @@ class Run:
 
 
 def check_folder(cfg):
-    """UserError if --out holds other things or another run; FREE constants may differ, unlogged ones had defaults."""
+    """UserError if --out holds other things or another run; FREE constants may differ, newer ones count as defaults."""
     out = Path(cfg.out)
     log = out / "log.jsonl"
     if not log.exists():

@@ -175,7 +175,7 @@ class GKD(Objective):
 
 
 def masked_images(config):
-    """Which images are masked: all, or every second one: even draws, as passes begin with one."""
+    """Which images are masked: all, or every second one of a micro-batch, which are those of even draws."""
     return slice(0, None, 1 if config.mask_all else 2)
 
 
@@ -229,15 +229,12 @@ class CWD(Objective):
 
 
 class AfDCD(Objective):
-    """Augmentation-free dense contrastive distillation (Fan et al. 2023): reconstruct the teacher, then contrast.
-
-    L_fd: published 1e-6 to 4e-5 times a sum; 1 times the mean is 1.3e-6 times that of 1024 x 768. L_con: 1e-3 to 4e-2.
-    """
+    """Augmentation-free dense contrastive distillation (Fan et al. 2023): reconstruct the teacher, then contrast."""
     groups = 16  # the channels are cut into groups, each a vector of its own
     patch = 4    # vectors are contrasted within patches of 4x4 positions
     tau = 0.07   # temperature of the contrast
     drop = 0.75  # share of the student's tokens hidden before the reconstruction
-    contrast = 1e-2  # weight of the contrast
+    contrast = 1e-2  # weight of the contrast (published: 1e-3 to 4e-2)
 
     def __init__(self, student, teacher, config):
         super().__init__()
@@ -262,7 +259,7 @@ class AfDCD(Objective):
         f_s = (self.align(s[1]) * kept[..., None]).mT.unflatten(2, (h, w))  # (B, C_t, h, w)
         f_s = self.project(f_s).float()
         f_t = t[1].mT.unflatten(2, (h, w))
-        L_fd = F.mse_loss(f_s, f_t)
+        L_fd = F.mse_loss(f_s, f_t)  # 1 / (1024 x 768) = 1.3e-6 of the sum (published: 1e-6 to 4e-5)
 
         distance = torch.cdist(self.vectors(f_s), self.vectors(f_t), p=1)  # (B P, 16 M of s, 16 M of t)
         index = torch.arange(distance.shape[1], device=x.device)
@@ -304,12 +301,9 @@ class G2SD(Objective):
 
 
 class ViTKD(Objective):
-    """ViTKD (Yang et al. 2024): mimic the first two blocks, generate the last one from half of its positions.
-
-    Published: 3e-5 of a sum over both blocks, 4.5 of their mean; 6e-6 of one over hidden places, 0.23, of 196 x 384.
-    """
-    mimic = 4.5
-    generate = 0.23
+    """ViTKD (Yang et al. 2024): mimic the first two blocks, generate the last one from half of its positions."""
+    mimic = 4.5      # of a mean; published 3e-5 of a sum: 3e-5 x 2 blocks x 196 x 384
+    generate = 0.23  # likewise 6e-6 x 98 hidden places x 384
     hidden = 0.5  # share of the positions that are generated
 
     def __init__(self, student, teacher, config):
@@ -380,7 +374,9 @@ def build_objective(student, teacher, config):
 # --- Encoders: the table --------------------------------------------------------------------------------------------
 
 WEIGHTS = "weights"  # where official files are looked for first, then in torch.hub's cache
-ANTIALIAS = False  # bicubic resizes: not official; timm does, and load_vit for pos_embed beside registers
+# Whether bicubic resizes of pos_embed and patch kernels are antialiased: officially not, in timm yes. The pos_embed
+# of DINOv2 with registers always is when load_vit resizes it, as in its hub models.
+ANTIALIAS = False
 
 IMAGENET = dict(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
 HALF = dict(mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
@@ -737,7 +733,7 @@ def load_vit(name_or_path, img_size=None, patch_size=None, depth=None, pretraine
     load_strictly(stored, state, f"{path} does not fit the encoder", assign=True)
     if vit.pos_embed is not None and vit.grid != stored.grid:
         antialias = ANTIALIAS or values["registers"] > 0  # as in DINOv2's hub models
-        offset = offset if values["layerscale"] and not values["registers"] else 0.0  # DINOv2 without them
+        offset = offset if values["layerscale"] and not values["registers"] else 0.0  # DINOv2, no registers
         state["pos_embed"] = resize_pos_embed(state["pos_embed"], stored.grid, vit.grid, offset, antialias)
         how = "antialiased" if antialias else f"offset {offset:g}"
         notes.append("pos_embed {}x{} -> {}x{} (bicubic, {})".format(*stored.grid, *vit.grid, how))
@@ -839,7 +835,7 @@ class Inert(dict):
     def __init__(self, *args, **kwargs):
         pass
 
-    __setstate__ = append = __init__
+    __setstate__ = append = __init__  # how pickle fills an object
 
 
 class InertPickle:
@@ -1025,9 +1021,10 @@ def official_to_ours(path, state):
     if "mask_token" in ours:
         ours["mask_token"] = ours["mask_token"].reshape(1, -1)  # DINOv2 (1, C), EVA-02 (1, 1, C)
 
+    # A SwiGLU of timm or transformers has its value in fc1, if its gate is apart; else fc1 holds both, twice as wide.
     gated = "blocks.0.mlp.w1.weight" in ours
-    fc1, fc2 = [ours.get(f"blocks.0.mlp.fc{i}.weight", torch.zeros(1, 1)) for i in (1, 2)]  # (1, 1) stands for none
-    if gated or len(fc1) == 2 * fc2.shape[1]:  # a SwiGLU: fc1 is the value, or gate and value
+    fc1, fc2 = [ours.get(f"blocks.0.mlp.fc{i}.weight", torch.zeros(1, 1)) for i in (1, 2)]  # or none
+    if gated or len(fc1) == 2 * fc2.shape[1]:
         fc1_is = "w2" if gated else "w12"
         ours = {key.replace("mlp.fc1.", f"mlp.{fc1_is}.").replace("mlp.fc2.", "mlp.w3."): ours[key] for key in ours}
     for key in [key for key in ours if key.endswith((".attn.k.weight", ".attn.k_bias"))]:  # transformers: apart
@@ -1048,8 +1045,10 @@ def infer_values(path, prefix, state, given):
     positions = state["pos_embed"].shape[1] if "pos_embed" in state else 1 + 16 * 16  # DINOv3 stores none
     swiglu = "blocks.0.mlp.w3.weight" in state
     rope = ""
-    if "blocks.0.attn.q_bias" in state:  # a v_bias, too, but no bias of keys
-        rope = "dinov3" if "pos_embed" not in state else "eva02" if swiglu else ""  # EVA-01, refused later
+    if "blocks.0.attn.q_bias" in state and "pos_embed" not in state:  # a v_bias, too, but no bias of keys
+        rope = "dinov3"
+    elif "blocks.0.attn.q_bias" in state and swiglu:  # EVA-01 has a GELU: its q_bias does not fit a ViT here
+        rope = "eva02"
     heads = dim // 64 if dim % 64 == 0 else 0
     heads = {(1280, ""): 16, (4096, "dinov3"): 32}.get((dim, rope), heads)  # ViT-H, DINOv3-7B
     if re.search("(base|momentum)_encoder", prefix):  # MoCo v3, whose ViT-S has narrow heads
