@@ -236,7 +236,7 @@ class Run:
     def start(self, learner, optimizer, dataset, flops, tokens, repeats=1, pairs=True):
         """Continue where last.pt ends, or begin; flops and tokens are those of one image.
 
-        pairs: of even sizes, so that --micro does not change which images QSD masks, every second one.
+        pairs: micro-batches of even sizes, so that --micro does not change which QSD masks: even draws.
         """
         cfg = self.cfg
         self.learner = learner
@@ -561,7 +561,7 @@ def count_flops(work):
 
 
 def two_images(size):
-    """The smallest batch, black: images (2, 3, size, size) and their draw numbers (2,)."""
+    """One image to be masked and one not, black: images (2, 3, size, size) and their draws (2,)."""
     return torch.zeros(2, 3, size, size, dtype=torch.uint8), torch.arange(2)
 
 

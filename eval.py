@@ -757,13 +757,11 @@ def demo_picture(block, cfg, path, device):
 LINE_COLORS = "#1f77b4 #d62728 #2ca02c #9467bd #ff7f0e #17becf #8c564b #5a5a5a #bcbd22 #e377c2 black".split()
 
 
-def chart(lines, path, x_title, y_title, log=False, x_texts=None):
-    """Draw lines {name: [(x, y, half a whisker)]}; log: y's scale; x_texts stand at 0, 1, .."""
+def chart(lines, path, x_title, y_title, x_texts=None):
+    """Draw lines {name: [(x, y, half a whisker)]}; x_texts stand at 0, 1, .."""
     xs, ys, halves = np.array(list(chain(*lines.values()))).T
-    reached = [*(ys - halves), *(ys + halves)]
-    log = log and min(reached) > 0
     x_texts = dict(enumerate(x_texts)) if x_texts else {x: f"{x:g}" for x in ticks(xs)}
-    y_texts = {y: f"{y:g}" for y in ticks(reached, log)}
+    y_texts = {y: f"{y:g}" for y in ticks([*(ys - halves), *(ys + halves)])}
     # Drawn at twice the size and then halved, lines are smooth.
     canvas = Image.new("RGB", (1600, 840), "white")
     pen = ImageDraw.Draw(canvas)
@@ -777,8 +775,7 @@ def chart(lines, path, x_title, y_title, log=False, x_texts=None):
         return np.interp(x, [min(x_texts), max(x_texts)], [left + 20, right - 20])
 
     def down(y):
-        scale = np.log10 if log else np.float64
-        return np.interp(scale(y), scale([min(y_texts), max(y_texts)]), [bottom - 20, top + 20])
+        return np.interp(y, [min(y_texts), max(y_texts)], [bottom - 20, top + 20])
 
     for x, text in x_texts.items():
         pen.line((across(x), top, across(x), bottom), "#e1e1e1", 2)
@@ -802,19 +799,13 @@ def chart(lines, path, x_title, y_title, log=False, x_texts=None):
     save_picture(canvas.resize((800, 420), Image.Resampling.LANCZOS), path)
 
 
-def ticks(values, log=False):
-    """Round numbers that cover all values, at equal distances or about equal ratios."""
+def ticks(values):
+    """Round numbers that cover all values, at equal distances."""
     low = min(values)
     high = max(values)
-    if log:
-        powers = 10.0 ** np.arange(math.floor(math.log10(low)), math.floor(math.log10(high)) + 2)
-        digits = ((1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 8), (1, 1.5, 2, 3, 5, 7), (1, 2, 5), (1,))
-        choices = [np.outer(powers, some).ravel() for some in digits]
-    else:
-        power = 10.0 ** math.floor(math.log10((high - low) or abs(high) or 1))
-        steps = power * np.array([0.2, 0.5, 1, 2])
-        choices = [step * np.arange(low // step, high // step + 3) for step in steps]
-    for numbers in choices:  # from dense to sparse
+    power = 10.0 ** math.floor(math.log10((high - low) or abs(high) or 1))
+    for step in power * np.array([0.2, 0.5, 1, 2]):  # from dense to sparse
+        numbers = step * np.arange(low // step, high // step + 3)
         first = np.searchsorted(numbers, low, "right") - 1
         last = max(np.searchsorted(numbers, high), first + 1)
         if last - first <= 7:
@@ -969,7 +960,7 @@ def figure_3b(models, cfg, path, device):
                 lines[name].append((record["step"], loss, 0))
         if name not in lines:
             raise UserError(f"{folder}: holds no log.jsonl with losses, as folders of runs do")
-    chart(lines, path, "step", "loss", log=True)
+    chart(lines, path, "step", "loss")
 
 
 def figure_7a(models, cfg, path, device):

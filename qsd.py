@@ -175,7 +175,7 @@ class GKD(Objective):
 
 
 def masked_images(config):
-    """Which images are masked: all, or every second one of a micro-batch, which are those of even draws."""
+    """Which images are masked: all, or every second one; they have even draws, as each micro-batch begins with one."""
     return slice(0, None, 1 if config.mask_all else 2)
 
 
@@ -264,10 +264,11 @@ class AfDCD(Objective):
         distance = torch.cdist(self.vectors(f_s), self.vectors(f_t), p=1)  # (B P, 16 M of s, 16 M of t)
         index = torch.arange(distance.shape[1], device=x.device)
         group = index % self.groups
-        # As published, negatives are other groups' vectors at all places; the same group elsewhere is not among them.
+        # A student's vector shall find the teacher's of its place and group among those of other groups at all places.
+        # As published, the same group elsewhere is left out, and the loss is summed over groups.
         same_group = (group[:, None] == group) & (index[:, None] != index)
         logits = (-distance / self.tau).masked_fill(same_group, float("-inf"))
-        L_con = self.groups * F.cross_entropy(logits.mT, index.expand(len(logits), -1))  # s finds its t; summed groups
+        L_con = self.groups * F.cross_entropy(logits.mT, index.expand(len(logits), -1))
         return {"L_fd": L_fd, "L_con": L_con, "loss": L_fd + self.contrast * L_con}
 
 
@@ -979,25 +980,30 @@ def read_encoder(path, name, row, given):
 
 
 def find_encoder(path, tensors):
-    """A file's encoder, of several the student or its average: key prefix, {rest: tensor}, notes."""
+    """The encoder in a file: what its keys begin with, {rest of key: tensor}, and a note if there are others.
+
+    Of a student and a teacher it is the student. But a teacher of the student's shapes is DINO's, the running average
+    of the student's weights, and then the one to take.
+    """
     encoders = {}
-    for found in filter(None, map(re.compile(PATCH_EMBED).fullmatch, tensors)):
-        start = found[1]
+    for match in filter(None, map(re.compile(PATCH_EMBED).fullmatch, tensors)):
+        start = match[1]
         encoders[start] = {key.removeprefix(start): tensors[key] for key in tensors if key.startswith(start)}
     students = [start for start in encoders if "student" in start]
-    prefix = next(iter(students or encoders), "")
-    state = encoders.get(prefix, tensors)  # without one, all: the keys may name another family
+    chosen = next(iter(students or encoders), None)
+    keys = " ".join(encoders[chosen] if encoders else tensors)  # if there is none, all may tell another family
     for pattern, family in OTHERS.items():
-        if re.search(pattern, " ".join(state)):
+        if re.search(pattern, keys):
             raise UserError(f"{path} holds {family}")
     if not encoders:
-        raise UserError(f"{path} holds no patch_embed.proj.weight, but {list(state)[:3]}: save a state dict of tensors")
-    shapes = [tensor.shape for tensor in state.values()]
-    for other, parts in encoders.items():  # DINO calls the student's running average, of its shapes, teacher
-        if students and "teacher" in other and [tensor.shape for tensor in parts.values()] == shapes:
-            prefix = other
-    others = [other for other in encoders if other != prefix]
-    return prefix, encoders[prefix], [f"keys under {prefix} only, not {', '.join(others)}"] if others else []
+        raise UserError(f"{path} holds no patch_embed.proj.weight, but {[*tensors][:3]}: save a state dict of tensors")
+    shapes = [tensor.shape for tensor in encoders[chosen].values()]
+    for start, parts in encoders.items():
+        if students and "teacher" in start and [tensor.shape for tensor in parts.values()] == shapes:
+            chosen = start
+    others = [start for start in encoders if start != chosen]
+    notes = [f"keys under {chosen} only, not {', '.join(others)}"] if others else []
+    return chosen, encoders[chosen], notes
 
 
 def official_to_ours(path, state):
@@ -1021,9 +1027,12 @@ def official_to_ours(path, state):
     if "mask_token" in ours:
         ours["mask_token"] = ours["mask_token"].reshape(1, -1)  # DINOv2 (1, C), EVA-02 (1, 1, C)
 
-    # A SwiGLU of timm or transformers has its value in fc1, if its gate is apart; else fc1 holds both, twice as wide.
+    # A SwiGLU under the names of a plain MLP: timm and transformers have its gate apart, so that fc1 is the value (w2);
+    # or gate and value are both in fc1 (w12), which is then twice as wide as what fc2 reads.
     gated = "blocks.0.mlp.w1.weight" in ours
-    fc1, fc2 = [ours.get(f"blocks.0.mlp.fc{i}.weight", torch.zeros(1, 1)) for i in (1, 2)]  # or none
+    absent = torch.zeros(1, 1)
+    fc1 = ours.get("blocks.0.mlp.fc1.weight", absent)
+    fc2 = ours.get("blocks.0.mlp.fc2.weight", absent)
     if gated or len(fc1) == 2 * fc2.shape[1]:
         fc1_is = "w2" if gated else "w12"
         ours = {key.replace("mlp.fc1.", f"mlp.{fc1_is}.").replace("mlp.fc2.", "mlp.w3."): ours[key] for key in ours}
@@ -1034,7 +1043,7 @@ def official_to_ours(path, state):
         for key in [key for key in ours if key.endswith("attn.qkv.weight")]:
             bias = ours.pop(key.replace("weight", "bias"), torch.zeros(len(ours[key])))
             q_bias, _, v_bias = bias.chunk(3)
-            ours.setdefault(key.replace("qkv.weight", "q_bias"), q_bias.clone())  # unless it is transformers'
+            ours.setdefault(key.replace("qkv.weight", "q_bias"), q_bias.clone())  # transformers' have it
             ours.setdefault(key.replace("qkv.weight", "v_bias"), v_bias.clone())
     return ours
 
