@@ -61,7 +61,7 @@ class Config(qsd.LossConfig):
     hub_offset: float = 0.0         # DINOv2's interpolate_offset, for the teacher; official: proxy 0.1, source 0
     randaugment: bool = True        # official, in both stages
     erase: float = 0.25             # probability of RandomErasing
-    repeats: int = 3                # of an image in a row; an epoch, as many draws as images, shows 1 / repeats
+    repeats: int = 3                # how often an image comes in a row; 3: an epoch shows a third of the images
     workers: int = 8                # image-loading processes per training process; 0: load in the training process
     # optimiser
     batch: int = 128                # global, whatever the number of processes (proxy 512)
@@ -78,7 +78,7 @@ class Config(qsd.LossConfig):
     compile: Literal["auto", "yes", "no"] = "auto"  # torch.compile; auto: on CUDA
     log_every: int = 10             # steps
     save_minutes: float = 10.0      # between checkpoints
-    bench: Literal["no", "yes", "official"] = "no"  # only time a step, on random weights; official: theirs, too
+    bench: Literal["no", "yes", "official"] = "no"  # only time a step, on random weights; official: the authors', too
 
 
 TOY = dict(teacher="toy_teacher", student="toy_student", size=64, patch=8, batch=16, budget="1000",
@@ -128,7 +128,7 @@ def learning_rate(cfg, fraction):
         return peak * fraction / cfg.warmup
     after_warmup = (fraction - cfg.warmup) / (1 - cfg.warmup)
     rate = cfg.lr_min + (peak - cfg.lr_min) * 0.5 * (1 + math.cos(math.pi * after_warmup))
-    return min(rate, peak)                                          # a tiny batch has its peak below lr_min
+    return min(rate, peak)                                          # the peak of a tiny batch lies below lr_min
 
 
 def main(argv=None):
@@ -157,7 +157,7 @@ def main(argv=None):
         """The losses on uint8 images (B, 3, H, W) and their draws (B).
 
         A draw is an image's running number, 0, 1, 2, .. in a run. With the seed it decides which image this is and all
-        that is random about it, on any number of processes.
+        that is random about it, on any number of processes. QSD masks the images with even draws.
         """
         x = data.normalize(images.to(run.device, non_blocking=True), student.mean, student.std)
         x = data.erase(x, draws, cfg.seed, cfg.erase)               # teacher and student see the same pixels
@@ -168,7 +168,7 @@ def main(argv=None):
                 t = qsd.normalize_targets(t, cfg.target_norm)       # cls (B, C_t), patches (B, N, C_t), outs
             return model(x, t, noise)
 
-    # two black images through one step: its cost per image; shows which parameters no loss reaches: those freeze
+    # two black images through one step: its cost per image; parameters that no loss reaches are frozen
     flops = dry_run(learner, partial(losses_of, learner, *two_images(cfg.size)))
     if cfg.compile == "yes" or (cfg.compile == "auto" and run.device.type == "cuda"):
         if "CC" not in os.environ and not any(map(shutil.which, ("cc", "gcc", "clang"))):
@@ -186,7 +186,7 @@ def main(argv=None):
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(cfg, run.fraction)
             for images, draws in micro_batches:                     # gradient accumulation; uint8 (B, 3, H, W), (B)
-                with run.sync():                                    # processes average gradients in the last one
+                with run.sync():                                    # processes average gradients in the last one only
                     losses = losses_of(run.model, images, draws)    # Eq. 4 on the proxy set, Eq. 5 on source images
                     run.scaler.scale(losses["loss"] / len(micro_batches)).backward()
                 run.note(losses)
@@ -236,7 +236,7 @@ class Run:
     def start(self, learner, optimizer, dataset, flops, tokens, repeats=1, pairs=True):
         """Continue where last.pt ends, or begin; flops and tokens are those of one image.
 
-        pairs: micro-batches of even sizes, so that --micro does not change which QSD masks: even draws.
+        pairs: micro-batches of even sizes, so that each begins with an even draw, as qsd.masked_images wants.
         """
         cfg = self.cfg
         self.learner = learner

@@ -1,6 +1,6 @@
 """The method of GKD: the distillation losses, and the encoders (ViTs that load the official weights).
 
-Read it from the top: QSD and GKD as the paper writes them, their rivals, the encoders' table, the ViT, and last, of
+Read it from the top: constants, QSD and GKD as in the paper, their rivals, the encoders' table, the ViT, and last, of
 interest to few, how files are read. "Official" is the code of GKD's authors, "official files" are released weights.
 """
 import json
@@ -175,7 +175,7 @@ class GKD(Objective):
 
 
 def masked_images(config):
-    """Which images are masked: all, or every second one; they have even draws, as each micro-batch begins with one."""
+    """Which images are masked: all, or every second one, that is even draws, since micro-batches begin with one."""
     return slice(0, None, 1 if config.mask_all else 2)
 
 
@@ -259,7 +259,7 @@ class AfDCD(Objective):
         f_s = (self.align(s[1]) * kept[..., None]).mT.unflatten(2, (h, w))  # (B, C_t, h, w)
         f_s = self.project(f_s).float()
         f_t = t[1].mT.unflatten(2, (h, w))
-        L_fd = F.mse_loss(f_s, f_t)  # 1 / (1024 x 768) = 1.3e-6 of the sum (published: 1e-6 to 4e-5)
+        L_fd = F.mse_loss(f_s, f_t)  # a mean of 1024 x 768 is 1.3e-6 of the sum (published: 1e-6 to 4e-5)
 
         distance = torch.cdist(self.vectors(f_s), self.vectors(f_t), p=1)  # (B P, 16 M of s, 16 M of t)
         index = torch.arange(distance.shape[1], device=x.device)
@@ -928,7 +928,7 @@ KEYS = [
     (r"\.(intermediate\.dense|mlp\.up_proj)\.", ".mlp.fc1."),
     (r"\.(output\.dense|mlp\.down_proj)\.", ".mlp.fc2."),
     (r"\.mlp\.weights_in\.", ".mlp.w12."),
-    (r"\.mlp\.(weights_out)\.", ".mlp.w3."),
+    (r"\.mlp\.weights_out\.", ".mlp.w3."),
     (r"^(layernorm|fc_norm)\.", "norm."),  # the latter: timm's for pooled patches
     # timm: DINOv2 with registers, EVA-02, DINOv3
     (r"^(reg_token|storage_tokens)$", "register_tokens"),  # the latter: official DINOv3
@@ -1054,7 +1054,7 @@ def infer_values(path, prefix, state, given):
     positions = state["pos_embed"].shape[1] if "pos_embed" in state else 1 + 16 * 16  # DINOv3 stores none
     swiglu = "blocks.0.mlp.w3.weight" in state
     rope = ""
-    if "blocks.0.attn.q_bias" in state and "pos_embed" not in state:  # a v_bias, too, but no bias of keys
+    if "blocks.0.attn.q_bias" in state and "pos_embed" not in state:  # q_bias and v_bias, but no k_bias
         rope = "dinov3"
     elif "blocks.0.attn.q_bias" in state and swiglu:  # EVA-01 has a GELU: its q_bias does not fit a ViT here
         rope = "eva02"
@@ -1078,6 +1078,7 @@ def infer_values(path, prefix, state, given):
         hidden = state["blocks.0.mlp.w3.weight"].shape[1]
         values |= dict(mlp="swiglu", mlp_ratio=round(1.5 * hidden / dim))
 
+    # The name of an official file tells its statistics, so that nothing is guessed.
     for name, row in ENCODERS.items():
         if row.url and bare(path) in (name, bare(row.file or row.url)):
             return values | dict(name=name, mean=row.mean, std=row.std), []
