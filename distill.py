@@ -51,14 +51,14 @@ class Config(qsd.LossConfig):
     root: str = "data"              # the folder that holds the data sets
     stage: Literal["auto", "proxy", "source"] = "auto"  # which preset; auto: proxy for imagenet and toy-proxy
     teacher: str = "dinov2_vitb14"  # a name of qsd.ENCODERS or a checkpoint
-    student: str = "deit_small_distilled"  # likewise; in the source stage the proxy stage's student.pt
+    student: str = "deit_small_distilled"  # likewise, official; in the source stage the proxy stage's student.pt
     pretrained: bool = True         # no: the student starts from random weights
     student_depth: int | None = None  # only the student's first k blocks
     out: str = "runs/distill"       # log.jsonl, last.pt, student.pt
     # images
     size: int = 512                 # side of the square crop, pixels (proxy 224)
     patch: int = 16                 # patch side of both ViTs, pixels (proxy 14); checkpoints are resized to it
-    hub_offset: float = 0.0         # DINOv2's interpolate_offset, for the teacher; official: proxy 0.1, source 0
+    hub_offset: float = 0.0         # added to a DINOv2 teacher's grid (interpolate_offset; official: proxy 0.1, else 0)
     randaugment: bool = True        # official, in both stages
     erase: float = 0.25             # probability of RandomErasing
     repeats: int = 3                # how often an image comes in a row; 3: an epoch shows a third of the images
@@ -338,7 +338,7 @@ class Run:
         if stop or time.monotonic() - self.saved_at > 60 * self.cfg.save_minutes:
             self.save()
         if stop:
-            largest(0)                      # process 0 must have saved: torchrun ends all after an exit like this
+            largest(0)                      # a barrier: torchrun ends all after an exit, process 0 must have saved
             if rank() == 0:
                 told = f"stopped by signal {stop:.0f} after step {self.ledger['steps']}"
                 self.bar.write(f"{told}; the same command goes on", file=sys.stderr)

@@ -244,7 +244,7 @@ class AfDCD(Objective):
         self.project = nn.Sequential(nn.Conv2d(dim, dim, 3, padding=1), nn.ReLU(), nn.Conv2d(dim, dim, 3, padding=1))
 
     def vectors(self, f):
-        """Map (B, C, h, w), pooled, in P patches of 4x4 -> vectors (B P, 16 M, C / M), at M * position + group."""
+        """Map (B, C, h, w), pooled, in P patches of 16 places -> (B P, 16 M, C / M), M groups, at M * place + group."""
         f = F.max_pool2d(f, self.pool)
         cut = F.unfold(f, self.patch, stride=self.patch)               # (B, C * 16, P)
         cut = cut.unflatten(1, (self.groups, -1, self.patch ** 2))     # (B, M, C / M, 16, P)
@@ -1030,20 +1030,20 @@ def official_to_ours(path, state):
     # A SwiGLU under the names of a plain MLP: timm and transformers have its gate apart, so that fc1 is the value (w2);
     # or gate and value are both in fc1 (w12), which is then twice as wide as what fc2 reads.
     gated = "blocks.0.mlp.w1.weight" in ours
-    absent = torch.zeros(1, 1)
-    fc1 = ours.get("blocks.0.mlp.fc1.weight", absent)
-    fc2 = ours.get("blocks.0.mlp.fc2.weight", absent)
+    fc1, fc2 = [ours.get(f"blocks.0.mlp.fc{i}.weight", torch.zeros(1, 1)) for i in (1, 2)]  # (1, 1): absent
     if gated or len(fc1) == 2 * fc2.shape[1]:
         fc1_is = "w2" if gated else "w12"
         ours = {key.replace("mlp.fc1.", f"mlp.{fc1_is}.").replace("mlp.fc2.", "mlp.w3."): ours[key] for key in ours}
-    for key in [key for key in ours if key.endswith((".attn.k.weight", ".attn.k_bias"))]:  # transformers: apart
+    # transformers keeps q, k and v apart, which are one here. In its DINOv3 keys have no bias, so that its q_bias and
+    # v_bias stay, as a ViT wants them; other DINOv3 files have one qkv.bias or none, of which the last loop makes two.
+    for key in [key for key in ours if key.endswith((".attn.k.weight", ".attn.k_bias"))]:
         parts = [key.replace(".attn.k", f".attn.{part}") for part in "qkv"]
         ours[re.sub(r"\.k[._]", ".qkv.", key)] = torch.cat([ours.pop(part) for part in parts])
-    if "pos_embed" not in ours and "register_tokens" in ours:  # DINOv3, whose keys have no bias here
+    if "pos_embed" not in ours and "register_tokens" in ours:  # DINOv3
         for key in [key for key in ours if key.endswith("attn.qkv.weight")]:
             bias = ours.pop(key.replace("weight", "bias"), torch.zeros(len(ours[key])))
             q_bias, _, v_bias = bias.chunk(3)
-            ours.setdefault(key.replace("qkv.weight", "q_bias"), q_bias.clone())  # transformers' have it
+            ours.setdefault(key.replace("qkv.weight", "q_bias"), q_bias.clone())
             ours.setdefault(key.replace("qkv.weight", "v_bias"), v_bias.clone())
     return ours
 
