@@ -1367,6 +1367,7 @@ def test_a_flag_beats_the_preset_of_data_and_stage_which_beats_the_default():
     assert found(distill, "--data toy-proxy") == found(distill, "--stage proxy") == (64, 16, 2e-3, "1000")
     assert found(distill, "--data toy+toy-arcade --size 96 --lr 7") == (96, 16, 7, "1000")
     assert found(segment) == (512, 4, 1e-4, "40000") and found(segment, "--data camvid") == (224, 8, 1e-3, "250")
+    assert distill.learning_rate(distill.Config(batch=8), 0.9) == 5e-4 * 8 / 512  # already below lr_min
 
 
 # --- Runs: resumed ----------------------------------------------------------------------------------------------------
