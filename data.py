@@ -492,8 +492,7 @@ POTSDAM = {"train": "{2_10,2_11,2_12,3_10,3_11,3_12,4_10,4_11,4_12,5_10,5_11,5_1
            "val": "{2_13,2_14,3_13,3_14,4_13,4_14,4_15,5_13,5_14,5_15,6_13,6_14,6_15,7_13}"}
 VAIHINGEN = {"train": "{1,3,5,7,11,13,15,17,21,23,26,28,30,32,34,37}",
              "val": "{2,4,6,8,10,12,14,16,20,22,24,27,29,31,33,35,38}"}
-ENDOVIS = {"train": "miccai_challenge_2018_release_1/seq_{1,2,3,4}",
-           "val": "miccai_challenge_release_2/seq_{5,6,7}"}
+ENDOVIS = {"train": "miccai_challenge_2018_release_1/seq_{1,2,3,4}", "val": "miccai_challenge_release_2/seq_{5,6,7}"}
 VOC = {"train": "VOC2007/trainval VOC2012/trainval", "val": "VOC2007/test"}
 street = partial(Dataset, classes=CITYSCAPES_CLASSES, colors=CITYSCAPES_COLORS)
 isprs = partial(Dataset, classes=ISPRS_CLASSES, colors=ISPRS_COLORS, decode=isprs_label, tile=512)
@@ -528,7 +527,8 @@ DATASETS = {
                         eval_size=(1024, 512), eval_half=True),
     **{f"acdc-{weather}": street("acdc", f"rgb_anon/{weather}/<split>/*/*_rgb_anon",
                                  f"gt/{weather}/<split>/*/*_gt_labelTrainIds gt/{weather}/<split>/*/*_gt_labelIds",
-                                 TRAIN_VAL, cityscapes_label, eval_size=(960, 540)) for weather in UNSEEN},
+                                 TRAIN_VAL, cityscapes_label, eval_size=(960, 540))
+       for weather in ("night", "snow", "fog", "rain")},
     "potsdam-rgb": isprs("potsdam", "**/top_potsdam_<split>_RGB", "**/top_potsdam_<split>_label_noBoundary", POTSDAM),
     "potsdam-irrg": isprs("potsdam", "**/top_potsdam_<split>_IRRG", "**/top_potsdam_<split>_label_noBoundary", POTSDAM),
     "vaihingen-irrg": isprs("vaihingen", "**/top_mosaic_09cm_area<split>", "**/top_mosaic_09cm_area<split>_noBoundary",
@@ -1239,7 +1239,7 @@ def palette(colors):
 
 
 def picture_of(sample, size=(300, 225)):
-    """A sample's image above its label, or with its boxes, each fitted into (width, height)."""
+    """A sample's image above its label, or with its boxes, each fitted into size."""
     entry = sample.entry
     image = sample.read_image()
     pictures = [] if entry.boxes else [image.permute(1, 2, 0).numpy()]
@@ -1267,7 +1267,7 @@ def main(argv=None):
     as_written = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=as_written)
     parser.add_argument("--data", default="toy", help="names of DATASETS, joined with +")
-    parser.add_argument("--root", default="data", help="holds a folder of each dataset, or is its own")
+    parser.add_argument("--root", default="data", help="folder of all datasets, or of this")
     parser.add_argument("--classes", type=int, default=0, help="how many, for --data folder")
     parser.add_argument("--out", default="preflight.png", help="picture of some samples")
     parser.add_argument("--workers", type=int, default=0, help="processes that open files")

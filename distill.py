@@ -157,7 +157,7 @@ def main(argv=None):
         """The losses on uint8 images (B, 3, H, W) and their draws (B).
 
         A draw is an image's running number, 0, 1, 2, .. in a run. With the seed it decides which image this is and all
-        that is random about it, on any number of processes. QSD masks the images with even draws.
+        that is random about it, on any number of processes. QSD masks even draws, or all.
         """
         x = data.normalize(images.to(run.device, non_blocking=True), student.mean, student.std)
         x = data.erase(x, draws, cfg.seed, cfg.erase)               # teacher and student see the same pixels

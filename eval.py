@@ -406,7 +406,7 @@ FOUNDATION = "foundation model of that size"
 
 
 def last_run(p, row, budget=""):
-    """A row's last run; budget: of each distillation, with a unit of all training."""
+    """A row's last run; budget: of each distillation, or with a unit of all training."""
     method, *changes = row.split(", ")
     if method.startswith("labels of"):
         return with_more_sources(p, row, int(budget))

@@ -98,7 +98,7 @@ class QSD(nn.Module):
     def weights(self, v_s, v_t):
         """σ(W): row i tells how much student token i takes of the value at each place j."""
         if self.attention == "identity":  # ablation: each token keeps its own value
-            return v_t.new_ones(v_t.shape[1]).diag().expand(len(v_t), -1, -1)
+            return torch.eye(v_t.shape[1], device=v_t.device, dtype=v_t.dtype).expand(len(v_t), -1, -1)
         query = v_t if self.attention == "teacher" else self.varphi(v_s)  # paper: φ(v_s)
         if self.scale == "sqrt":  # ablation: as in a transformer
             query = query * v_t.shape[-1] ** -0.5
